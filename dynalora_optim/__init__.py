@@ -1,0 +1,54 @@
+"""Fine-tune on a fixed budget: an optimizer that decides every period which modules get gradients.
+
+How the pieces divide the work. Data flows one way:
+
+    model -> named groups -> scores -> selection -> freezing -> step -> record
+
+* `DynamicAllocationOptimizer` wraps a torch optimizer and takes its place in the training loop.
+* An `ImportanceTracker` scores the module groups with a measure such as `ForwardNorm`.
+* An allocator (`TopK`, `Threshold`, `Stochastic`, `DiscountedStochastic`, `UniformRandom`,
+  `RoundRobin`) chooses from an `AllocationContext`: numbers only, no modules.
+* A schedule (`Periodic`, `Once`) says after which optimizer steps to choose anew.
+* The `AllocationRecord` keeps every `Reallocation`.
+
+This package imports torch and the standard library only. It recognises adapters by what they have
+(`AdapterModule`), whoever wrote them.
+"""
+
+from dynalora_optim._allocators import (
+    AllocationContext,
+    Allocator,
+    DiscountedStochastic,
+    RoundRobin,
+    Stochastic,
+    Threshold,
+    TopK,
+    UniformRandom,
+)
+from dynalora_optim._groups import AdapterModule
+from dynalora_optim._importance import ImportanceTracker
+from dynalora_optim._measures import ForwardNorm, ImportanceMeasure
+from dynalora_optim._optimizer import DynamicAllocationOptimizer
+from dynalora_optim._record import AllocationRecord, Reallocation
+from dynalora_optim._schedules import Once, Periodic, Schedule
+
+__all__ = [
+    "AdapterModule",
+    "AllocationContext",
+    "AllocationRecord",
+    "Allocator",
+    "DiscountedStochastic",
+    "DynamicAllocationOptimizer",
+    "ForwardNorm",
+    "ImportanceMeasure",
+    "ImportanceTracker",
+    "Once",
+    "Periodic",
+    "Reallocation",
+    "RoundRobin",
+    "Schedule",
+    "Stochastic",
+    "Threshold",
+    "TopK",
+    "UniformRandom",
+]

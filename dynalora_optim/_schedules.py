@@ -1,0 +1,80 @@
+"""When to reallocate (section 3.3 of the paper). The clock counts optimizer steps and nothing else.
+
+A schedule is any object with ``due(step) -> bool``. It is asked once after each optimizer step with
+the number of steps done so far, so neither gradient accumulation, nor evaluation, nor a step that a
+``GradScaler`` skipped moves it. The first selection, at step 0, is made whatever it answers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+
+@runtime_checkable
+class Schedule(Protocol):
+    """Decides after which optimizer steps the active set is chosen anew."""
+
+    def due(self, step: int) -> bool:
+        """Return whether to reallocate now that ``step`` (>= 1) optimizer steps are done."""
+        ...
+
+
+@dataclass(frozen=True)
+class Periodic:
+    """Reallocate after every ``n`` optimizer steps.
+
+    Raises:
+        ValueError: ``n`` is not a positive whole number.
+    """
+
+    n: int
+
+    def __post_init__(self) -> None:
+        _check_steps("period", self.n)
+
+    def due(self, step: int) -> bool:
+        """Return whether ``step`` is a multiple of ``n``."""
+        return step % self.n == 0
+
+
+@dataclass(frozen=True)
+class Once:
+    """Select at the beginning and once more after ``at`` optimizer steps (the paper's alpha).
+
+    Raises:
+        ValueError: ``at`` is not a positive whole number.
+    """
+
+    at: int
+
+    def __post_init__(self) -> None:
+        _check_steps("Once(at)", self.at)
+
+    def due(self, step: int) -> bool:
+        """Return whether ``step`` is ``at``."""
+        return step == self.at
+
+
+def as_schedule(period: int | Schedule) -> Schedule:
+    """Return ``period`` as a schedule; a whole number stands for `Periodic`.
+
+    Raises:
+        ValueError: A number that is not a positive whole number.
+        TypeError: Neither a number nor an object with ``due``.
+    """
+    if isinstance(period, Schedule):
+        return period
+    if isinstance(period, (int, float)):
+        return Periodic(period)  # Periodic refuses a float, by value
+    raise TypeError(
+        f"period={period!r} is neither a number of steps nor a schedule; pass a positive int, "
+        "Once(at), or an object with due(step) -> bool."
+    )
+
+
+def _check_steps(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(
+            f"{name}={value!r} must be a whole number of optimizer steps, at least 1; pass e.g. 50."
+        )
