@@ -60,6 +60,10 @@ class Allocation:
         """Return whether the group of this name gets gradients; one not allocated always does."""
         return name in self.chosen or name not in self.updates
 
+    def active_names(self) -> tuple[str, ...]:
+        """The groups that are active now, in forward order."""
+        return tuple(name for name in self.names if name in self.chosen)
+
     def extend(self, names: Iterable[str], order: Iterable[str]) -> None:
         """Add groups, inactive until the next selection, and put all in ``order``."""
         self.updates.update(dict.fromkeys(names, 0))
@@ -75,20 +79,19 @@ class Allocation:
             reallocation=self._reallocations,
             generator=random.Random(f"{self._seed}:{self._reallocations}"),
         )
-        chosen = self._named(self._allocator.select(context))
-        self.chosen = frozenset(chosen)
+        self.chosen = self._named(self._allocator.select(context))
         self._reallocations += 1
-        self.record.append(Reallocation(self.steps, usable, tuple(chosen)))
+        self.record.append(Reallocation(self.steps, usable, self.active_names()))
 
-    def _named(self, selection: Iterable[int]) -> list[str]:
-        positions = sorted(selection)
+    def _named(self, selection: Iterable[int]) -> frozenset[str]:
+        positions = list(selection)
         valid = all(0 <= position < len(self.names) for position in positions)
         if not positions or not valid or len(set(positions)) < len(positions):
             raise ValueError(
                 f"allocator {self._allocator!r} selected {positions}; it must return at least one "
                 f"position in 0..{len(self.names) - 1}, each once."
             )
-        return [self.names[position] for position in positions]
+        return frozenset(self.names[position] for position in positions)
 
     def advance(self, updated: Iterable[str]) -> bool:
         """Count one optimizer step, in which ``updated`` moved; return whether to reallocate."""
@@ -126,6 +129,9 @@ class Allocation:
         self.updates = {name: groups[name]["updates"] for name in self.updates}
         self.chosen = frozenset(name for name in self.names if groups[name]["active"])
         self.record.load_state_dict(record)
+        if not record:  # torch.distributed.checkpoint drops it: begin anew with what is active
+            scores = {name: groups[name]["score"] for name in self.names}
+            self.record.append(Reallocation(self.steps, scores, self.active_names()))
 
 
 def resolve_active(active: float, modules: int) -> int:

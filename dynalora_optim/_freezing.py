@@ -7,7 +7,7 @@ silence under DDP when it was False at wrap time.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
@@ -57,6 +57,10 @@ class Freezer:
     def add(self, groups: Iterable[ModuleGroup]) -> None:
         """Take ``groups`` into care; they stay active until `set_active` says otherwise."""
         self._groups.update((group.name, group) for group in groups)
+
+    def modules(self) -> Iterator[nn.Module]:
+        """Yield the modules in its care."""
+        return (module for group in self._groups.values() for module in group.modules)
 
     def set_active(self, active: Collection[str]) -> None:
         """Make the groups named in ``active`` active and all others inactive."""

@@ -150,12 +150,12 @@ def _joined(claims: Iterable[ModuleGroup]) -> list[ModuleGroup]:
             groups.append(claim)
             continue
         family = [*kin, claim]
+        slots: dict[int, Slot] = {}
+        for slot in (slot for group in family for slot in group.slots):
+            slots.setdefault(id(slot.parameter), slot)
+        modules = dict.fromkeys(module for group in family for module in group.modules)
         groups[groups.index(kin[0])] = ModuleGroup(
-            kin[0].name,
-            tuple(dict.fromkeys(module for group in family for module in group.modules)),
-            tuple(
-                {id(slot.parameter): slot for g in reversed(family) for slot in g.slots}.values()
-            ),
+            kin[0].name, tuple(modules), tuple(slots.values())
         )
         groups = [group for group in groups if group not in kin[1:]]
     return groups

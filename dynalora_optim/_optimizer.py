@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch.optim import Optimizer
 from dynalora_optim._allocation import Allocation
 from dynalora_optim._allocators import Allocator, as_allocator
 from dynalora_optim._checkpoint import pack, restore, unpack
+from dynalora_optim._claims import claim, release
 from dynalora_optim._freezing import Freezer, drop_gradients
 from dynalora_optim._groups import GroupRule, find_groups
 from dynalora_optim._importance import ImportanceTracker, as_tracker
@@ -25,7 +27,7 @@ from dynalora_optim._param_groups import (
 )
 from dynalora_optim._record import AllocationRecord
 from dynalora_optim._schedules import Schedule, as_schedule
-from dynalora_optim._update_rule import UpdateRule, check_wrappable, claim, release
+from dynalora_optim._update_rule import UpdateRule, check_wrappable
 
 
 class DynamicAllocationOptimizer(Optimizer):
@@ -94,7 +96,7 @@ class DynamicAllocationOptimizer(Optimizer):
         found = find_groups(model, groups)
         index = ParameterIndex(model, found)
         index.check_belongs(flatten(optimizer.param_groups))
-        index.check_holds_groups(flatten(optimizer.param_groups))
+        index.check_groups(flatten(optimizer.param_groups))
         exempt = match_always_active(always_active, found)
         allocated = [group for group in found if group.name not in exempt]
         self._allocation = Allocation(
@@ -111,9 +113,8 @@ class DynamicAllocationOptimizer(Optimizer):
         self._freezer = Freezer(allocated)
         super().__init__(optimizer.param_groups, dict(optimizer.defaults))
         self.state.update(optimizer.state)
-        self._share_hooks()
-        claim(optimizer, self)
         self.tracker.attach(allocated)
+        self._take_charge()
         self._reallocate()
 
     @property
@@ -124,7 +125,7 @@ class DynamicAllocationOptimizer(Optimizer):
     @property
     def active_groups(self) -> list[str]:
         """The names of the groups that are active now, in forward order."""
-        return [name for name in self._allocation.names if name in self._allocation.chosen]
+        return list(self._allocation.active_names())
 
     @property
     def active(self) -> float:
@@ -207,6 +208,7 @@ class DynamicAllocationOptimizer(Optimizer):
             if group.name not in known and not ids.isdisjoint(map(id, group.parameters()))
         ]
         self._freezer.add(new)
+        claim(self, (module for group in new for module in group.modules))
         self.tracker.attach(new)
         self._allocation.extend([g.name for g in new], order=[g.name for g in found])
         self._apply_allocation()
@@ -221,9 +223,8 @@ class DynamicAllocationOptimizer(Optimizer):
 
     def close(self) -> None:
         """Make every module active again and remove all hooks; the record stays readable."""
-        self._freezer.close()
-        self.tracker.close()
-        release(self._rule.optimizer)
+        _let_go(self._freezer, self.tracker)
+        release(self)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the torch state dict plus all that decides the future of the allocation.
@@ -246,6 +247,13 @@ class DynamicAllocationOptimizer(Optimizer):
         restore(state_dict, self._allocation, self.tracker)
         self._apply_allocation()
 
+    def __repr__(self) -> str:
+        return (
+            f"{type(self).__name__}({type(self._rule.optimizer).__name__}, "
+            f"{len(self.active_groups)} of {len(self.groups)} groups active after "
+            f"{self._allocation.steps} steps)"
+        )
+
     def __getstate__(self) -> dict[str, Any]:
         # As for every torch optimizer, hooks and a scheduler's patch of step() stay behind.
         return {
@@ -257,14 +265,21 @@ class DynamicAllocationOptimizer(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         if "_rule" in state:  # a copy; load_state_dict comes through here too
-            self._share_hooks()
-            claim(self._rule.optimizer, self)
+            self._take_charge()
 
-    def _share_hooks(self) -> None:
-        """Let step hooks of the wrapped optimizer fire with this one's, once per step."""
+    def _take_charge(self) -> None:
+        """Claim what this object drives, and leave it free when this object is gone."""
         wrapped = self._rule.optimizer
+        # Step hooks of the wrapped optimizer fire with this one's, once per step.
         self._optimizer_step_pre_hooks = wrapped._optimizer_step_pre_hooks
         self._optimizer_step_post_hooks = wrapped._optimizer_step_post_hooks
+        claim(self, [wrapped, *self._freezer.modules()])
+        weakref.finalize(self, _let_go, self._freezer, self.tracker).atexit = False
+
+
+def _let_go(freezer: Freezer, tracker: ImportanceTracker) -> None:
+    freezer.close()
+    tracker.close()
 
 
 def _has_gradient(group: ParamGroup) -> bool:

@@ -8,6 +8,7 @@ from typing import Any, TypeAlias
 
 from torch import Tensor, nn
 
+from dynalora_optim._claims import is_claimed
 from dynalora_optim._groups import ModuleGroup
 
 ParamGroup: TypeAlias = "dict[str, Any]"
@@ -65,8 +66,8 @@ class ParameterIndex:
                 "after adapters are injected and the model is on its device."
             )
 
-    def check_holds_groups(self, parameters: Iterable[Tensor]) -> None:
-        """Raise if some module group has no parameter that the optimizer holds and can train.
+    def check_groups(self, parameters: Iterable[Tensor]) -> None:
+        """Raise unless an optimizer that holds ``parameters`` alone can train every module group.
 
         Raises:
             ValueError: The message names the groups.
@@ -79,6 +80,12 @@ class ParameterIndex:
                 f"{_some(missing)}. They would never be trained. Build the optimizer from all "
                 "adapter parameters, frozen or not (model.parameters() will do), after "
                 "injecting; to leave modules out, pass groups=callable."
+            )
+        taken = [g.name for g in self._groups if any(map(is_claimed, g.modules))]
+        if taken:
+            raise ValueError(
+                f"{len(taken)} module group(s) are driven by another DynamicAllocationOptimizer: "
+                f"{_some(taken)}. close() it first, or share the groups out with groups=callable."
             )
         frozen = [g.name for g in self._groups if not any(p.requires_grad for p in g.parameters())]
         if frozen:

@@ -6,18 +6,15 @@ at the first ``load_state_dict``, which ``accelerator.prepare`` calls.
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.optim import Optimizer
 
+from dynalora_optim._claims import is_claimed, is_owner
 from dynalora_optim._param_groups import ParamGroup
-
-_wrappers: weakref.WeakKeyDictionary[Optimizer, weakref.ref[Optimizer]] = (
-    weakref.WeakKeyDictionary()
-)
 
 
 class UpdateRule:
@@ -36,7 +33,7 @@ class UpdateRule:
             self._run(method, groups, state)
 
     def _run(self, method: Callable[[], Any], groups: Iterable[ParamGroup], state: Any) -> None:
-        merged = _coalesce(groups)
+        merged = _coalesce(groups, state)
         before = [dict(one) for one, _ in merged]
         self.optimizer.param_groups = [one for one, _ in merged]
         self.optimizer.state = state
@@ -61,7 +58,11 @@ def check_wrappable(optimizer: object) -> None:
             "torch.optim.AdamW(model.parameters(), lr=4e-4)."
         )
     kind = type(optimizer).__name__
-    if (wrapper := _wrappers.get(optimizer)) is not None and wrapper() is not None:
+    if is_owner(optimizer):
+        raise ValueError(
+            f"optimizer={kind} wraps another optimizer itself; pass that one, or use this as it is."
+        )
+    if is_claimed(optimizer):
         raise ValueError(
             f"optimizer={kind} is wrapped by another DynamicAllocationOptimizer already; build a "
             "new one, or close() the first wrapper."
@@ -78,16 +79,6 @@ def check_wrappable(optimizer: object) -> None:
         )
 
 
-def claim(optimizer: Optimizer, wrapper: Optimizer) -> None:
-    """Remember who wraps ``optimizer``."""
-    _wrappers[optimizer] = weakref.ref(wrapper)
-
-
-def release(optimizer: Optimizer) -> None:
-    """Forget who wraps ``optimizer``."""
-    _wrappers.pop(optimizer, None)
-
-
 def _unhooked_step(optimizer: Optimizer) -> Callable[[], Any]:
     """The ``step`` without torch's hook layer.
 
@@ -101,11 +92,18 @@ def _unhooked_step(optimizer: Optimizer) -> Callable[[], Any]:
     return lambda: inner(optimizer)
 
 
-def _coalesce(groups: Iterable[ParamGroup]) -> list[tuple[ParamGroup, list[ParamGroup]]]:
-    """Join groups of equal options, so that one fused or foreach call updates them all."""
+def _coalesce(
+    groups: Iterable[ParamGroup], state: Mapping[Tensor, Any]
+) -> list[tuple[ParamGroup, list[ParamGroup]]]:
+    """Join groups of equal options, so that one fused or foreach call updates them all.
+
+    Groups at their first update stay apart: torch's fused SGD refuses a mix of parameters with and
+    without a momentum buffer.
+    """
     alike: dict[Hashable, list[ParamGroup]] = {}
     for group in groups:
-        alike.setdefault(_options_key(group), []).append(group)
+        has_state = any(state.get(parameter) for parameter in group["params"])
+        alike.setdefault((_options_key(group), has_state), []).append(group)
     return [
         ({**sources[0], "params": [p for source in sources for p in source["params"]]}, sources)
         for sources in alike.values()

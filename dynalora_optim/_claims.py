@@ -1,0 +1,34 @@
+"""Who drives what: one DynamicAllocationOptimizer per wrapped optimizer and per module.
+
+Two that drive the same module would undo each other's choice in silence.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable
+
+_owners: weakref.WeakKeyDictionary[object, weakref.ref[object]] = weakref.WeakKeyDictionary()
+
+
+def claim(owner: object, things: Iterable[object]) -> None:
+    """Remember that ``owner`` drives each of ``things`` for as long as it lives."""
+    for thing in things:
+        _owners[thing] = weakref.ref(owner)
+
+
+def release(owner: object) -> None:
+    """Forget all that ``owner`` drives."""
+    for thing in [thing for thing, ref in _owners.items() if ref() is owner]:
+        del _owners[thing]
+
+
+def is_claimed(thing: object) -> bool:
+    """Return whether a living owner drives ``thing``."""
+    ref = _owners.get(thing)
+    return ref is not None and ref() is not None
+
+
+def is_owner(thing: object) -> bool:
+    """Return whether ``thing`` drives anything."""
+    return any(ref() is thing for ref in _owners.values())

@@ -1,0 +1,249 @@
+"""Importance: equation 1 against its definition, and which forward passes count."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from toy import ToyModel, backward, batch, names, train, wrapped
+
+from dynalora_optim import ForwardNorm, ImportanceTracker
+from dynalora_optim._groups import find_groups
+
+
+def tracked(model: nn.Module, **options) -> ImportanceTracker:
+    tracker = ImportanceTracker(**options)
+    tracker.attach(find_groups(model))
+    return tracker
+
+
+def outputs_of(model: ToyModel, x: torch.Tensor) -> list[np.ndarray]:
+    """What each adapter layer puts out, computed without hooks."""
+    outputs = []
+    with torch.no_grad():
+        for layer in model.layers:
+            adapter = layer[0]
+            h = x @ adapter.base.weight.T + adapter.base.bias + x @ adapter.A.T @ adapter.B.T
+            outputs.append(h.double().numpy())
+            x = h.tanh()
+    return outputs
+
+
+@given(st.sampled_from([1, 2]), st.lists(st.integers(1, 5), min_size=1, max_size=4))
+def test_forward_norm_is_equation_1(p, batch_sizes):
+    model = ToyModel(layers=3)
+    tracker = tracked(model, measure=ForwardNorm(p=p))
+    expected = dict.fromkeys(names(3), 0.0)
+    for step, rows in enumerate(batch_sizes):
+        x = batch(step, rows=rows)
+        model(x)
+        for name, h in zip(expected, outputs_of(model, x), strict=True):
+            expected[name] += np.linalg.norm(h, ord=p, axis=-1).sum()
+    assert tracker.scores() == pytest.approx(expected, rel=1e-5)
+
+
+def test_every_token_is_a_sample():
+    tokens = torch.randn(2, 5, 7)
+    flat = ForwardNorm().score(nn.Identity(), tokens.reshape(10, 7))
+    assert ForwardNorm().score(nn.Identity(), tokens).item() == pytest.approx(flat.item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_outputs_are_summed_in_float32(dtype):
+    # In float16 the sum of 4,096 ones stops growing at 2,048 and overflows at 65,504.
+    rows = torch.ones(100_000, 4, dtype=dtype)
+    assert ForwardNorm(p=1).score(nn.Identity(), rows).item() == 400_000
+
+
+def test_importance_is_normalised_and_uniform_before_any_score():
+    model = ToyModel(layers=4)
+    tracker = tracked(model)
+    assert tracker.scores() == dict.fromkeys(names(4), 0.0)
+    assert tracker.importance() == dict.fromkeys(names(4), 0.25)
+    model(batch())
+    scores, importance = tracker.scores(), tracker.importance()
+    assert math.fsum(importance.values()) == pytest.approx(1.0)
+    total = sum(scores.values())
+    assert importance == pytest.approx({name: y / total for name, y in scores.items()})
+
+
+def test_evaluation_and_no_grad_passes_never_count():
+    model = ToyModel()
+    tracker = tracked(model)
+    model(batch(0))
+    before = tracker.scores()
+    model.eval()
+    model(batch(1))
+    model.train()
+    with torch.no_grad():
+        model(batch(2))
+    with torch.inference_mode():
+        model(batch(3))
+    assert tracker.scores() == before
+    assert all(before.values())
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+@pytest.mark.parametrize("micro_batches", [1, 3])
+@pytest.mark.parametrize("together", [False, True], ids=["backward-each", "backward-once"])
+def test_a_checkpointed_block_counts_once(use_reentrant, micro_batches, together):
+    plain, checkpointed = ToyModel(), ToyModel()
+    expected, found = tracked(plain), tracked(checkpointed)
+    for step in range(2):
+        losses = []
+        for micro in range(micro_batches):
+            h = x = batch(10 * step + micro).requires_grad_()
+            for layer in checkpointed.layers:
+                h = checkpoint(layer, h, use_reentrant=use_reentrant)
+            plain(x)
+            losses.append(h.sum())
+            if not together:
+                losses.pop().backward()
+        if together:
+            sum(losses).backward()
+        expected.end_step()
+        found.end_step()
+    assert found.scores() == pytest.approx(expected.scores())
+
+
+def test_a_module_called_twice_counts_twice():
+    model = ToyModel(layers=1)
+    tracker = tracked(model)
+    model(batch())
+    once = tracker.scores()["layers.0.0"]
+    model(batch())
+    assert tracker.scores()["layers.0.0"] == pytest.approx(2 * once)
+
+
+def test_windows():
+    model = ToyModel()
+    run, period = tracked(model), tracked(model, window="period")
+    model(batch(0))
+    first = run.roll()
+    assert period.roll() == first
+    assert period.scores() == first, "an empty window shows the last one"
+    model(batch(1))
+    second = period.roll()
+    assert run.roll() == pytest.approx({name: first[name] + second[name] for name in first})
+
+
+def test_scores_that_are_not_finite_count_as_zero_and_are_logged(caplog):
+    model = ToyModel(layers=3)
+    tracker = tracked(model)
+    model(batch())
+    with torch.no_grad():
+        model.layers[1][0].B.fill_(math.inf)
+    model(batch())
+    with caplog.at_level(logging.WARNING):
+        importance = tracker.importance()
+    assert importance["layers.0.0"] > 0
+    assert importance["layers.1.0"] == importance["layers.2.0"] == 0
+    assert "layers.1.0 = " in caplog.text
+    assert "layers.0.0" not in caplog.text
+
+
+def test_one_overflow_does_not_silence_a_module_for_ever():
+    model = ToyModel(layers=2)
+    tracker = tracked(model)
+    model(batch(0))
+    first = tracker.roll()
+    healthy = model.layers[1][0].B.detach().clone()
+    with torch.no_grad():
+        model.layers[1][0].B.fill_(math.inf)
+        model.train()
+    model(batch(1))
+    assert not math.isfinite(tracker.roll()["layers.1.0"])
+    with torch.no_grad():
+        model.layers[1][0].B.copy_(healthy)
+    model(batch(2))
+    assert math.isfinite(tracker.scores()["layers.1.0"])
+    assert tracker.scores()["layers.1.0"] > first["layers.1.0"]
+
+
+@pytest.mark.parametrize("bad", [math.inf, math.nan])
+def test_training_goes_on_when_every_score_is_bad(bad):
+    class Broken:
+        def score(self, module, output):
+            return torch.tensor(bad)
+
+    model = ToyModel()
+    optimizer = wrapped(model, importance=Broken(), active=2, period=1)
+    train(model, optimizer, 5)
+    assert [len(entry.chosen) for entry in optimizer.record] == [2] * 6
+
+
+def test_a_users_own_measure_is_a_class_with_one_method():
+    class Spread:
+        def score(self, module, output):
+            return output.float().std()
+
+    model = ToyModel(layers=2)
+    optimizer = wrapped(model, importance=Spread())
+    backward(model)
+    expected = [float(torch.tensor(h).float().std()) for h in outputs_of(model, batch())]
+    assert list(optimizer.tracker.scores().values()) == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_first_tensor_of_a_tuple_or_dict_is_scored():
+    class Pair(nn.Module):
+        def __init__(self, kind):
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(()))
+            self.kind = kind
+
+        def forward(self, x):
+            return (x * self.scale, None) if self.kind is tuple else {"h": x * self.scale}
+
+    model = nn.ModuleList([Pair(tuple), Pair(dict)])
+    tracker = ImportanceTracker()
+    tracker.attach(find_groups(model, lambda name, module: name or None))
+    for module in model:
+        module(torch.full((3, 4), 2.0))
+    assert list(tracker.scores().values()) == pytest.approx([12.0, 12.0])
+
+
+def test_a_copy_of_the_model_carries_no_tracker_with_it():
+    model = ToyModel()
+    tracker = tracked(model)
+    model(batch())
+    before = tracker.scores()
+    twin = copy.deepcopy(model)
+    twin(batch())
+    assert tracker.scores() == before
+
+
+def test_close_removes_every_hook_and_keeps_the_scores():
+    model = ToyModel()
+    tracker = tracked(model)
+    model(batch())
+    before = tracker.scores()
+    tracker.close()
+    model(batch())
+    assert tracker.scores() == before
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+@pytest.mark.parametrize("p", [0, 3, math.inf])
+def test_forward_norm_refuses_other_norms(p):
+    with pytest.raises(ValueError, match=rf"ForwardNorm\(p={p}\)"):
+        ForwardNorm(p=p)
+
+
+def test_unknown_measures_windows_and_used_trackers_are_refused():
+    with pytest.raises(ValueError, match=r"importance='backward'.*'forward'"):
+        ImportanceTracker("backward")
+    with pytest.raises(TypeError, match="neither a short name nor a measure"):
+        ImportanceTracker(ForwardNorm)  # type: ignore[arg-type]  # a class, not an object
+    with pytest.raises(ValueError, match=r"window='epoch'"):
+        ImportanceTracker(window="epoch")  # type: ignore[arg-type]
+    used = tracked(ToyModel())
+    with pytest.raises(ValueError, match="another optimizer"):
+        wrapped(ToyModel(), importance=used)

@@ -1,0 +1,196 @@
+"""Bad input raises before anything changes, and says which parameter, rule, value and remedy."""
+
+from __future__ import annotations
+
+import gc
+import math
+
+import pytest
+import torch
+from torch import nn
+from torch.optim import lr_scheduler
+from toy import ToyModel, backward, names, same, weights, wrapped
+
+from dynalora_optim import DynamicAllocationOptimizer
+
+
+def adamw(model: nn.Module) -> torch.optim.AdamW:
+    return torch.optim.AdamW(model.parameters(), lr=0.1)
+
+
+def assert_refused(make, model, error, match):
+    """``make`` raises, and neither the model nor a second try shows that it was called."""
+    before = weights(model)
+    flags = [layer[0].active for layer in model.layers]
+    with pytest.raises(error, match=match):
+        make()
+    assert same(weights(model), before)
+    assert [layer[0].active for layer in model.layers] == flags
+    assert not any(module._forward_hooks for module in model.modules())
+    assert all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "match"),
+    [
+        ({"active": 0}, ValueError, r"active=0 leaves no module to train.*1 to 6"),
+        ({"active": -3}, ValueError, r"active=-3 leaves no module"),
+        ({"active": 7}, ValueError, r"active=7 exceeds the 6 adapter groups.*at most 6"),
+        ({"active": math.nan}, ValueError, r"active=nan is not a share in \(0, 1\]"),
+        ({"active": 1.5}, ValueError, r"active=1.5 is not a share"),
+        ({"active": "all"}, TypeError, r"active='all' is not a number"),
+        ({"period": 0}, ValueError, r"period=0 must be a whole number of optimizer steps"),
+        ({"period": "often"}, TypeError, r"period='often' is neither"),
+        ({"allocator": "best"}, ValueError, r"allocator='best' is not a known allocator"),
+        ({"importance": "magic"}, ValueError, r"importance='magic' is not a known measure"),
+        ({"groups": "some"}, TypeError, r"groups='some' is not a rule"),
+        (
+            {"always_active": ["layers.9.*"]},
+            ValueError,
+            r"always_active='layers.9.\*' matches none",
+        ),
+        ({"always_active": ["*"]}, ValueError, r"matches all 6 module groups"),
+        ({"always_active": "layers.0.0"}, TypeError, r"one string; pass a sequence"),
+    ],
+)
+def test_options(options, error, match):
+    model = ToyModel()
+    inner = adamw(model)
+    assert_refused(lambda: DynamicAllocationOptimizer(inner, model, **options), model, error, match)
+    DynamicAllocationOptimizer(inner, model)  # the failed try has not claimed it
+
+
+def test_setting_active_is_checked_at_once():
+    optimizer = wrapped(ToyModel(), active=3)
+    with pytest.raises(ValueError, match="active=9 exceeds the 6"):
+        optimizer.active = 9
+    assert optimizer.active == 3
+
+
+@pytest.mark.parametrize("thing", [torch.optim.AdamW, None, "AdamW"])
+def test_something_that_is_no_optimizer(thing):
+    model = ToyModel()
+    assert_refused(
+        lambda: DynamicAllocationOptimizer(thing, model),
+        model,
+        TypeError,
+        r"is not a torch.optim.Optimizer; pass an instance",
+    )
+
+
+def test_parameters_of_another_model():
+    model = ToyModel()
+    assert_refused(
+        lambda: DynamicAllocationOptimizer(adamw(ToyModel()), model),
+        model,
+        ValueError,
+        r"parameter\(s\) that are not in the model: #0 of shape \(2, 8\)",
+    )
+
+
+def test_groups_that_the_optimizer_does_not_hold_are_named():
+    # Built from what was unfrozen at the time: the other layers would never be trained.
+    model = ToyModel()
+    held = [p for name, p in model.named_parameters() if name[:8] not in ("layers.2", "layers.4")]
+    assert_refused(
+        lambda: DynamicAllocationOptimizer(torch.optim.AdamW(held), model),
+        model,
+        ValueError,
+        r"holds no parameter of 2 module group\(s\): layers.2.0, layers.4.0",
+    )
+
+
+def test_groups_that_are_frozen_at_construction_are_named():
+    model = ToyModel()
+    model.layers[1].requires_grad_(False)
+    assert_refused(
+        lambda: DynamicAllocationOptimizer(adamw(model), model),
+        model,
+        ValueError,
+        r"requires_grad is False.*layers.1.0.*Leave requires_grad True",
+    )
+
+
+def test_a_second_wrapper():
+    model = ToyModel()
+    inner = adamw(model)
+    first = DynamicAllocationOptimizer(inner, model)
+    with pytest.raises(ValueError, match="wrapped by another DynamicAllocationOptimizer already"):
+        DynamicAllocationOptimizer(inner, model)
+    with pytest.raises(ValueError, match="wraps another optimizer itself"):
+        DynamicAllocationOptimizer(first, model)
+
+
+def test_lbfgs_cannot_be_allocated():
+    model = ToyModel()
+    assert_refused(
+        lambda: DynamicAllocationOptimizer(torch.optim.LBFGS(model.parameters()), model),
+        model,
+        ValueError,
+        r"LBFGS keeps one state over all parameters",
+    )
+
+
+def test_a_scheduler_on_the_wrapped_optimizer():
+    model = ToyModel()
+    inner = adamw(model)
+    lr_scheduler.StepLR(inner, 1)
+    assert_refused(
+        lambda: DynamicAllocationOptimizer(inner, model),
+        model,
+        ValueError,
+        r"wrap first, then build the scheduler on the wrapper",
+    )
+
+
+@pytest.mark.parametrize("selection", [[], [6], [-1], [0, 0]])
+def test_an_allocator_that_selects_nonsense(selection):
+    class Nonsense:
+        def select(self, context):
+            return selection
+
+    model = ToyModel()
+    with pytest.raises(ValueError, match=r"must return at least one position in 0\.\.5, each once"):
+        wrapped(model, allocator=Nonsense())
+
+
+def test_the_second_optimizer_over_the_same_adapters():
+    model = ToyModel()
+    first = wrapped(model)
+    with pytest.raises(
+        ValueError, match=r"6 module group.*driven by another.*layers.0.0.*close\(\)"
+    ):
+        wrapped(model)
+    assert first.active_groups
+
+
+def test_two_optimizers_over_disjoint_parts():
+    model = ToyModel()
+    halves = [
+        wrapped(model, active=1, groups=lambda name, m, half=half: name if name in half else None)
+        for half in (names()[:3], names()[3:])
+    ]
+    train_both = weights(model)
+    backward(model)
+    for optimizer in halves:
+        optimizer.step()
+    moved = [n for n in names() if not torch.equal(model.get_submodule(n).A, train_both[f"{n}.A"])]
+    assert moved == [name for optimizer in halves for name in optimizer.active_groups]
+
+
+def test_an_optimizer_that_is_gone_leaves_the_model_free():
+    model = ToyModel()
+    optimizer = wrapped(model, active=1)
+    del optimizer
+    gc.collect()
+    assert all(layer[0].active for layer in model.layers)
+    assert not any(module._forward_hooks for module in model.modules())
+    wrapped(model)
+
+
+def test_a_closed_optimizer_can_be_followed_by_another():
+    model = ToyModel()
+    wrapped(model).close()
+    optimizer = wrapped(model)
+    backward(model)
+    optimizer.step()

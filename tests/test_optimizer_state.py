@@ -1,0 +1,264 @@
+"""A run resumes bit for bit: state dicts at any step, and what they refuse."""
+
+from __future__ import annotations
+
+import copy
+import io
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from strategies import any_allocator
+from test_optimizer_contract import RULES, user_groups
+from torch.optim import lr_scheduler
+from toy import ToyModel, backward, names, same, train, weights, wrapped
+
+from dynalora_optim import (
+    DynamicAllocationOptimizer,
+    ForwardNorm,
+    ImportanceTracker,
+    Once,
+    Threshold,
+)
+
+
+def through_a_file(state: dict[str, Any]) -> dict[str, Any]:
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+def resumed(make, stop: int, steps: int = 9):
+    """Train straight through, and again with a file and new objects after ``stop`` steps."""
+    straight = ToyModel()
+    reference = make(straight)
+    train(straight, reference, steps)
+
+    first = ToyModel()
+    stopped = make(first)
+    train(first, stopped, stop)
+    state, model_state = through_a_file(stopped.state_dict()), first.state_dict()
+
+    torch.manual_seed(99)  # what the private generator must not depend on
+    second = ToyModel(seed=5)
+    second.load_state_dict(model_state)
+    optimizer = make(second)
+    optimizer.load_state_dict(state)
+    assert optimizer.active_groups == stopped.active_groups
+    train(second, optimizer, steps - stop, start=stop)
+    return (straight, reference), (second, optimizer)
+
+
+def assert_same_run(left, right) -> None:
+    (model, optimizer), (other_model, other) = left, right
+    assert same(weights(model), weights(other_model))
+    assert optimizer.active_groups == other.active_groups
+    assert optimizer.tracker.scores() == other.tracker.scores()
+    assert optimizer.record.state_dict() == other.record.state_dict()
+
+
+@given(
+    st.integers(0, 9),
+    any_allocator,
+    st.sampled_from([1, 3, 4, Once(4)]),
+    st.sampled_from(["run", "period"]),
+    st.integers(1, 6),
+    st.integers(0, 10),
+)
+def test_resume_anywhere_is_bit_for_bit(stop, allocator, period, window, active, seed):
+    def make(model):
+        return wrapped(
+            model,
+            active=active,
+            period=period,
+            allocator=allocator,
+            importance=ImportanceTracker(ForwardNorm(), window=window),
+            seed=seed,
+        )
+
+    assert_same_run(*resumed(make, stop))
+
+
+@pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
+def test_resume_with_every_rule_also_before_all_states_exist(rule):
+    # Momentum's first step, Rprop's step size, NAdam's product: none of them begins with zeros.
+    cls, options = rule
+
+    def make(model):
+        inner = cls(user_groups(model), **{"lr": 0.02, **options})
+        return DynamicAllocationOptimizer(inner, model, active=2, period=2, allocator="round_robin")
+
+    assert_same_run(*resumed(make, stop=3))
+
+
+def test_the_saved_seed_and_count_go_on():
+    model = ToyModel()
+    optimizer = wrapped(model, active=4, period=1, seed=3)
+    optimizer.active = 2
+    other = wrapped(ToyModel(), active=4, period=1, seed=8)
+    other.load_state_dict(optimizer.state_dict())
+    assert other.active == 2
+    assert other.state_dict()["param_groups"][0]["dynalora_seed"] == 3
+
+
+def test_a_round_trip_changes_nothing():
+    # accelerator.prepare does load_state_dict(state_dict()), also before the first step.
+    for steps in (0, 3):
+        model, reference = ToyModel(), ToyModel()
+        optimizer, untouched = (wrapped(m, active=2, period=2) for m in (model, reference))
+        train(model, optimizer, steps)
+        train(reference, untouched, steps)
+        states = len(optimizer.state)
+        optimizer.load_state_dict(optimizer.state_dict())
+        assert len(optimizer.state) == states
+        train(model, optimizer, 6, start=steps)
+        train(reference, untouched, 6, start=steps)
+        assert_same_run((model, optimizer), (reference, untouched))
+
+
+def test_it_keeps_working_with_a_scheduler_after_loading():
+    model = ToyModel()
+    optimizer = wrapped(model, lr=0.1)
+    scheduler = lr_scheduler.LambdaLR(optimizer, lambda step: 0.5**step)
+    optimizer.load_state_dict(optimizer.state_dict())
+    before = weights(model)
+    for step in range(60):
+        backward(model, step)
+        optimizer.step()
+        scheduler.step()
+        optimizer.zero_grad()
+        if step == 40:
+            before = weights(model)
+    assert {group["lr"] for group in optimizer.param_groups} == {0.1 * 0.5**60}
+    for name, weight in weights(model).items():
+        torch.testing.assert_close(weight, before[name], rtol=0, atol=1e-9)
+
+
+def test_state_dict_holds_plain_values_only():
+    model = ToyModel()
+    optimizer = wrapped(model, active=2)
+    train(model, optimizer, 2)
+
+    def check(value):
+        if isinstance(value, dict):
+            assert all(type(key) in (str, int) for key in value)
+            for item in value.values():
+                check(item)
+        elif isinstance(value, (list, tuple)):
+            for item in value:
+                check(item)
+        else:
+            assert type(value) in (torch.Tensor, int, float, str, bool, type(None)), value
+
+    check(optimizer.state_dict())
+
+
+def test_states_not_yet_materialised_are_saved_as_zeros_and_not_loaded():
+    model = ToyModel()
+    optimizer = wrapped(model, active=2, period=100)
+    train(model, optimizer, 2)
+    state = optimizer.state_dict()
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    assert len(state["state"]) == len(trainable), "frozen base weights have no state"
+    absent = [
+        group["params"][position]
+        for group in state["param_groups"]
+        for position in group["dynalora_unmaterialized"]
+    ]
+    assert len(absent) == 2 * 4
+    for key in absent:
+        assert all(not value.any() for value in state["state"][key].values())
+        assert state["state"][key]["exp_avg"].shape in ((2, 8), (8, 2))
+    optimizer.load_state_dict(state)
+    assert len(optimizer.state) == 2 * 2 + 2
+
+
+def test_what_a_resume_needs_survives_without_the_record():
+    # torch.distributed.checkpoint keeps "state" and "param_groups" only.
+    model = ToyModel()
+    optimizer = wrapped(model, active=2, period=2)
+    train(model, optimizer, 3)
+    state = through_a_file(optimizer.state_dict())
+    del state["record"]
+    twin, twin_optimizer = copy.deepcopy((model, optimizer))
+    twin_optimizer.load_state_dict(state_dict=state)
+    for one, of in ((model, optimizer), (twin, twin_optimizer)):
+        train(one, of, 5, start=3)
+    assert same(weights(model), weights(twin))
+    assert twin_optimizer.active_groups == optimizer.active_groups
+
+
+def test_groups_are_matched_by_name_not_by_place():
+    model = ToyModel()
+    optimizer = wrapped(model, active=2, period=2)
+    train(model, optimizer, 3)
+    state = through_a_file(optimizer.state_dict())
+    state["param_groups"] = state["param_groups"][::-1]
+    twin, twin_optimizer = copy.deepcopy((model, optimizer))
+    twin_optimizer.load_state_dict(state)
+    for one, of in ((model, optimizer), (twin, twin_optimizer)):
+        train(one, of, 5, start=3)
+    assert_same_run((model, optimizer), (twin, twin_optimizer))
+
+
+def test_loading_does_not_change_what_is_loaded():
+    model = ToyModel()
+    optimizer = wrapped(model, active=2)
+    train(model, optimizer, 2)
+    state = optimizer.state_dict()
+    keys = [sorted(group) for group in state["param_groups"]]
+    optimizer.load_state_dict(state)
+    assert [sorted(group) for group in state["param_groups"]] == keys
+
+
+# What is refused, before anything changes
+
+
+def assert_unchanged_by(optimizer, model, state, match):
+    before = copy.deepcopy(optimizer.state_dict())
+    with pytest.raises(ValueError, match=match):
+        optimizer.load_state_dict(state)
+    after = optimizer.state_dict()
+    assert after["param_groups"] == before["param_groups"]
+    assert after["record"] == before["record"]
+    assert after["state"].keys() == before["state"].keys()
+
+
+def test_a_plain_optimizers_state_is_refused_with_the_remedy():
+    model = ToyModel()
+    plain = torch.optim.AdamW(model.parameters())
+    train(model, plain, 1)
+    assert_unchanged_by(
+        wrapped(model), model, plain.state_dict(), r"not saved by.*Load it into the wrapped"
+    )
+
+
+def test_other_groups_are_named():
+    model, other = ToyModel(layers=4), ToyModel(layers=3)
+    assert_unchanged_by(
+        wrapped(other), other, wrapped(model).state_dict(), r"missing: none; unexpected: layers.3.0"
+    )
+    assert_unchanged_by(
+        wrapped(model), model, wrapped(other).state_dict(), r"missing: layers.3.0; unexpected: none"
+    )
+
+
+def test_a_group_of_another_size_is_refused():
+    model = ToyModel()
+    optimizer = wrapped(model)
+    state = optimizer.state_dict()
+    state["param_groups"][0]["params"] = [0]
+    assert_unchanged_by(optimizer, model, state, "doesn't match the size")
+
+
+def test_threshold_and_names_come_back():
+    model = ToyModel()
+    optimizer = wrapped(model, allocator=Threshold(0.4), period=1)
+    train(model, optimizer, 2)
+    other = wrapped(ToyModel(), allocator=Threshold(0.4), period=1)
+    other.load_state_dict(optimizer.state_dict())
+    assert [group["name"] for group in other.param_groups] == [*names(), "always_active"]
+    assert other.active_groups == optimizer.active_groups
