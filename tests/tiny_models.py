@@ -222,3 +222,33 @@ _BUILDERS: dict[str, Callable[[], TinyModel]] = {
 }
 NAMES = tuple(_BUILDERS)
 TRANSFORMERS = NAMES[:5]
+
+
+def randomize_trainable(model: nn.Module, seed: int = 1, scale: float = 0.1) -> None:
+    """Move every trainable parameter by seeded noise, as training would: B is no longer zero."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for param in model.parameters():
+            if param.requires_grad:
+                param += scale * torch.randn(param.shape, generator=generator).to(param.dtype)
+
+
+def snapshot(model: nn.Module) -> dict[str, object]:
+    """Return all that an operation on a model might change, to compare with ``same``."""
+    modules = {name: id(m) for name, m in model.named_modules(remove_duplicate=False)}
+    return {
+        "modules": modules,
+        "state": {name: tensor.clone() for name, tensor in model.state_dict().items()},
+        "requires_grad": {name: p.requires_grad for name, p in model.named_parameters()},
+        "identity": {name: id(p) for name, p in model.named_parameters()},
+        "attributes": {name: sorted(m.__dict__) for name, m in model.named_modules()},
+    }
+
+
+def same(before: dict[str, object], after: dict[str, object]) -> bool:
+    """Whether two snapshots agree, tensors bit for bit."""
+    old, new = before.pop("state"), after.pop("state")
+    assert isinstance(old, dict)
+    assert isinstance(new, dict)
+    equal = old.keys() == new.keys() and all(torch.equal(old[k], new[k]) for k in old)
+    return equal and before == after
