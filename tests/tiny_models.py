@@ -230,7 +230,8 @@ def randomize_trainable(model: nn.Module, seed: int = 1, scale: float = 0.1) -> 
     with torch.no_grad():
         for param in model.parameters():
             if param.requires_grad:
-                param += scale * torch.randn(param.shape, generator=generator).to(param.dtype)
+                noise = torch.randn(param.shape, generator=generator)
+                param.add_(noise.to(param.dtype), alpha=scale)
 
 
 def snapshot(model: nn.Module) -> dict[str, object]:

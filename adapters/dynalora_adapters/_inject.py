@@ -1,0 +1,153 @@
+"""Put adapters into a model, and take them out again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from dynalora_adapters._config import AdapterConfig
+from dynalora_adapters._layers import AdapterLinear
+from dynalora_adapters._models import replace_modules, require_adapters, unwrap
+from dynalora_adapters._targets import Plan, make_plan
+
+_RECORD = "_dynalora_injection"  # an attribute of the adapted model
+_NESTED = "use_nested_tensor"  # an attribute of nn.TransformerEncoder
+
+
+@dataclass(frozen=True)
+class Injection:
+    """What a model remembers of its injection.
+
+    Attributes:
+        config: The configuration it was adapted with.
+        required_grad: ``requires_grad`` of every base parameter before, by name.
+        nested_tensor: ``use_nested_tensor`` of the transformer encoders before, by name.
+    """
+
+    config: AdapterConfig
+    required_grad: dict[str, bool]
+    nested_tensor: dict[str, bool]
+
+
+def inject(model: nn.Module, config: AdapterConfig) -> nn.Module:
+    """Lay adapters over the target modules of ``model``, in place.
+
+    Everything else is frozen, but for ``config.trainable``. The output stays the same, bit for
+    bit, until the adapters are trained. A module that the model refers to under several names is
+    adapted once and replaced everywhere. All checks come before the first change.
+
+    Args:
+        model: The model to adapt.
+        config: Which modules, and how.
+
+    Returns:
+        The same model.
+
+    Raises:
+        TypeError: If ``config`` is not a configuration of this package.
+        ValueError: If the model is adapted already, or an entry of the configuration means no
+            module that can be adapted or trained.
+    """
+    if not isinstance(config, AdapterConfig):
+        raise TypeError(
+            f"config must be a LoRAConfig of this package, got {type(config).__name__}; "
+            f"build one with LoRAConfig(rank=..., alpha=..., targets=...)."
+        )
+    check_bare(model)
+    plan = make_plan(model, config)
+    install(model, config, plan, config.build(plan.bases))
+    return model
+
+
+def remove(model: nn.Module) -> nn.Module:
+    """Put the base modules back, in place.
+
+    A merged adapter leaves its delta in the weights; ``unmerge`` first to be rid of it. The
+    ``requires_grad`` of every base parameter becomes what it was before ``inject``.
+
+    Returns:
+        The same model.
+
+    Raises:
+        ValueError: If the model holds no adapters.
+    """
+    bare = unwrap(model)
+    layers = require_adapters(bare)
+    replace_modules(bare, {layer: layer.base_layer for layer in layers.values()})
+    record = bare.__dict__.pop(_RECORD, None)
+    if record is not None:
+        for name, param in bare.named_parameters():
+            param.requires_grad_(record.required_grad.get(name, param.requires_grad))
+        for name, flag in record.nested_tensor.items():
+            setattr(bare.get_submodule(name), _NESTED, flag)
+    return model
+
+
+def injection_of(model: nn.Module) -> Injection:
+    """Return what ``inject`` noted on an adapted model."""
+    record = getattr(model, _RECORD, None)
+    if not isinstance(record, Injection):
+        raise ValueError(
+            f"model ({type(model).__name__}) was not adapted by inject(model, config) itself; "
+            f"pass the very module that was given to inject."
+        )
+    return record
+
+
+def check_bare(model: nn.Module) -> None:
+    """Raise where the model is wrapped, or holds adapters, ours or another library's."""
+    if unwrap(model) is not model:
+        raise ValueError(
+            f"model is wrapped in {type(model).__name__}, which has taken stock of its parameters; "
+            f"adapt the model first, then wrap or compile it."
+        )
+    for name, module in model.named_modules():
+        if isinstance(module, AdapterLinear):
+            raise ValueError(f"model is adapted already (at {name}); call remove(model) first.")
+        if hasattr(module, "adapter_layer_names"):
+            raise ValueError(
+                f"model is adapted already by peft (at {name}); unload() that adapter first."
+            )
+
+
+def install(
+    model: nn.Module, config: AdapterConfig, plan: Plan, layers: Mapping[str, AdapterLinear]
+) -> None:
+    """Freeze the model and replace the planned modules; nothing here can fail halfway."""
+    before = {name: param.requires_grad for name, param in model.named_parameters()}
+    model.requires_grad_(False)
+    for module in plan.trainable:
+        for param in module.parameters():
+            param.requires_grad_(param.is_floating_point())
+    replace_modules(model, {base: layers[name] for name, base in plan.bases.items()})
+    setattr(model, _RECORD, Injection(config, before, _leave_fast_path(model)))
+
+
+def _leave_fast_path(model: nn.Module) -> dict[str, bool]:
+    """Make torch's transformer layers call their adapters in eval mode too.
+
+    The inference fast path of ``nn.TransformerEncoderLayer`` reads ``linear1.weight`` and
+    ``linear2.weight`` itself, past any adapter, unless some submodule has a hook. Without it,
+    ``nn.TransformerEncoder`` must not pack padded batches into nested tensors, which attention
+    cannot differentiate (torch/nn/modules/transformer.py). Returns what that flag was, by name.
+    """
+    nested = {}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.TransformerEncoderLayer):
+            for layer in _adapters_in(module):
+                layer.register_forward_pre_hook(_no_change)
+        elif isinstance(module, nn.TransformerEncoder) and any(_adapters_in(module)):
+            nested[name] = module.use_nested_tensor
+            setattr(module, _NESTED, False)
+    return nested
+
+
+def _adapters_in(module: nn.Module) -> Iterator[AdapterLinear]:
+    return (inner for inner in module.modules() if isinstance(inner, AdapterLinear))
+
+
+def _no_change(module: nn.Module, args: Any) -> None:
+    """A hook whose presence is all that matters; at module level, so that models pickle."""

@@ -1,0 +1,87 @@
+"""Fold adapters into the base weights, and out again."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from dynalora_adapters._layers import AdapterLinear
+from dynalora_adapters._models import parameter_owners, require_adapters, unwrap
+
+
+def merge(model: nn.Module) -> nn.Module:
+    """Add every adapter's delta to its base weight, in place.
+
+    Merged layers cost what the base costs. The sum is computed in float32 (float64 over float64)
+    and rounded to the weight's dtype. Layers merged already are left as they are.
+
+    Returns:
+        The same model.
+
+    Raises:
+        ValueError: If the model holds no adapters, or a weight cannot take a delta: it is packed,
+            not floating, computed by a parametrization or shared with another module, or would
+            become infinite or nan. Then nothing has changed.
+    """
+    return _fold(model, merged=True)
+
+
+def unmerge(model: nn.Module) -> nn.Module:
+    """Subtract the deltas that ``merge`` added, in place.
+
+    The weights come back to within rounding: one unit in the last place of their dtype, so a
+    model in half precision that must come back exactly is better kept or reloaded. Layers that
+    are not merged are left as they are.
+
+    Returns:
+        The same model.
+
+    Raises:
+        ValueError: If the model holds no adapters, or a weight would become infinite or nan. Then
+            nothing has changed.
+    """
+    return _fold(model, merged=False)
+
+
+def _fold(model: nn.Module, *, merged: bool) -> nn.Module:
+    layers = require_adapters(unwrap(model))
+    pending = {name: layer for name, layer in layers.items() if layer.merged is not merged}
+    owners = parameter_owners(unwrap(model))
+    for name, layer in pending.items():
+        _check(name, layer, owners)
+    for layer in pending.values():
+        with torch.no_grad():
+            layer.weight.copy_(_folded(layer))
+        layer.merged = merged
+    return model
+
+
+@torch.no_grad()
+def _folded(layer: AdapterLinear) -> Tensor:
+    """Return the base weight with the delta added, or taken out of a merged one."""
+    delta = layer.delta_weight()
+    if layer.shape.transposed:
+        delta = delta.T
+    weight = layer.weight.to(delta.dtype)
+    folded = weight - delta if layer.merged else weight + delta
+    return folded.to(layer.weight.dtype)
+
+
+def _check(name: str, layer: AdapterLinear, owners: dict[int, list[str]]) -> None:
+    """Raise unless the layer's weight can hold the delta. Computes it once more than needed."""
+    weight = layer.weight
+    if not isinstance(layer.base_layer._parameters.get("weight"), nn.Parameter):
+        reason = "is not a parameter of its own (a buffer or a parametrization)"
+    elif weight.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        reason = f"is {weight.dtype}, which cannot hold the delta"
+    elif sorted(weight.shape) != sorted((layer.in_features, layer.out_features)):
+        reason = f"is packed in the shape {tuple(weight.shape)}"
+    elif len(others := owners[id(weight)]) > 1:
+        reason = f"is shared ({', '.join(others)}), so that the delta would reach other modules"
+    elif not all(torch.isfinite(getattr(layer, p)).all() for p in layer.adapter_params()):
+        reason = "would get a delta from adapter weights that hold inf or nan"
+    elif not torch.isfinite(_folded(layer)).all():
+        reason = f"would hold inf or nan in {weight.dtype}"
+    else:
+        return
+    raise ValueError(f"the weight of {name} {reason}; keep the adapter unmerged, or remove it.")

@@ -1,0 +1,114 @@
+"""What a model is made of: its modules by name, its adapters, who owns which parameter."""
+
+from __future__ import annotations
+
+from collections.abc import Container, Mapping
+
+from torch import nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+
+from dynalora_adapters._bases import is_conv1d, linear_shape
+from dynalora_adapters._layers import AdapterLinear
+
+_TASKS = {  # the end of a transformers class name -> peft's task_type
+    "ForSequenceClassification": "SEQ_CLS",
+    "ForTokenClassification": "TOKEN_CLS",
+    "ForQuestionAnswering": "QUESTION_ANS",
+    "ForCausalLM": "CAUSAL_LM",
+    "LMHeadModel": "CAUSAL_LM",
+    "ForConditionalGeneration": "SEQ_2_SEQ_LM",
+    "Seq2Seq": "SEQ_2_SEQ_LM",
+}
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """Return the model inside DistributedDataParallel, DataParallel and torch.compile."""
+    while isinstance(model, (DistributedDataParallel, DataParallel)) or hasattr(model, "_orig_mod"):
+        inner = model._orig_mod if hasattr(model, "_orig_mod") else model.module
+        assert isinstance(inner, nn.Module)
+        model = inner
+    return model
+
+
+def module_tree(model: nn.Module) -> dict[str, nn.Module]:
+    """Return every module below the model by dotted name, parents first.
+
+    A module reachable under several names appears under each; what lies inside an adapter does
+    not appear, so that an adapted model and its bare twin have the same names.
+    """
+    tree: dict[str, nn.Module] = {}
+    adapters: set[str] = set()
+    for name, module in model.named_modules(remove_duplicate=False):
+        if not name or inside(name, adapters):
+            continue
+        tree[name] = module
+        if isinstance(module, AdapterLinear):
+            adapters.add(name)
+    return tree
+
+
+def first_names(tree: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
+    """Keep each module under the first of its names only."""
+    first: dict[nn.Module, str] = {}
+    for name, module in tree.items():
+        first.setdefault(module, name)
+    return {name: module for module, name in first.items()}
+
+
+def adapters_of(model: nn.Module) -> dict[str, AdapterLinear]:
+    """Return the model's adapters, each under the first of its names."""
+    modules = first_names(module_tree(model))
+    return {name: module for name, module in modules.items() if isinstance(module, AdapterLinear)}
+
+
+def require_adapters(model: nn.Module) -> dict[str, AdapterLinear]:
+    """Return the model's adapters, or raise ValueError where there is none."""
+    adapters = adapters_of(model)
+    if not adapters:
+        raise ValueError(
+            f"model ({type(model).__name__}) holds no adapters; call inject(model, config) first."
+        )
+    return adapters
+
+
+def parameter_owners(model: nn.Module) -> dict[int, list[str]]:
+    """Return the id of every parameter and the names it has in distinct modules."""
+    owners: dict[int, list[str]] = {}
+    for prefix, module in model.named_modules():
+        for name, param in module.named_parameters(prefix, recurse=False):
+            owners.setdefault(id(param), []).append(name)
+    return owners
+
+
+def replace_modules(model: nn.Module, new: Mapping[nn.Module, nn.Module]) -> None:
+    """Put ``new[module]`` wherever the model refers to ``module``."""
+    for parent in list(model.modules()):
+        for name, child in list(parent._modules.items()):
+            if child is not None and child in new and new[child] is not parent:
+                setattr(parent, name, new[child])
+
+
+def inside(name: str, names: Container[str]) -> bool:
+    """Whether ``name`` is one of ``names`` or lies below one of them."""
+    parts = name.split(".")
+    return any(".".join(parts[:end]) in names for end in range(1, len(parts) + 1))
+
+
+def task_type(model: nn.Module) -> str | None:
+    """Return peft's name for what the model does, by the end of its class name."""
+    kind = type(model).__name__
+    return next((task for end, task in _TASKS.items() if kind.endswith(end)), None)
+
+
+def output_head(model: nn.Module) -> nn.Module | None:
+    """Return the module that "all-linear" leaves alone: the language-model or class head."""
+    embeddings = getattr(model, "get_output_embeddings", None)
+    head = embeddings() if callable(embeddings) else None
+    if head is None and task_type(model) == "SEQ_CLS":
+        head = getattr(model, "score", None) or getattr(model, "classifier", None)
+    return head if isinstance(head, nn.Module) else None
+
+
+def is_plain_linear(module: nn.Module) -> bool:
+    """Whether "all-linear" means this module."""
+    return linear_shape(module) is not None and (isinstance(module, nn.Linear) or is_conv1d(module))

@@ -1,0 +1,193 @@
+"""From a configuration to the modules it means. Nothing here changes a model."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from torch import nn
+
+from dynalora_adapters._bases import linear_shape
+from dynalora_adapters._config import AdapterConfig, Names
+from dynalora_adapters._models import (
+    first_names,
+    inside,
+    is_plain_linear,
+    module_tree,
+    output_head,
+    parameter_owners,
+)
+
+ALL_LINEAR = "all-linear"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What an injection will do.
+
+    Attributes:
+        bases: The modules to adapt, each under the first of its names, parents first.
+        trainable: The modules that stay trainable whole.
+    """
+
+    bases: dict[str, nn.Module]
+    trainable: list[nn.Module]
+
+
+def matches(names: Names, name: str) -> bool:
+    """Whether a module's dotted name is meant: by a regular expression, or by one of a list."""
+    if isinstance(names, str):
+        return re.fullmatch(names, name) is not None
+    return any(name == entry or name.endswith(f".{entry}") for entry in names)
+
+
+def is_all_linear(names: Names) -> bool:
+    """Whether ``names`` is the word for every linear layer but the output head."""
+    return isinstance(names, str) and names.lower() == ALL_LINEAR
+
+
+def head_names(tree: Iterable[str], trainable: Names) -> set[str]:
+    """Return the modules that peft's loader takes for one of ``trainable``.
+
+    It compares plain ends of names: ``pre_classifier`` counts for ``classifier``. Such modules
+    cannot be adapted as well, and their weights have to be in the file.
+    """
+    return {name for name in tree if name.endswith(tuple(trainable))}
+
+
+def make_plan(model: nn.Module, config: AdapterConfig) -> Plan:
+    """Resolve a configuration against a bare model.
+
+    Raises:
+        ValueError: If an entry of ``targets``, ``exclude`` or ``trainable`` means no module or
+            only modules that cannot be adapted, or a trainable weight is shared.
+    """
+    tree = module_tree(model)
+    _check_known("exclude", config.exclude, tree)
+    _check_known("trainable", config.trainable, tree)
+    _check_not_shared(model, config, tree)
+    left_out = _left_out(tree, config)
+    if is_all_linear(config.targets):
+        chosen = _all_linear(model, tree) - left_out
+    else:
+        bypassed = _bypassed(model)
+        found = [_resolve(rule, tree, left_out, bypassed) for rule in _rules(config.targets)]
+        chosen = set().union(*found)
+    if not chosen:
+        raise ValueError(
+            f"targets={config.targets!r} leaves no module to adapt: every match is an output head, "
+            f"is in exclude={config.exclude!r} or lies in trainable={config.trainable!r}; narrow "
+            f"what is left out, or name other targets."
+        )
+    return Plan(
+        bases=_outermost({n: m for n, m in first_names(tree).items() if m in chosen}),
+        trainable=[m for n, m in first_names(tree).items() if matches(config.trainable, n)],
+    )
+
+
+def _rules(names: Names) -> list[Names]:
+    """Split a list into its entries, each of which has to mean something."""
+    if isinstance(names, str):
+        return [names] if names else []
+    return [(entry,) for entry in names]
+
+
+def _left_out(tree: Mapping[str, nn.Module], config: AdapterConfig) -> set[nn.Module]:
+    """Return the modules that ``exclude`` or ``trainable`` keep from being adapted."""
+    heads = head_names(tree, config.trainable)
+    return {m for n, m in tree.items() if matches(config.exclude, n) or inside(n, heads)}
+
+
+def _all_linear(model: nn.Module, tree: Mapping[str, nn.Module]) -> set[nn.Module]:
+    head = output_head(model)
+    inner = set(head.modules()) if head is not None else set()
+    linear = {module for module in tree.values() if is_plain_linear(module)}
+    return linear - inner - _bypassed(model)
+
+
+def _bypassed(model: nn.Module) -> set[nn.Module]:
+    """Return linear layers whose weight is read without a call of their forward."""
+    attentions = (m for m in model.modules() if isinstance(m, nn.MultiheadAttention))
+    return {attention.out_proj for attention in attentions}
+
+
+def _outermost(modules: dict[str, nn.Module]) -> dict[str, nn.Module]:
+    """Drop modules that lie inside another one of the same choice."""
+    return {
+        name: module
+        for name, module in modules.items()
+        if "." not in name or not inside(name.rpartition(".")[0], modules)
+    }
+
+
+def _resolve(
+    rule: Names,
+    tree: Mapping[str, nn.Module],
+    left_out: set[nn.Module],
+    bypassed: set[nn.Module],
+) -> set[nn.Module]:
+    """Return the linear layers that one entry of ``targets`` means, less those left out."""
+    found = {name: module for name, module in tree.items() if matches(rule, name)}
+    if not found:
+        raise _unknown("targets", rule, tree)
+    kept = {name: module for name, module in found.items() if module not in left_out}
+    for name, module in kept.items():
+        if module in bypassed:
+            raise ValueError(
+                f"targets matches {name}, which nn.MultiheadAttention reads without calling it: an "
+                f"adapter there would do nothing; leave it out with exclude=[{name!r}]."
+            )
+    linear = {module for module in found.values() if linear_shape(module) is not None}
+    if not linear:
+        kinds = sorted({type(module).__name__ for module in found.values()})
+        raise ValueError(
+            f"targets entry {_show(rule)} matches only modules that are not linear layers "
+            f"({', '.join(kinds)}); name linear layers, such as {_linear_leaves(tree)}."
+        )
+    return linear - left_out
+
+
+def _check_known(option: str, names: Names, tree: Mapping[str, nn.Module]) -> None:
+    for rule in _rules(names):
+        if not any(matches(rule, name) for name in tree):
+            raise _unknown(option, rule, tree)
+
+
+def _check_not_shared(
+    model: nn.Module, config: AdapterConfig, tree: Mapping[str, nn.Module]
+) -> None:
+    """A trainable weight must not belong to a frozen module as well."""
+    whole = {name for name in tree if matches(config.trainable, name)}
+    for names in parameter_owners(model).values():
+        free = [n for n in names if inside(n.rpartition(".")[0], whole)]
+        frozen = sorted(set(names) - set(free))
+        if free and frozen:
+            raise ValueError(
+                f"trainable includes {free[0]}, which is the same parameter as {frozen[0]} of a "
+                f"frozen module; name both modules in trainable, or untie them."
+            )
+
+
+def _unknown(option: str, rule: Names, tree: Mapping[str, nn.Module]) -> ValueError:
+    leaves = sorted({name.rpartition(".")[2] for name in tree})
+    text = rule if isinstance(rule, str) else rule[0]
+    near = difflib.get_close_matches(text.rpartition(".")[2], leaves, n=3)
+    hint = f" Did you mean {', '.join(near)}?" if near else ""
+    if isinstance(rule, str):
+        hint += f" A string is a regular expression for the whole dotted name; [{rule!r}] matches "
+        hint += "names by their end."
+    return ValueError(
+        f"{option} entry {_show(rule)} matches no module of the model.{hint} "
+        f"Linear layers are called {_linear_leaves(tree)}."
+    )
+
+
+def _show(rule: Names) -> str:
+    return repr(rule if isinstance(rule, str) else rule[0])
+
+
+def _linear_leaves(tree: Mapping[str, nn.Module]) -> str:
+    leaves = {n.rpartition(".")[2] for n, m in tree.items() if linear_shape(m) is not None}
+    return ", ".join(sorted(leaves)[:12]) or "(there is none)"
