@@ -5,10 +5,12 @@ How the pieces divide the work. Data flows one way:
     model -> named groups -> scores -> selection -> freezing -> step -> record
 
 * `DynamicAllocationOptimizer` wraps a torch optimizer and takes its place in the training loop.
-* An `ImportanceTracker` scores the module groups with a measure such as `ForwardNorm`.
+* An `ImportanceTracker` scores the module groups with a measure (`ForwardNorm`, `GradientNorm`,
+  `Sensitivity`, or your own `ForwardMeasure` or `GradientMeasure`) over a window (`Ema`).
 * An allocator (`TopK`, `Threshold`, `Stochastic`, `DiscountedStochastic`, `UniformRandom`,
   `RoundRobin`) chooses from an `AllocationContext`: numbers only, no modules.
 * A schedule (`Periodic`, `Once`) says after which optimizer steps to choose anew.
+* `LocalLR` lets each module follow the learning-rate schedule at its own pace.
 * The `AllocationRecord` keeps every `Reallocation`.
 
 This package imports torch and the standard library only. It recognises adapters by what they have
@@ -27,10 +29,19 @@ from dynalora_optim._allocators import (
 )
 from dynalora_optim._groups import AdapterModule
 from dynalora_optim._importance import ImportanceTracker
-from dynalora_optim._measures import ForwardNorm, ImportanceMeasure
+from dynalora_optim._lr import LocalLR
+from dynalora_optim._measures import (
+    ForwardMeasure,
+    ForwardNorm,
+    ForwardPass,
+    GradientMeasure,
+    GradientNorm,
+    Sensitivity,
+)
 from dynalora_optim._optimizer import DynamicAllocationOptimizer
 from dynalora_optim._record import AllocationRecord, Reallocation
 from dynalora_optim._schedules import Once, Periodic, Schedule
+from dynalora_optim._windows import Ema
 
 __all__ = [
     "AdapterModule",
@@ -39,14 +50,20 @@ __all__ = [
     "Allocator",
     "DiscountedStochastic",
     "DynamicAllocationOptimizer",
+    "Ema",
+    "ForwardMeasure",
     "ForwardNorm",
-    "ImportanceMeasure",
+    "ForwardPass",
+    "GradientMeasure",
+    "GradientNorm",
     "ImportanceTracker",
+    "LocalLR",
     "Once",
     "Periodic",
     "Reallocation",
     "RoundRobin",
     "Schedule",
+    "Sensitivity",
     "Stochastic",
     "Threshold",
     "TopK",

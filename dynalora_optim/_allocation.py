@@ -7,9 +7,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from dynalora_optim._allocators import AllocationContext, Allocator
-from dynalora_optim._importance import usable_scores
 from dynalora_optim._record import AllocationRecord, Reallocation
 from dynalora_optim._schedules import Schedule
+from dynalora_optim._scores import usable_scores
+from dynalora_optim._starvation import StarvationBound
+
+NEVER = -1  # the step at which a group that never paused came back
 
 
 class Allocation:
@@ -34,7 +37,13 @@ class Allocation:
         allocator: Allocator,
         schedule: Schedule,
         seed: int,
+        warmup: int = 0,
+        max_idle_periods: int | None = None,
     ) -> None:
+        if isinstance(warmup, bool) or not isinstance(warmup, int) or warmup < 0:
+            raise ValueError(f"warmup={warmup!r} must be a whole number of optimizer steps, >= 0.")
+        if max_idle_periods is not None:
+            allocator = StarvationBound(allocator, max_idle_periods)
         self.names = list(names)
         self.chosen: frozenset[str] = frozenset()
         self.updates = dict.fromkeys(self.names, 0)
@@ -42,8 +51,11 @@ class Allocation:
         self.record = AllocationRecord()
         self._allocator = allocator
         self._schedule = schedule
+        self._warmup = warmup
         self._seed = seed
         self._reallocations = 0
+        self._idle = dict.fromkeys(self.names, 0)
+        self._activated = dict.fromkeys(self.names, NEVER)
         self.active = active
 
     @property
@@ -53,7 +65,9 @@ class Allocation:
 
     @active.setter
     def active(self, active: float) -> None:
-        resolve_active(active, len(self.names))
+        count = resolve_active(active, len(self.names))
+        if isinstance(self._allocator, StarvationBound):
+            self._allocator.check(count, len(self.names))
         self._active = active
 
     def is_active(self, name: str) -> bool:
@@ -66,22 +80,35 @@ class Allocation:
 
     def extend(self, names: Iterable[str], order: Iterable[str]) -> None:
         """Add groups, inactive until the next selection, and put all in ``order``."""
-        self.updates.update(dict.fromkeys(names, 0))
+        for name in names:
+            self.updates[name], self._idle[name], self._activated[name] = 0, 0, NEVER
         self.names = [name for name in order if name in self.updates]
 
-    def select(self, scores: Mapping[str, float]) -> None:
-        """Choose the active set by these scores and record it."""
+    def select(self, scores: Mapping[str, float]) -> frozenset[str]:
+        """Choose the active set by these scores and record it; return who was inactive before."""
         usable = usable_scores(scores)
+        before = self.chosen
+        self.chosen = self._named(self._selection(usable))
+        self.record.append(Reallocation(self.steps, usable, self.active_names()))
+        self._idle = {n: 0 if n in self.chosen else idle + 1 for n, idle in self._idle.items()}
+        self._reallocations += 1
+        if self._reallocations == 1:
+            return frozenset()  # the beginning of training is no return from a pause
+        self._activated.update(dict.fromkeys(self.chosen - before, self.steps))
+        return self.chosen - before
+
+    def _selection(self, scores: Mapping[str, float]) -> Iterable[int]:
+        if self.steps < self._warmup:
+            return range(len(self.names))
         context = AllocationContext(
-            scores=tuple(usable[name] for name in self.names),
+            scores=tuple(scores[name] for name in self.names),
             updates=tuple(self.updates[name] for name in self.names),
             active=resolve_active(self._active, len(self.names)),
             reallocation=self._reallocations,
             generator=random.Random(f"{self._seed}:{self._reallocations}"),
+            idle=tuple(self._idle[name] for name in self.names),
         )
-        self.chosen = self._named(self._allocator.select(context))
-        self._reallocations += 1
-        self.record.append(Reallocation(self.steps, usable, self.active_names()))
+        return self._allocator.select(context)
 
     def _named(self, selection: Iterable[int]) -> frozenset[str]:
         positions = list(selection)
@@ -100,7 +127,24 @@ class Allocation:
                 self.updates[name] += 1
         self.steps += 1
         self.record.advance()
-        return self._schedule.due(self.steps)
+        if self.steps <= self._warmup:
+            return self.steps == self._warmup
+        return self._schedule.due(self.steps - self._warmup)
+
+    def age(self, name: str) -> int | None:
+        """Return the steps since the group came back from a pause; None if it never paused."""
+        activated = self._activated.get(name, NEVER)
+        return None if activated == NEVER else self.steps - activated
+
+    def local_time(self, name: str) -> tuple[int, float]:
+        """Return the updates of a group and the share of modules that are active with it.
+
+        A group that is not allocated has had one update per step.
+        """
+        if name not in self.updates:
+            return self.steps, 1.0
+        count = resolve_active(self._active, len(self.names))
+        return self.updates[name], count / len(self.names)
 
     def clock_state(self) -> dict[str, Any]:
         """Return the numbers that belong to no single group."""
@@ -113,7 +157,14 @@ class Allocation:
 
     def group_state(self, name: str) -> dict[str, Any]:
         """Return the numbers of one group."""
-        return {"active": self.is_active(name), "updates": self.updates.get(name, 0)}
+        if name not in self.updates:
+            return {}
+        return {
+            "active": name in self.chosen,
+            "updates": self.updates[name],
+            "idle": self._idle[name],
+            "activated": self._activated[name],
+        }
 
     def load_state(
         self,
@@ -127,11 +178,13 @@ class Allocation:
         self._active = clock["active_setting"]
         self._seed = clock["seed"]
         self.updates = {name: groups[name]["updates"] for name in self.updates}
+        self._idle = {name: groups[name]["idle"] for name in self.updates}
+        self._activated = {name: groups[name]["activated"] for name in self.updates}
         self.chosen = frozenset(name for name in self.names if groups[name]["active"])
         self.record.load_state_dict(record)
         if not record:  # torch.distributed.checkpoint drops it: begin anew with what is active
-            scores = {name: groups[name]["score"] for name in self.names}
-            self.record.append(Reallocation(self.steps, scores, self.active_names()))
+            no_scores = dict.fromkeys(self.names, 0.0)
+            self.record.append(Reallocation(self.steps, no_scores, self.active_names()))
 
 
 def resolve_active(active: float, modules: int) -> int:

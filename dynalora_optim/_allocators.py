@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Literal, Protocol, runtime_checkable
 
-from dynalora_optim._importance import normalised
+from dynalora_optim._scores import normalised
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,7 @@ class AllocationContext:
         active: How many modules to choose (1 <= active <= M).
         reallocation: The number of selections made before this one.
         generator: The random numbers of this selection, equal on every rank and after a resume.
+        idle: How many selections in a row have left each module out; () where nobody counts.
     """
 
     scores: tuple[float, ...]
@@ -35,6 +36,7 @@ class AllocationContext:
     active: int
     reallocation: int
     generator: random.Random
+    idle: tuple[int, ...] = ()
 
     @property
     def importance(self) -> tuple[float, ...]:

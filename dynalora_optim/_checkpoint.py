@@ -10,53 +10,51 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from torch import Tensor
-
-from dynalora_optim._allocation import Allocation
-from dynalora_optim._importance import ImportanceTracker
 from dynalora_optim._param_groups import ParamGroup
-from dynalora_optim._states import MARK, add_placeholders, drop_placeholders
+from dynalora_optim._states import drop_placeholders
 
 PREFIX = "dynalora_"
 
 
-def pack(
-    packed: dict[str, Any],
-    groups: list[ParamGroup],
-    state: Mapping[Tensor, Any],
-    allocation: Allocation,
-    tracker: ImportanceTracker,
-) -> dict[str, Any]:
-    """Complete torch's state dict ``packed`` and return it."""
-    add_placeholders(packed, groups, state)
-    scores = tracker.state_dict()
-    for group in packed["param_groups"]:
-        name = group["name"]
-        values = {
-            **allocation.clock_state(),
-            **allocation.group_state(name),
-            **scores.get(name, {}),
-        }
-        group.update((PREFIX + key, value) for key, value in values.items())
-    packed["record"] = allocation.record.state_dict()
-    return packed
+def pack(packed: dict[str, Any], values: Sequence[Mapping[str, Any]]) -> None:
+    """Put ``values``, one mapping per param group, into torch's state dict ``packed``."""
+    for group, extra in zip(packed["param_groups"], values, strict=True):
+        group.update((PREFIX + key, value) for key, value in extra.items())
 
 
-def unpack(packed: Mapping[str, Any], groups: Sequence[ParamGroup]) -> dict[str, Any]:
-    """Return torch's own state dict out of ``packed``, its param groups in the order of ``groups``.
+def unpack(
+    packed: Mapping[str, Any], groups: Sequence[ParamGroup]
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Return torch's own state dict out of ``packed``, and the values that `pack` put there.
+
+    Both are in the order of ``groups``; groups are matched by name.
 
     Raises:
         ValueError: ``packed`` is a plain optimizer's, or has other module groups.
     """
-    saved_groups = packed["param_groups"]
+    saved = _matched(packed["param_groups"], groups)
+    lean = drop_placeholders({**packed, "param_groups": saved})
+    lean["param_groups"] = [
+        {key: value for key, value in group.items() if not key.startswith(PREFIX)}
+        for group in saved
+    ]
+    values = [
+        {k.removeprefix(PREFIX): value for k, value in group.items() if k.startswith(PREFIX)}
+        for group in saved
+    ]
+    return lean, values
+
+
+def _matched(
+    saved_groups: Sequence[Mapping[str, Any]], groups: Sequence[ParamGroup]
+) -> list[Mapping[str, Any]]:
     if any(PREFIX + "steps" not in group for group in saved_groups):
         raise ValueError(
             "state_dict was not saved by a DynamicAllocationOptimizer: its param_groups lack "
             f"'{PREFIX}steps'. Load it into the wrapped optimizer before wrapping: its state is "
             "taken over."
         )
-    saved = _keyed(saved_groups)
-    ours = _keyed(groups)
+    saved, ours = _keyed(saved_groups), _keyed(groups)
     if saved.keys() != ours.keys():
         raise ValueError(
             "state_dict holds other module groups than this optimizer; "
@@ -64,27 +62,7 @@ def unpack(packed: Mapping[str, Any], groups: Sequence[ParamGroup]) -> dict[str,
             f"unexpected: {_names(saved.keys() - ours.keys())}. Build the model and the "
             "optimizer with the settings that they were saved with."
         )
-    lean = drop_placeholders({**packed, "param_groups": [saved[key] for key in ours]})
-    lean["param_groups"] = [
-        {key: value for key, value in group.items() if not key.startswith(PREFIX)}
-        for group in lean["param_groups"]
-    ]
-    return lean
-
-
-def restore(packed: Mapping[str, Any], allocation: Allocation, tracker: ImportanceTracker) -> None:
-    """Put the allocation and the scores back as ``packed`` has them."""
-    values = {
-        group["name"]: {
-            key.removeprefix(PREFIX): value
-            for key, value in group.items()
-            if key.startswith(PREFIX) and key != MARK
-        }
-        for group in packed["param_groups"]
-    }
-    clock = next(iter(values.values()))
-    allocation.load_state(clock, values, packed.get("record", []))
-    tracker.load_state_dict({name: one for name, one in values.items() if "score" in one})
+    return [saved[key] for key in ours]
 
 
 def _keyed(groups: Sequence[Mapping[str, Any]]) -> dict[tuple[str, int], Mapping[str, Any]]:

@@ -7,7 +7,7 @@ silence under DDP when it was False at wrap time.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
@@ -49,18 +49,13 @@ class _DetachedForward:
 class Freezer:
     """Keeps exactly the chosen groups active."""
 
-    def __init__(self, groups: Iterable[ModuleGroup]) -> None:
+    def __init__(self) -> None:
         self._groups: dict[str, ModuleGroup] = {}
         self._detached: dict[str, list[_DetachedForward]] = {}
-        self.add(groups)
 
     def add(self, groups: Iterable[ModuleGroup]) -> None:
         """Take ``groups`` into care; they stay active until `set_active` says otherwise."""
         self._groups.update((group.name, group) for group in groups)
-
-    def modules(self) -> Iterator[nn.Module]:
-        """Yield the modules in its care."""
-        return (module for group in self._groups.values() for module in group.modules)
 
     def set_active(self, active: Collection[str]) -> None:
         """Make the groups named in ``active`` active and all others inactive."""
@@ -69,10 +64,6 @@ class Freezer:
                 self._activate(group)
             else:
                 self._deactivate(group)
-
-    def close(self) -> None:
-        """Make every group active again and leave no hook behind."""
-        self.set_active(self._groups)
 
     def _activate(self, group: ModuleGroup) -> None:
         for module in group.modules:

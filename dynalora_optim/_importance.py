@@ -1,94 +1,129 @@
 """How important each module is (section 3.1 of the paper).
 
-A measure turns one forward pass of a module into a number. The `ImportanceTracker` collects these
-numbers on their device while the model trains, and brings them to the host once a reallocation.
+A measure turns one pass over a module into a number. The `ImportanceTracker` collects these numbers
+on their device while the model trains, and brings them to the host once a reallocation.
 """
 
 from __future__ import annotations
 
-import logging
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, cast
 
-import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from dynalora_optim._forward_hook import ForwardHook, Watch
 from dynalora_optim._groups import ModuleGroup
-from dynalora_optim._measures import ImportanceMeasure, as_measure
-
-logger = logging.getLogger(__name__)
-
-
-class _Probe:
-    """The forward hook of one module and the sum it collects.
-
-    It holds nothing else, so that a copy of the model (an EMA, say) carries no optimizer with it.
-    """
-
-    def __init__(self, measure: ImportanceMeasure) -> None:
-        self.measure = measure
-        self.total: Tensor | None = None
-        self._unrepeated = 0  # forward passes that a checkpoint may recompute in the backward
-
-    def __call__(self, module: nn.Module, args: object, output: object) -> None:
-        if not (module.training and torch.is_grad_enabled()) or self._is_recomputation():
-            return
-        with torch.no_grad():
-            value = self.measure.score(module, _first_tensor(output))
-            self.total = value if self.total is None else self.total.to(value.device) + value
-
-    def _is_recomputation(self) -> bool:
-        # Non-reentrant checkpoints run the forward again inside the backward, after a first pass
-        # that counted. Reentrant ones make their first pass without gradients, which did not.
-        if torch._C._current_graph_task_id() == -1:
-            self._unrepeated += 1
-            return False
-        if self._unrepeated == 0:
-            return False
-        self._unrepeated -= 1
-        return True
-
-    def end_step(self) -> None:
-        """Forget this step's forward passes; no later backward will recompute them."""
-        self._unrepeated = 0
+from dynalora_optim._measures import (
+    ForwardMeasure,
+    GradientMeasure,
+    ImportanceMeasure,
+    as_measure,
+)
+from dynalora_optim._scores import normalised, usable_scores
+from dynalora_optim._windows import Window, WindowSpec, to_host, window_maker
 
 
 class ImportanceTracker:
     """Running importance scores of the module groups of one model.
 
     Forward passes count while the module is in training mode and gradients are enabled; evaluation
-    does not, and the recomputation of a checkpointed block does not count again. No call between
-    two reallocations waits for the device.
+    does not, and the recomputation of a checkpointed block does not count again. Gradients are read
+    in ``optimizer.step()``, after unscaling and reduction, before the update. No call between two
+    reallocations waits for the device.
 
     Args:
-        measure: ``"forward"`` (`ForwardNorm` with p=2) or any `ImportanceMeasure`.
-        window: ``"run"`` sums over all samples so far (equation 1), ``"period"`` over those since
-            the last reallocation.
+        measure: ``"forward"`` (`ForwardNorm`), ``"gradient"`` (`GradientNorm`), ``"sensitivity"``
+            (`Sensitivity`), or any object with the method of one of these.
+        window: ``"run"`` takes all passes so far (equation 1), ``"period"`` those since the last
+            reallocation, `Ema` an exponential mean. A forward measure is summed over passes; a
+            gradient measure is averaged over the steps in which the module had a gradient.
+            Default: the run, or for `Sensitivity` its own smoothing.
+        every: Measure in every so many optimizer steps only.
+        probe: For a gradient measure: in the first backward pass of each period all modules get a
+            gradient, which is scored and dropped again; nothing else is measured. Without it, the
+            last score of an inactive module stands.
+
+    Attributes:
+        attention_mask: (batch, tokens), nonzero where a token counts. Set it before the forward
+            pass to leave padding out; it stays in force until it is set anew, or to None.
+
+    Raises:
+        TypeError: ``measure`` or ``window`` is of another kind.
+        ValueError: An unknown name, or options that do not go together.
     """
 
     def __init__(
         self,
         measure: str | ImportanceMeasure = "forward",
         *,
-        window: Literal["run", "period"] = "run",
+        window: WindowSpec | None = None,
+        every: int = 1,
+        probe: bool = False,
     ) -> None:
-        if window not in ("run", "period"):
-            raise ValueError(f"window={window!r} must be 'run' or 'period'.")
         self.measure = as_measure(measure)
-        self.window = window
-        self._probes: dict[str, list[_Probe]] = {}
-        self._closed: dict[str, float] = {}
+        smoothing = getattr(self.measure, "smoothing", None)
+        by_gradient = isinstance(self.measure, GradientMeasure)
+        self._new_window = window_maker(window, mean=by_gradient, smoothing=smoothing)
+        if isinstance(every, bool) or not isinstance(every, int) or every < 1:
+            raise ValueError(f"every={every!r} must be a whole number of optimizer steps, >= 1.")
+        if probe and not by_gradient:
+            raise ValueError(
+                f"probe=True refreshes gradient measures; {self.measure!r} sees inactive modules "
+                "anyway. Leave probe out."
+            )
+        self.every = every
+        self.probe = probe
+        self._windows: dict[str, Window] = {}
+        self._hooks: list[ForwardHook] = []
         self._handles: list[RemovableHandle] = []
+        self._watch = Watch()
+
+    @property
+    def attention_mask(self) -> Tensor | None:
+        """The mask of the batch in hand."""
+        return self._watch.mask
+
+    @attention_mask.setter
+    def attention_mask(self, mask: Tensor | None) -> None:
+        if mask is not None and mask.ndim != 2:
+            raise ValueError(
+                f"attention_mask of shape {tuple(mask.shape)} must be (batch, tokens); pass the "
+                "tokenizer's mask, not an attention bias."
+            )
+        self._watch.mask = mask
 
     def attach(self, groups: Sequence[ModuleGroup]) -> None:
         """Watch the modules of ``groups``, in addition to those watched already."""
         for group in groups:
-            self._probes[group.name] = [_Probe(self.measure) for _ in group.modules]
-            self._closed[group.name] = 0.0
-            for module, probe in zip(group.modules, self._probes[group.name], strict=True):
-                self._handles.append(module.register_forward_hook(probe))
+            self._windows[group.name] = self._new_window()
+            if isinstance(self.measure, ForwardMeasure):
+                for module in group.modules:
+                    self._hook(module, self._windows[group.name], self.measure)
+
+    def _hook(self, module: nn.Module, window: Window, measure: ForwardMeasure) -> None:
+        hook = ForwardHook(measure, window, self._watch)
+        self._hooks.append(hook)
+        self._handles.append(module.register_forward_hook(hook))
+        if getattr(measure, "needs_base_output", False):
+            base = cast(nn.Module, module.base_layer)
+            self._handles.append(base.register_forward_hook(hook.keep_base_output))
+
+    def check(self, groups: Iterable[ModuleGroup]) -> None:
+        """Raise if the measure cannot score some module.
+
+        Raises:
+            ValueError: It needs the base layer's output, and a module has none.
+        """
+        if not getattr(self.measure, "needs_base_output", False):
+            return
+        for group in groups:
+            if not all("base_layer" in module._modules for module in group.modules):
+                raise ValueError(
+                    f"{self.measure!r} subtracts the output of a module's base_layer, which "
+                    f"{group.name} lacks; pass part='output'."
+                )
 
     def close(self) -> None:
         """Stop watching; the scores stay readable."""
@@ -96,20 +131,40 @@ class ImportanceTracker:
             handle.remove()
         self._handles.clear()
 
-    def end_step(self) -> None:
-        """Tell the tracker that an optimizer step is done."""
-        for probe in self._all_probes():
-            probe.end_step()
+    def observe(self, group: ModuleGroup) -> None:
+        """Score the gradients that ``group`` has now, if the measure is one of gradients."""
+        if isinstance(self.measure, GradientMeasure):
+            parameters = [p for p in group.parameters() if p.grad is not None]
+            if parameters:
+                self._windows[group.name].add(self.measure.score_gradients(parameters))
+
+    def observe_step(self, groups: Iterable[ModuleGroup]) -> None:
+        """Score the gradients of the active groups before an update, unless a probe does it."""
+        if self._watch.enabled and not self.probe and isinstance(self.measure, GradientMeasure):
+            for group in groups:
+                self.observe(group)
+
+    def end_step(self, step: int) -> None:
+        """Tell the tracker that optimizer step number ``step`` (from 1) is done."""
+        self._watch.enabled = step % self.every == 0
+        for hook in self._hooks:
+            hook.end_step()
 
     def scores(self) -> dict[str, float]:
         """Return the score y of each group so far (equation 1); 0.0 before any.
 
-        This copies the sums from their device, which waits for it.
+        A group that a gradient measure has never seen gets the mean of those that it has: nothing
+        speaks for it or against it. This copies the numbers from their device, which waits for it.
         """
-        open_sums = self._open_sums()
-        if self.window == "period" and any(open_sums.values()):
-            return open_sums
-        return {name: closed + open_sums[name] for name, closed in self._closed.items()}
+        values = self._read()
+        scores = {name: window.score(values[name]) for name, window in self._windows.items()}
+        if isinstance(self.measure, GradientMeasure):
+            seen = [scores[n] for n, w in self._windows.items() if not w.is_empty]
+            usual = math.fsum(seen) / len(seen) if seen else 0.0
+            for name, window in self._windows.items():
+                if window.is_empty:
+                    scores[name] = usual if math.isfinite(usual) else 0.0
+        return scores
 
     def importance(self) -> dict[str, float]:
         """Return the scores normalised to sum to 1 (equation 2); uniform before any score.
@@ -120,43 +175,28 @@ class ImportanceTracker:
         return dict(zip(usable, normalised(tuple(usable.values())), strict=True))
 
     def roll(self) -> dict[str, float]:
-        """Close the window at a reallocation and return the scores it decides by."""
+        """Begin a new period at a reallocation; return the scores that it is decided by."""
         scores = self.scores()
-        for name, score in scores.items():
-            if self.window == "run" and not math.isfinite(score):
-                # One overflow must not silence a module for ever: its earlier sum stands.
-                continue
-            self._closed[name] = score
-        for probe in self._all_probes():
-            probe.total = None
+        values = self._read()
+        for name, window in self._windows.items():
+            window.roll(values[name])
         return scores
 
     def state_dict(self) -> dict[str, dict[str, Any]]:
-        """Return, per group, the score of closed periods and the open sum of each module."""
-        open_sums = self._read_probes()
-        return {
-            name: {"score": closed, "open_sums": open_sums[name]}
-            for name, closed in self._closed.items()
-        }
+        """Return, per group, what its window holds, as plain values."""
+        values = self._read()
+        return {name: window.state(values[name]) for name, window in self._windows.items()}
 
-    def load_state_dict(self, state: Mapping[str, Mapping[str, Any]]) -> None:
-        """Take over what `state_dict` returned; groups that it lacks start anew."""
-        for name, probes in self._probes.items():
-            saved = state.get(name, {"score": 0.0, "open_sums": []})
-            self._closed[name] = float(saved["score"])
-            for i, probe in enumerate(probes):
-                total = saved["open_sums"][i] if i < len(saved["open_sums"]) else 0.0
-                probe.total = torch.tensor(total, dtype=torch.float32) if total else None
+    def load_state_dict(self, state: Mapping[str, Mapping[str, Any]], *, step: int) -> None:
+        """Take over what `state_dict` returned after optimizer step ``step``."""
+        for name, window in self._windows.items():
+            window.load(state[name])
+        self.end_step(step)
 
-    def _all_probes(self) -> list[_Probe]:
-        return [probe for probes in self._probes.values() for probe in probes]
-
-    def _open_sums(self) -> dict[str, float]:
-        return {name: math.fsum(sums) for name, sums in self._read_probes().items()}
-
-    def _read_probes(self) -> dict[str, list[float]]:
-        values = iter(_to_host([probe.total for probe in self._all_probes()]))
-        return {name: [next(values) for _ in probes] for name, probes in self._probes.items()}
+    def _read(self) -> dict[str, list[float]]:
+        tensors = [tensor for window in self._windows.values() for tensor in window.tensors]
+        values = iter(to_host(tensors))
+        return {n: [next(values) for _ in w.tensors] for n, w in self._windows.items()}
 
 
 def as_tracker(importance: str | ImportanceMeasure | ImportanceTracker) -> ImportanceTracker:
@@ -174,46 +214,3 @@ def as_tracker(importance: str | ImportanceMeasure | ImportanceTracker) -> Impor
             "new one."
         )
     return importance
-
-
-def normalised(scores: Sequence[float]) -> tuple[float, ...]:
-    """Divide finite scores >= 0 by their sum (equation 2); uniform where all are 0."""
-    largest = max(scores)
-    if largest == 0:
-        return (1 / len(scores),) * len(scores)
-    scaled = [score / largest for score in scores]  # the sum of huge scores would be inf
-    total = math.fsum(scaled)
-    return tuple(score / total for score in scaled)
-
-
-def usable_scores(scores: Mapping[str, float]) -> dict[str, float]:
-    """Replace scores that are not finite, or negative, by 0, and log their names."""
-    bad = [name for name, score in scores.items() if not (math.isfinite(score) and score >= 0)]
-    if bad:
-        logger.warning(
-            "Importance scores that are not finite and non-negative count as 0: %s",
-            ", ".join(f"{name} = {scores[name]}" for name in bad),
-        )
-    return {name: 0.0 if name in bad else score for name, score in scores.items()}
-
-
-def _first_tensor(output: object) -> Tensor:
-    """The output of a module, or the first item of its tuple or dict (transformers' blocks)."""
-    if isinstance(output, Tensor):
-        return output
-    items = output.values() if isinstance(output, Mapping) else output
-    return _first_tensor(next(iter(items)))  # type: ignore[call-overload]
-
-
-def _to_host(scalars: Sequence[Tensor | None]) -> list[float]:
-    """Read scalars with one copy per device; None reads as 0."""
-    values = [0.0] * len(scalars)
-    by_device: dict[torch.device, list[tuple[int, Tensor]]] = {}
-    for i, scalar in enumerate(scalars):
-        if scalar is not None:
-            by_device.setdefault(scalar.device, []).append((i, scalar))
-    for entries in by_device.values():
-        together = torch.stack([scalar for _, scalar in entries]).tolist()
-        for (i, _), value in zip(entries, together, strict=True):
-            values[i] = value
-    return values

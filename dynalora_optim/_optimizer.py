@@ -12,25 +12,27 @@ from torch.optim import Optimizer
 
 from dynalora_optim._allocation import Allocation
 from dynalora_optim._allocators import Allocator, as_allocator
-from dynalora_optim._checkpoint import pack, restore, unpack
+from dynalora_optim._checkpoint import pack, unpack
 from dynalora_optim._claims import claim, release
-from dynalora_optim._freezing import Freezer, drop_gradients
+from dynalora_optim._freezing import drop_gradients
 from dynalora_optim._groups import GroupRule, find_groups
 from dynalora_optim._importance import ImportanceTracker, as_tracker
+from dynalora_optim._lr import LocalLR, LrTime, Rates
 from dynalora_optim._measures import ImportanceMeasure
+from dynalora_optim._modules import ModuleDriver
 from dynalora_optim._param_groups import (
     ParameterIndex,
     ParamGroup,
     flatten,
     match_always_active,
-    parameters_of,
 )
 from dynalora_optim._record import AllocationRecord
 from dynalora_optim._schedules import Schedule, as_schedule
-from dynalora_optim._update_rule import UpdateRule, check_wrappable
+from dynalora_optim._states import OnActivate, add_placeholders, check_on_activate, reset
+from dynalora_optim._update_rule import LateBoundOptimizer, check_wrappable
 
 
-class DynamicAllocationOptimizer(Optimizer):
+class DynamicAllocationOptimizer(LateBoundOptimizer):
     """Wraps a torch optimizer and decides every period which modules get gradients (DynaLoRA).
 
     It is a ``torch.optim.Optimizer`` and takes the wrapped one's place everywhere: in the loop, in
@@ -51,14 +53,22 @@ class DynamicAllocationOptimizer(Optimizer):
             (0, 1]. Settable at any time; it holds from the next reallocation on.
         period: Reallocate after every so many optimizer steps; or a schedule such as
             ``Once(at=200)``.
-        importance: ``"forward"`` (equation 1, p=2), a measure such as ``ForwardNorm(p=1)``, or an
-            `ImportanceTracker` with a window of its own.
+        importance: ``"forward"`` (equation 1, p=2), ``"gradient"``, ``"sensitivity"``, a measure
+            such as ``ForwardNorm(p=1)``, or an `ImportanceTracker` with options of its own.
         allocator: ``"discounted"`` (equation 3), ``"topk"``, ``"threshold"``, ``"stochastic"``,
             ``"random"``, ``"round_robin"``, or an allocator object.
         groups: ``"auto"`` finds our adapters and peft's; or a callable
             ``(name, module) -> group name or None``.
         always_active: Names of module groups, or patterns with ``*``, that are never inactive.
         seed: The seed of the allocator's private random numbers.
+        warmup: All modules are active for so many optimizer steps; then the schedule begins.
+        max_idle_periods: No module is left out by more selections in a row, whatever the allocator.
+        lr_time: ``"global"``: all modules follow the LR scheduler's clock. ``"local"``: at its
+            u-th update a module uses the rate that the scheduler had at step u. A `LocalLR`: a
+            function of the module's own updates, without a scheduler.
+        activation_warmup: After a pause a module's rate rises over so many steps, 1/n, 2/n, ... 1.
+        on_activate: What becomes of the optimizer state of a module that returns from a pause:
+            ``"keep"``, ``"reset_momentum"`` (the first moment only), or ``"reset"``.
 
     Attributes:
         tracker: The `ImportanceTracker`: ``tracker.scores()`` at any time.
@@ -72,12 +82,8 @@ class DynamicAllocationOptimizer(Optimizer):
         >>> optimizer = torch.optim.AdamW(model.parameters(), lr=4e-4)  # doctest: +SKIP
         >>> optimizer = DynamicAllocationOptimizer(optimizer, model, active=16, period=50)
 
-    Source: "Dynamic Low-Rank Module Allocation" (DynaLoRA), sections 3.1 to 3.3.
+    Source: "Dynamic Low-Rank Module Allocation" (DynaLoRA), sections 3.1 to 3.4.
     """
-
-    # GradScaler must unscale the gradients itself: the wrapped optimizer's fused kernel, which
-    # could do it, never sees the scaler.
-    _step_supports_amp_scaling = False
 
     def __init__(
         self,
@@ -91,8 +97,14 @@ class DynamicAllocationOptimizer(Optimizer):
         groups: GroupRule = "auto",
         always_active: Sequence[str] = (),
         seed: int = 0,
+        warmup: int = 0,
+        max_idle_periods: int | None = None,
+        lr_time: LrTime = "global",
+        activation_warmup: int = 0,
+        on_activate: OnActivate = "keep",
     ) -> None:
-        check_wrappable(optimizer)
+        check_wrappable(optimizer, scheduled=isinstance(lr_time, LocalLR))
+        check_on_activate(on_activate, optimizer)
         found = find_groups(model, groups)
         index = ParameterIndex(model, found)
         index.check_belongs(flatten(optimizer.param_groups))
@@ -105,17 +117,20 @@ class DynamicAllocationOptimizer(Optimizer):
             allocator=as_allocator(allocator),
             schedule=as_schedule(period),
             seed=seed,
+            warmup=warmup,
+            max_idle_periods=max_idle_periods,
         )
+        self._allocation.select(dict.fromkeys(self._allocation.names, 0.0))
+        self._rates = Rates(lr_time, activation_warmup)
+        self._on_activate = on_activate
         self.tracker = as_tracker(importance)
+        self.tracker.check(allocated)
         # Nothing outside this object has changed so far; nothing below raises.
-        self._model, self._group_rule, self._index = model, groups, index
-        self._rule = UpdateRule(optimizer)
-        self._freezer = Freezer(allocated)
-        super().__init__(optimizer.param_groups, dict(optimizer.defaults))
-        self.state.update(optimizer.state)
-        self.tracker.attach(allocated)
+        self._model, self._group_rule = model, groups
+        super().__init__(optimizer, index)
+        self._driver = ModuleDriver(model, allocated, self.tracker)
         self._take_charge()
-        self._reallocate()
+        self._apply_allocation(probe=self.tracker.probe)
 
     @property
     def groups(self) -> list[str]:
@@ -155,21 +170,26 @@ class DynamicAllocationOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._driver.before_update(self._allocation.chosen)
         self._drop_idle_gradients()  # frozen means unmoved, whatever put a gradient there
         active = [group for group in self.param_groups if self._is_active(group)]
         updated = {group["name"] for group in active if _has_gradient(group)}
-        self._rule.step(active, self.state)
-        self.tracker.end_step()
-        if self._allocation.advance(updated):
+        with self._rates.applied(self.param_groups, self._lines, self._allocation):
+            self._rule.step(active, self.state)
+        due = self._allocation.advance(updated)
+        self.tracker.end_step(self._allocation.steps)
+        if due:
             self._reallocate()
         return loss
 
     def _reallocate(self) -> None:
-        self._allocation.select(self.tracker.roll())
-        self._apply_allocation()
+        activated = self._allocation.select(self.tracker.roll())
+        returning = flatten(g for g in self.param_groups if g["name"] in activated)
+        reset(self.state, returning, self._on_activate)
+        self._apply_allocation(probe=self.tracker.probe)
 
-    def _apply_allocation(self) -> None:
-        self._freezer.set_active(self._allocation.chosen)
+    def _apply_allocation(self, *, probe: bool) -> None:
+        self._driver.apply(self._allocation.chosen, probe=probe)
         self._drop_idle_gradients()
 
     def _drop_idle_gradients(self) -> None:
@@ -177,6 +197,10 @@ class DynamicAllocationOptimizer(Optimizer):
 
     def _is_active(self, group: ParamGroup) -> bool:
         return self._allocation.is_active(group["name"])
+
+    def learning_rates(self) -> list[float]:
+        """Return the rate that each of ``param_groups`` had at the last update, local ones too."""
+        return [float(rate) for rate in self._rates.last]
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a param group, split per module group as those given at construction.
@@ -186,14 +210,10 @@ class DynamicAllocationOptimizer(Optimizer):
         Raises:
             ValueError: A parameter is not the model's, or is held already. Nothing is changed then.
         """
-        held = {id(parameter) for parameter in flatten(self.__dict__.get("param_groups", []))}
-        parameters = parameters_of(param_group)
-        if any(id(parameter) in held for parameter in parameters):
-            raise ValueError("add_param_group() got a parameter that another param group holds.")
-        if held:
+        parameters = self._check_new(param_group)
+        if hasattr(self, "_driver"):  # not while torch's constructor adds the first ones
             self._adopt_new_groups(parameters)
-        for piece in self._index.split({**param_group, "params": parameters}):
-            super().add_param_group(piece)
+        super().add_param_group(param_group)
 
     def _adopt_new_groups(self, parameters: Sequence[Tensor]) -> None:
         found = find_groups(self._model, self._group_rule)
@@ -207,23 +227,14 @@ class DynamicAllocationOptimizer(Optimizer):
             for group in found
             if group.name not in known and not ids.isdisjoint(map(id, group.parameters()))
         ]
-        self._freezer.add(new)
         claim(self, (module for group in new for module in group.modules))
-        self.tracker.attach(new)
         self._allocation.extend([g.name for g in new], order=[g.name for g in found])
-        self._apply_allocation()
-
-    def train(self) -> None:
-        """Switch a wrapped optimizer that has modes (schedule-free kinds) to training."""
-        self._rule.switch_mode("train", self.param_groups, self.state)
-
-    def eval(self) -> None:
-        """Switch a wrapped optimizer that has modes (schedule-free kinds) to evaluation."""
-        self._rule.switch_mode("eval", self.param_groups, self.state)
+        self._driver.add(new)
+        self._apply_allocation(probe=self._driver.is_probing)
 
     def close(self) -> None:
         """Make every module active again and remove all hooks; the record stays readable."""
-        _let_go(self._freezer, self.tracker)
+        self._driver.close()
         release(self)
 
     def state_dict(self) -> dict[str, Any]:
@@ -232,9 +243,22 @@ class DynamicAllocationOptimizer(Optimizer):
         It loads with ``torch.load(weights_only=True)``. What a resume needs are plain values in
         ``param_groups``, which ``torch.distributed.checkpoint`` keeps; ``"record"`` is the history.
         """
-        return pack(
-            super().state_dict(), self.param_groups, self.state, self._allocation, self.tracker
-        )
+        packed: dict[str, Any] = super().state_dict()
+        add_placeholders(packed, self.param_groups, self.state)
+        clock = {**self._allocation.clock_state(), "probing": self._driver.is_probing}
+        scores = self.tracker.state_dict()
+        values = [
+            {
+                **clock,
+                **self._allocation.group_state(group["name"]),
+                **scores.get(group["name"], {}),
+                **self._rates.group_state(self._lines, position),
+            }
+            for position, group in enumerate(self.param_groups)
+        ]
+        pack(packed, values)
+        packed["record"] = self.record.state_dict()
+        return packed
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue where `state_dict` was taken, bit for bit, also in the middle of a period.
@@ -243,9 +267,13 @@ class DynamicAllocationOptimizer(Optimizer):
             ValueError: It was not saved by this class, or for other module groups. Nothing is
                 changed then.
         """
-        super().load_state_dict(unpack(state_dict, self.param_groups))
-        restore(state_dict, self._allocation, self.tracker)
-        self._apply_allocation()
+        lean, values = unpack(state_dict, self.param_groups)
+        super().load_state_dict(lean)
+        by_name = dict(zip((g["name"] for g in self.param_groups), values, strict=True))
+        self._allocation.load_state(values[0], by_name, state_dict.get("record", []))
+        self.tracker.load_state_dict(by_name, step=self._allocation.steps)
+        self._rates.load_state(self._lines, values)
+        self._apply_allocation(probe=values[0]["probing"])
 
     def __repr__(self) -> str:
         return (
@@ -254,32 +282,11 @@ class DynamicAllocationOptimizer(Optimizer):
             f"{self._allocation.steps} steps)"
         )
 
-    def __getstate__(self) -> dict[str, Any]:
-        # As for every torch optimizer, hooks and a scheduler's patch of step() stay behind.
-        return {
-            key: value
-            for key, value in self.__dict__.items()
-            if key != "step" and not key.endswith("_hooks")
-        }
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        if "_rule" in state:  # a copy; load_state_dict comes through here too
-            self._take_charge()
-
     def _take_charge(self) -> None:
         """Claim what this object drives, and leave it free when this object is gone."""
-        wrapped = self._rule.optimizer
-        # Step hooks of the wrapped optimizer fire with this one's, once per step.
-        self._optimizer_step_pre_hooks = wrapped._optimizer_step_pre_hooks
-        self._optimizer_step_post_hooks = wrapped._optimizer_step_post_hooks
-        claim(self, [wrapped, *self._freezer.modules()])
-        weakref.finalize(self, _let_go, self._freezer, self.tracker).atexit = False
-
-
-def _let_go(freezer: Freezer, tracker: ImportanceTracker) -> None:
-    freezer.close()
-    tracker.close()
+        super()._take_charge()
+        claim(self, [self._rule.optimizer, *self._driver.modules()])
+        weakref.finalize(self, self._driver.close).atexit = False
 
 
 def _has_gradient(group: ParamGroup) -> bool:

@@ -1,4 +1,4 @@
-"""Optimizer state of modules that have not been active yet: absent in memory, zeros on disk.
+"""Optimizer state of modules that pause, or have not been active yet.
 
 Torch optimizers create a parameter's state at its first update. A checkpoint that lacks some states
 cannot be read by ``torch.distributed.checkpoint``, so each absent one is saved as zeros and marked,
@@ -7,15 +7,53 @@ and a marked one is left out again when it is loaded: the resumed run creates it
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping, MutableMapping
+from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 from dynalora_optim._param_groups import ParamGroup
 
 MARK = "dynalora_unmaterialized"
+FIRST_MOMENTS = ("exp_avg", "momentum_buffer")  # of all of torch's optimizers
+
+OnActivate: TypeAlias = Literal["keep", "reset_momentum", "reset"]
+
+
+def check_on_activate(on_activate: object, optimizer: Optimizer) -> None:
+    """Raise unless it is one of the three, and ``optimizer`` can do it.
+
+    Raises:
+        ValueError: It is not, or cannot.
+    """
+    if on_activate not in get_args(OnActivate):
+        raise ValueError(
+            f"on_activate={on_activate!r} is not one of {', '.join(get_args(OnActivate))}."
+        )
+    if on_activate == "reset" and isinstance(optimizer, torch.optim.Adagrad):
+        raise ValueError(
+            "on_activate='reset' deletes a state that Adagrad makes only when it is built; pass "
+            "'keep', or another optimizer."
+        )
+
+
+def reset(
+    state: MutableMapping[Tensor, Any], parameters: Iterable[Tensor], how: OnActivate
+) -> None:
+    """Forget the state of ``parameters``, or its first moment only, when they become active again.
+
+    Kept momentum goes on in the direction of before the pause: after 100 unit gradients, Adam's
+    first step on a gradient of -1 still moves 0.8 lr the old way.
+    """
+    for parameter in parameters if how != "keep" else ():
+        if how == "reset":
+            state.pop(parameter, None)
+        for key in FIRST_MOMENTS:
+            moment = state.get(parameter, {}).get(key)
+            if moment is not None:
+                moment.zero_()
 
 
 def add_placeholders(
@@ -48,10 +86,6 @@ def drop_placeholders(packed: Mapping[str, Any]) -> dict[str, Any]:
     return {
         **packed,
         "state": {key: value for key, value in packed["state"].items() if key not in marked},
-        "param_groups": [
-            {key: value for key, value in group.items() if key != MARK}
-            for group in packed["param_groups"]
-        ],
     }
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from dynalora_optim._claims import is_claimed, is_owner
-from dynalora_optim._param_groups import ParamGroup
+from dynalora_optim._param_groups import ParameterIndex, ParamGroup, flatten, parameters_of
 
 
 class UpdateRule:
@@ -45,8 +45,73 @@ class UpdateRule:
                 source.update(changed)
 
 
-def check_wrappable(optimizer: object) -> None:
-    """Raise unless ``optimizer`` can serve as an update rule.
+class LateBoundOptimizer(Optimizer):
+    """A torch optimizer that owns groups and state, and leaves the update to another optimizer.
+
+    Its param groups are those of the other, split by a `ParameterIndex`; its state begins as the
+    other's.
+    """
+
+    # GradScaler must unscale the gradients itself: the wrapped optimizer's fused kernel, which
+    # could do it, never sees the scaler.
+    _step_supports_amp_scaling = False
+
+    def __init__(self, optimizer: Optimizer, index: ParameterIndex) -> None:
+        self._rule = UpdateRule(optimizer)
+        self._index = index
+        self._lines: list[int] = []  # per param group, the number of the user group it came from
+        self.param_groups = []
+        super().__init__(optimizer.param_groups, dict(optimizer.defaults))
+        self.state.update(optimizer.state)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a param group, split per module group.
+
+        Raises:
+            ValueError: A parameter is held already. Nothing is changed then.
+        """
+        pieces = self._index.split({**param_group, "params": self._check_new(param_group)})
+        self._lines += [len(set(self._lines))] * len(pieces)
+        for piece in pieces:
+            super().add_param_group(piece)
+
+    def _check_new(self, param_group: dict[str, Any]) -> list[Tensor]:
+        held = {id(parameter) for parameter in flatten(self.param_groups)}
+        parameters = parameters_of(param_group)
+        if any(id(parameter) in held for parameter in parameters):
+            raise ValueError("add_param_group() got a parameter that another param group holds.")
+        return parameters
+
+    def train(self) -> None:
+        """Switch a wrapped optimizer that has modes (schedule-free kinds) to training."""
+        self._rule.switch_mode("train", self.param_groups, self.state)
+
+    def eval(self) -> None:
+        """Switch a wrapped optimizer that has modes (schedule-free kinds) to evaluation."""
+        self._rule.switch_mode("eval", self.param_groups, self.state)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # As for every torch optimizer, hooks and a scheduler's patch of step() stay behind.
+        return {
+            key: value
+            for key, value in self.__dict__.items()
+            if key != "step" and not key.endswith("_hooks")
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if "_rule" in state:  # a copy; load_state_dict comes through here too
+            self._take_charge()
+
+    def _take_charge(self) -> None:
+        """Let step hooks of the wrapped optimizer fire with this one's, once per step."""
+        wrapped = self._rule.optimizer
+        self._optimizer_step_pre_hooks = wrapped._optimizer_step_pre_hooks
+        self._optimizer_step_post_hooks = wrapped._optimizer_step_post_hooks
+
+
+def check_wrappable(optimizer: object, *, scheduled: bool = False) -> None:
+    """Raise unless ``optimizer`` can serve as an update rule; one that is ``scheduled`` may.
 
     Raises:
         TypeError: It is no torch optimizer.
@@ -72,7 +137,7 @@ def check_wrappable(optimizer: object) -> None:
             "optimizer=LBFGS keeps one state over all parameters together, so modules cannot be "
             "active one by one; pass a per-parameter optimizer such as AdamW."
         )
-    if hasattr(optimizer.step, "_wrapped_by_lr_sched"):
+    if hasattr(optimizer.step, "_wrapped_by_lr_sched") and not scheduled:
         raise ValueError(
             f"optimizer={kind} has a learning-rate scheduler, which would go on changing rates "
             "that are no longer used; wrap first, then build the scheduler on the wrapper."
@@ -86,7 +151,8 @@ def _unhooked_step(optimizer: Optimizer) -> Callable[[], Any]:
     would fire twice.
     """
     step = type(optimizer).step
-    if "step" in vars(optimizer) or not getattr(step, "hooked", False):
+    patched = "step" in vars(optimizer) and not hasattr(optimizer.step, "_wrapped_by_lr_sched")
+    if patched or not getattr(step, "hooked", False):
         return optimizer.step
     inner = getattr(step, "__wrapped__", step)
     return lambda: inner(optimizer)

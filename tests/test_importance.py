@@ -15,7 +15,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from toy import ToyModel, backward, batch, names, train, wrapped
 
-from dynalora_optim import ForwardNorm, ImportanceTracker
+from dynalora_optim import ForwardNorm, ForwardPass, ImportanceTracker
 from dynalora_optim._groups import find_groups
 
 
@@ -23,6 +23,10 @@ def tracked(model: nn.Module, **options) -> ImportanceTracker:
     tracker = ImportanceTracker(**options)
     tracker.attach(find_groups(model))
     return tracker
+
+
+def passed(output: torch.Tensor, **options) -> ForwardPass:
+    return ForwardPass(nn.Identity(), (output,), output, **options)
 
 
 def outputs_of(model: ToyModel, x: torch.Tensor) -> list[np.ndarray]:
@@ -52,15 +56,15 @@ def test_forward_norm_is_equation_1(p, batch_sizes):
 
 def test_every_token_is_a_sample():
     tokens = torch.randn(2, 5, 7)
-    flat = ForwardNorm().score(nn.Identity(), tokens.reshape(10, 7))
-    assert ForwardNorm().score(nn.Identity(), tokens).item() == pytest.approx(flat.item(), rel=1e-6)
+    flat = ForwardNorm().score(passed(tokens.reshape(10, 7)))
+    assert ForwardNorm().score(passed(tokens)).item() == pytest.approx(flat.item(), rel=1e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_outputs_are_summed_in_float32(dtype):
     # In float16 the sum of 4,096 ones stops growing at 2,048 and overflows at 65,504.
     rows = torch.ones(100_000, 4, dtype=dtype)
-    assert ForwardNorm(p=1).score(nn.Identity(), rows).item() == 400_000
+    assert ForwardNorm(p=1).score(passed(rows)).item() == 400_000
 
 
 def test_importance_is_normalised_and_uniform_before_any_score():
@@ -109,8 +113,8 @@ def test_a_checkpointed_block_counts_once(use_reentrant, micro_batches, together
                 losses.pop().backward()
         if together:
             sum(losses).backward()
-        expected.end_step()
-        found.end_step()
+        expected.end_step(step + 1)
+        found.end_step(step + 1)
     assert found.scores() == pytest.approx(expected.scores())
 
 
@@ -171,7 +175,7 @@ def test_one_overflow_does_not_silence_a_module_for_ever():
 @pytest.mark.parametrize("bad", [math.inf, math.nan])
 def test_training_goes_on_when_every_score_is_bad(bad):
     class Broken:
-        def score(self, module, output):
+        def score(self, forward):
             return torch.tensor(bad)
 
     model = ToyModel()
@@ -182,8 +186,8 @@ def test_training_goes_on_when_every_score_is_bad(bad):
 
 def test_a_users_own_measure_is_a_class_with_one_method():
     class Spread:
-        def score(self, module, output):
-            return output.float().std()
+        def score(self, forward):
+            return forward.output.float().std()
 
     model = ToyModel(layers=2)
     optimizer = wrapped(model, importance=Spread())
