@@ -56,25 +56,24 @@ class LocalLR:
         self._factors = list(factor.lr_lambdas) if isinstance(factor, LambdaLR) else [factor]
         self._horizon = horizon
 
-    def factors(self, groups: int, lines: Sequence[int]) -> list[Factor]:
+    def factors(self, lines: Sequence[int]) -> list[Factor]:
         """Return one factor per param group of the wrapper.
 
         Args:
-            groups: How many param groups the wrapper has.
-            lines: The number of the user group that each was split from.
+            lines: Per param group, the number of the user group that it was split from.
 
         Raises:
             ValueError: A scheduler with as many functions as neither of the two.
         """
         if len(self._factors) == 1:
-            return self._factors * groups
-        if len(self._factors) == groups:
+            return self._factors * len(lines)
+        if len(self._factors) == len(lines):
             return self._factors
         if len(self._factors) == len(set(lines)):
             return [self._factors[line] for line in lines]
         raise ValueError(
             f"LocalLR got a scheduler of {len(self._factors)} functions; the optimizer has "
-            f"{len(set(lines))} param groups of yours, split into {groups}. Build the scheduler on "
+            f"{len(set(lines))} param groups of yours, split into {len(lines)}. Build the scheduler on "
             "this optimizer, before or after it is wrapped."
         )
 
@@ -104,8 +103,17 @@ class Rates:
             )
         self.lr_time = lr_time
         self.last: list[Any] = []  # the rate of each param group at the last update
-        self._warmup = warmup
+        self.activation_warmup = warmup
         self._history: dict[int, list[float]] = {}  # "local": per user group, its rate by step
+
+    def check(self, lines: Sequence[int]) -> None:
+        """Raise if a `LocalLR` does not fit param groups that were split along ``lines``.
+
+        Raises:
+            ValueError: See `LocalLR.factors`.
+        """
+        if isinstance(self.lr_time, LocalLR):
+            self.lr_time.factors(lines)
 
     def _current(
         self, groups: Sequence[ParamGroup], lines: Sequence[int], allocation: Allocation
@@ -117,7 +125,11 @@ class Rates:
 
     def _ramp(self, age: int | None) -> float:
         """Rise over the first steps after an activation: 1/n, 2/n, ... 1."""
-        return 1.0 if age is None or not self._warmup else min(1.0, (age + 1) / self._warmup)
+        return (
+            1.0
+            if age is None or not self.activation_warmup
+            else min(1.0, (age + 1) / self.activation_warmup)
+        )
 
     def _scheduled(
         self, groups: Sequence[ParamGroup], lines: Sequence[int], allocation: Allocation
@@ -125,7 +137,7 @@ class Rates:
         if self.lr_time == "global":
             return [group["lr"] for group in groups]
         if isinstance(self.lr_time, LocalLR):
-            factors = self.lr_time.factors(len(groups), lines)
+            factors = self.lr_time.factors(lines)
             return [
                 float(group["initial_lr"] if "initial_lr" in group else group["lr"])
                 * factor(self.lr_time.time(*allocation.local_time(group["name"])))
@@ -146,7 +158,7 @@ class Rates:
         """Put the local rates into the groups for one update, then the scheduler's back."""
         self._record(groups, lines)
         scheduled = [group["lr"] for group in groups]
-        is_global = self.lr_time == "global" and not self._warmup
+        is_global = self.lr_time == "global" and not self.activation_warmup
         self.last = scheduled if is_global else self._current(groups, lines, allocation)
         for group, rate in zip(groups, self.last, strict=True):
             group["lr"] = rate

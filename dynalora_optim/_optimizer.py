@@ -122,6 +122,7 @@ class DynamicAllocationOptimizer(LateBoundOptimizer):
         )
         self._allocation.select(dict.fromkeys(self._allocation.names, 0.0))
         self._rates = Rates(lr_time, activation_warmup)
+        self._rates.check([i for i, g in enumerate(optimizer.param_groups) for _ in index.split(g)])
         self._on_activate = on_activate
         self.tracker = as_tracker(importance)
         self.tracker.check(allocated)
@@ -150,6 +151,22 @@ class DynamicAllocationOptimizer(LateBoundOptimizer):
     @active.setter
     def active(self, active: float) -> None:
         self._allocation.active = active
+
+    @property
+    def lr_time(self) -> LrTime:
+        """``"global"``, ``"local"``, or a `LocalLR`; settable before the first step."""
+        return self._rates.lr_time
+
+    @lr_time.setter
+    def lr_time(self, lr_time: LrTime) -> None:
+        rates = Rates(lr_time, self._rates.activation_warmup)
+        rates.check(self._lines)
+        if self._allocation.steps and lr_time == "local":
+            raise ValueError(
+                f"lr_time='local' replays the schedule from its first step, but "
+                f"{self._allocation.steps} steps are done; set it before, or use a LocalLR."
+            )
+        self._rates = rates
 
     @property
     def record(self) -> AllocationRecord:

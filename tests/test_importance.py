@@ -15,7 +15,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from toy import ToyModel, backward, batch, names, train, wrapped
 
-from dynalora_optim import ForwardNorm, ForwardPass, ImportanceTracker
+from dynalora_adapters import LoRAConfig, inject
+from dynalora_optim import Ema, ForwardNorm, ForwardPass, ImportanceTracker
 from dynalora_optim._groups import find_groups
 
 
@@ -116,6 +117,95 @@ def test_a_checkpointed_block_counts_once(use_reentrant, micro_batches, together
         expected.end_step(step + 1)
         found.end_step(step + 1)
     assert found.scores() == pytest.approx(expected.scores())
+
+
+@pytest.mark.parametrize("p", [1, 2])
+def test_part_delta_is_the_adapters_own_output(p):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 4))
+    inject(model, LoRAConfig(rank=2, alpha=4, targets=["0", "1"]))
+    tracker = tracked(model, measure=ForwardNorm(p=p, part="delta"))
+    x = torch.randn(3, 7, 6)
+    model(x)
+    assert tracker.scores() == {"0": 0.0, "1": 0.0}, "B = 0: the adapters add nothing"
+    for layer in model:
+        nn.init.normal_(layer.lora_B)
+    with torch.no_grad():
+        first = x @ model[0].delta_weight().T
+        second = model[0](x) @ model[1].delta_weight().T
+    model(x)
+    expected = [float(h.norm(p=p, dim=-1).sum()) for h in (first, second)]
+    assert list(tracker.scores().values()) == pytest.approx(expected, rel=1e-4)
+
+
+def test_part_delta_needs_a_base_layer():
+    model = ToyModel()
+    with pytest.raises(ValueError, match=r"base_layer, which layers.0.0 lacks"):
+        wrapped(model, importance=ForwardNorm(part="delta"))
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_padding_is_left_out_by_the_attention_mask():
+    model = ToyModel(layers=2)
+    masked, unpadded = tracked(model), tracked(model)
+    tokens = torch.randn(3, 5, 8)
+    mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 0, 0, 0], [1, 0, 0, 0, 0]])
+    unpadded.close()
+    masked.attention_mask = mask
+    model(tokens)
+    reference = tracked(model)
+    masked.close()
+    for row, kept in zip(tokens, mask, strict=True):
+        model(row[kept.bool()])
+    assert masked.scores() == pytest.approx(reference.scores(), rel=1e-5)
+
+
+def test_a_mask_does_not_touch_outputs_without_tokens():
+    pooled = torch.randn(3, 4)
+    mask = torch.zeros(3, 5)
+    assert torch.equal(
+        ForwardNorm().score(passed(pooled, mask=mask)), ForwardNorm().score(passed(pooled))
+    )
+
+
+def test_padding_that_overflows_does_not_spoil_the_score():
+    tokens = torch.ones(1, 3, 4)
+    tokens[0, 2] = math.nan
+    mask = torch.tensor([[1, 1, 0]])
+    assert ForwardNorm().score(passed(tokens, mask=mask)).item() == pytest.approx(4.0)
+
+
+def test_a_mask_of_another_shape_is_refused():
+    with pytest.raises(ValueError, match=r"attention_mask of shape \(2, 1, 5, 5\)"):
+        ImportanceTracker().attention_mask = torch.zeros(2, 1, 5, 5)
+
+
+@given(st.integers(1, 5), st.integers(1, 12))
+def test_every_measures_in_every_nth_step(every, steps):
+    model, reference = ToyModel(layers=2), ToyModel(layers=2)
+    optimizer = wrapped(
+        model, importance=ImportanceTracker(every=every), active=1.0, period=100, lr=0.0
+    )
+    tracker = tracked(reference)
+    for step in range(steps):
+        backward(model, step)
+        optimizer.step()
+        if step % every == 0:
+            backward(reference, step)
+    assert optimizer.tracker.scores() == pytest.approx(tracker.scores(), rel=1e-6)
+
+
+@given(st.floats(0, 0.99))
+def test_ema_is_an_exponential_mean_over_passes(decay):
+    model = ToyModel(layers=1)
+    smooth, single = tracked(model, window=Ema(decay)), tracked(model, window="period")
+    expected = None
+    for step in range(4):
+        model(batch(step))
+        (value,) = single.roll().values()
+        expected = value if expected is None else decay * expected + (1 - decay) * value
+        smooth.roll()
+    assert smooth.scores()["layers.0.0"] == pytest.approx(expected, rel=1e-5)
 
 
 def test_a_module_called_twice_counts_twice():

@@ -94,3 +94,25 @@ def test_a_step_that_the_grad_scaler_skips_does_not_move_the_clock():
         optimizer.zero_grad()
     assert [entry.step for entry in optimizer.record] == [0, 2, 4]
     assert sum(optimizer.record.counts().values()) == 4 * len(optimizer.active_groups)
+
+
+@given(st.integers(0, 6), st.integers(1, 4), st.integers(0, 15))
+def test_warmup_keeps_all_active_then_the_schedule_begins(warmup, period, steps):
+    model = ToyModel()
+    optimizer = wrapped(model, warmup=warmup, period=period, active=2)
+    for step in range(steps):
+        assert len(optimizer.active_groups) == (6 if step < warmup else 2)
+        train(model, optimizer, 1, start=step)
+    after = [step for step in range(warmup, steps + 1) if (step - warmup) % period == 0]
+    assert [entry.step for entry in optimizer.record] == sorted({0, *after})
+
+
+def test_max_idle_periods_holds_in_a_run():
+    model = ToyModel()
+    optimizer = wrapped(model, active=2, period=1, allocator="topk", max_idle_periods=3)
+    train(model, optimizer, 20)
+    for start in range(len(optimizer.record) - 3):
+        window = [name for entry in optimizer.record[start : start + 4] for name in entry.chosen]
+        assert set(window) == set(optimizer.groups)
+    with pytest.raises(ValueError, match="cannot be kept with 1 of 6"):
+        optimizer.active = 1

@@ -1,0 +1,362 @@
+"""Local optimization (section 3.4): rates by a module's own steps, and Adam after a pause."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from strategies import any_allocator
+from torch.optim import lr_scheduler
+from toy import ToyModel, backward, names, same, train, weights, wrapped
+
+from dynalora_optim import DynamicAllocationOptimizer, LocalLR
+
+RATE = 0.05
+
+
+def linear(warmup: int, total: int):
+    """transformers' linear schedule, written anew."""
+
+    def factor(step: float) -> float:
+        if step < warmup:
+            return step / max(1, warmup)
+        return max(0.0, (total - step) / max(1, total - warmup))
+
+    return factor
+
+
+def rates_by_name(optimizer) -> dict[str, float]:
+    pairs = zip(optimizer.param_groups, optimizer.learning_rates(), strict=True)
+    return {group["name"]: rate for group, rate in pairs}
+
+
+def steps_with(optimizer, model, steps, scheduler=None, start=0):
+    """Train and yield, per step, the rates used and the updates each group had before."""
+    for step in range(start, start + steps):
+        updates = dict(optimizer._allocation.updates)
+        backward(model, step)
+        optimizer.step()
+        if scheduler is not None:
+            scheduler.step()
+        optimizer.zero_grad()
+        yield step, rates_by_name(optimizer), updates
+
+
+# lr_time
+
+
+@given(any_allocator, st.integers(1, 4), st.integers(0, 6), st.integers(0, 20))
+def test_local_time_replays_any_scheduler_at_each_modules_own_pace(allocator, period, warmup, seed):
+    model = ToyModel()
+    optimizer = wrapped(
+        model, active=2, period=period, allocator=allocator, seed=seed, lr_time="local", lr=RATE
+    )
+    factor = linear(warmup, 12)
+    scheduler = lr_scheduler.LambdaLR(optimizer, factor)
+    for step, rates, updates in steps_with(optimizer, model, 12, scheduler):
+        for name in names():
+            assert rates[name] == pytest.approx(RATE * factor(updates[name]))
+        assert rates["always_active"] == pytest.approx(RATE * factor(step))
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda o: lr_scheduler.OneCycleLR(o, max_lr=0.1, total_steps=20),
+        lambda o: lr_scheduler.ExponentialLR(o, 0.8),
+        lambda o: lr_scheduler.CosineAnnealingLR(o, 10),
+        lambda o: lr_scheduler.MultiStepLR(o, [3, 5]),
+    ],
+    ids=["OneCycle", "Exponential", "Cosine", "MultiStep"],
+)
+def test_chained_schedulers_are_not_disturbed_by_local_rates(make):
+    alone = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], lr=RATE)
+    reference = make(alone)
+    expected = []
+    for _ in range(10):
+        expected.append(alone.param_groups[0]["lr"])
+        alone.step()
+        reference.step()
+    model = ToyModel()
+    optimizer = wrapped(model, active=2, period=1, lr_time="local", lr=RATE)
+    for _, rates, updates in steps_with(optimizer, model, 10, make(optimizer)):
+        for name in names():
+            assert rates[name] == pytest.approx(expected[updates[name]])
+
+
+@given(any_allocator, st.sampled_from(["unscaled", "scaled"]), st.integers(1, 6))
+def test_local_lr_is_a_function_of_a_modules_own_steps(allocator, horizon, active):
+    model = ToyModel()
+    factor = linear(3, 15)
+    optimizer = wrapped(
+        model,
+        active=active,
+        period=2,
+        allocator=allocator,
+        lr_time=LocalLR(factor, horizon),
+        lr=RATE,
+    )
+    for step, rates, updates in steps_with(optimizer, model, 10):
+        for name in names():
+            share = active / 6 if horizon == "scaled" else 1.0
+            assert rates[name] == pytest.approx(RATE * factor(round(updates[name] / share)))
+        assert rates["always_active"] == pytest.approx(RATE * factor(step))
+
+
+def test_the_rate_of_an_active_module_moves():
+    # The published local optimizer zeroes the gradient before its hook looks: 20 backward passes
+    # leave the rate where it was.
+    model = ToyModel()
+    factor = linear(4, 20)
+    optimizer = wrapped(
+        model, active=3, period=5, allocator="round_robin", lr_time=LocalLR(factor), lr=RATE
+    )
+    seen = [rates for _, rates, _ in steps_with(optimizer, model, 20)]
+    chosen = active_by_step(optimizer)
+    for name in names():
+        used = [rates[name] for rates, active in zip(seen, chosen, strict=True) if name in active]
+        assert used == pytest.approx([RATE * factor(u) for u in range(10)])
+        assert used[4] == RATE > used[3]
+
+
+def active_by_step(optimizer) -> list[tuple[str, ...]]:
+    entries = optimizer.record.state_dict()
+    return [tuple(entry["chosen"]) for entry in entries for _ in range(entry["steps"])]
+
+
+SCHEDULES = [
+    ("get_linear_schedule_with_warmup", (2, 12)),
+    ("get_cosine_schedule_with_warmup", (2, 12)),
+    ("get_cosine_with_hard_restarts_schedule_with_warmup", (2, 12, 2)),
+    ("get_polynomial_decay_schedule_with_warmup", (2, 12)),
+    ("get_constant_schedule_with_warmup", (4,)),
+    ("get_inverse_sqrt_schedule", (2,)),
+    ("get_wsd_schedule", (2, 4, 12)),
+]
+
+
+@pytest.mark.parametrize(("name", "arguments"), SCHEDULES)
+@pytest.mark.parametrize("built_on", ["wrapped", "wrapper"])
+def test_every_schedule_of_transformers_becomes_local(name, arguments, built_on):
+    transformers = pytest.importorskip("transformers")
+
+    def schedule(optimizer):
+        if name == "get_wsd_schedule":
+            return transformers.get_wsd_schedule(optimizer, 2, 4, num_training_steps=12)
+        return getattr(transformers, name)(optimizer, *arguments)
+
+    lone = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=RATE)
+    (factor,) = schedule(lone).lr_lambdas
+    model = ToyModel()
+    inner = torch.optim.AdamW(model.parameters(), lr=RATE)
+    if built_on == "wrapped":
+        local = LocalLR(schedule(inner))
+        optimizer = DynamicAllocationOptimizer(inner, model, active=2, period=2, lr_time=local)
+    else:
+        optimizer = DynamicAllocationOptimizer(inner, model, active=2, period=2)
+        optimizer.lr_time = LocalLR(schedule(optimizer))
+    for _, rates, updates in steps_with(optimizer, model, 10):
+        for group in names():
+            assert rates[group] == pytest.approx(RATE * factor(updates[group]), abs=1e-12)
+
+
+def test_a_scheduler_with_one_function_per_user_group():
+    model = ToyModel(layers=2)
+    named = list(model.named_parameters())
+    inner = torch.optim.SGD(
+        [
+            {"params": [p for n, p in named if n.endswith("A")], "lr": 0.1},
+            {"params": [p for n, p in named if not n.endswith("A")], "lr": 0.2},
+        ],
+        lr=1.0,
+    )
+    scheduler = lr_scheduler.LambdaLR(inner, [lambda step: 1 / (1 + step), lambda step: 2.0**-step])
+    optimizer = DynamicAllocationOptimizer(inner, model, active=1.0, lr_time=LocalLR(scheduler))
+    train(model, optimizer, 3)
+    expected = {
+        ("A",): 0.1 / 3,
+        ("B",): 0.2 / 4,
+        ("base.weight", "base.bias"): 0.2 / 4,
+    }
+    for group, rate in zip(optimizer.param_groups, optimizer.learning_rates(), strict=True):
+        if group["name"] != "always_active":
+            kind = tuple(n.removeprefix(group["name"] + ".") for n in group["param_names"])
+            assert rate == pytest.approx(expected[kind])
+
+
+@pytest.mark.parametrize("lr_time", ["local", LocalLR(linear(0, 50))])
+def test_all_active_local_is_global(lr_time):
+    def run(lr_time):
+        model = ToyModel()
+        optimizer = wrapped(model, active=1.0, lr_time=lr_time, lr=RATE)
+        scheduler = lr_scheduler.LambdaLR(optimizer, linear(0, 50))
+        for _ in steps_with(optimizer, model, 10, scheduler):
+            pass
+        return weights(model)
+
+    assert same(run("global"), run(lr_time))
+
+
+@given(st.integers(0, 9), st.sampled_from(["local", "LocalLR", "global"]), st.integers(0, 3))
+def test_local_runs_resume_bit_for_bit(stop, lr_time, warmup):
+    def make(model):
+        optimizer = wrapped(
+            model,
+            active=2,
+            period=2,
+            lr_time=LocalLR(linear(2, 9)) if lr_time == "LocalLR" else lr_time,
+            activation_warmup=warmup,
+            on_activate="reset_momentum",
+        )
+        return optimizer, lr_scheduler.LambdaLR(optimizer, linear(2, 9))
+
+    def run(model, pair, steps, start=0):
+        optimizer, scheduler = pair
+        for _ in steps_with(optimizer, model, steps, scheduler, start):
+            pass
+
+    straight, first, second = ToyModel(), ToyModel(), ToyModel(seed=3)
+    reference, stopped = make(straight), make(first)
+    run(straight, reference, 9)
+    run(first, stopped, stop)
+    resumed = make(second)
+    second.load_state_dict(first.state_dict())
+    for new, old in zip(resumed, stopped, strict=True):
+        new.load_state_dict(copy.deepcopy(old.state_dict()))
+    run(second, resumed, 9 - stop, stop)
+    assert same(weights(second), weights(straight))
+    assert resumed[0].learning_rates() == reference[0].learning_rates() or stop == 9
+
+
+# After a pause
+
+
+@given(st.integers(1, 8), st.integers(1, 4))
+def test_activation_warmup_ramps_after_each_return(ramp, period):
+    model = ToyModel()
+    optimizer = wrapped(
+        model, active=2, period=period, allocator="round_robin", activation_warmup=ramp, lr=RATE
+    )
+    since = dict.fromkeys(names())
+    first = set(optimizer.active_groups)
+    active_before = set(first)
+    for step, rates, _ in steps_with(optimizer, model, 14):
+        active = set(active_by_step(optimizer)[step])
+        for name in active:
+            if name not in active_before:
+                since[name] = 0
+            expected = 1.0 if since[name] is None else min(1.0, (since[name] + 1) / ramp)
+            assert rates[name] == pytest.approx(RATE * expected)
+            if since[name] is not None:
+                since[name] += 1
+        assert rates["always_active"] == RATE
+        active_before = active
+
+
+def returning_step(on_activate: str, rule=torch.optim.Adam, **options) -> tuple[float, float]:
+    """The first move of a weight after 100 unit gradients and a pause, when its gradient turns.
+
+    Returns the move in rates, in the direction of before the pause, and the second-moment sum.
+    """
+    model = ToyModel(layers=2, features=1)
+    optimizer = DynamicAllocationOptimizer(
+        rule(model.parameters(), lr=1e-3, **options),
+        model,
+        active=1,
+        period=100,
+        allocator="round_robin",
+        on_activate=on_activate,
+    )
+    weight = model.layers[0][0].A
+    for step in range(200):
+        if step < 100:
+            weight.grad = torch.ones_like(weight)
+        optimizer.step()
+    assert optimizer.active_groups == ["layers.0.0"]
+    before = weight.detach().clone()
+    weight.grad = -torch.ones_like(weight)
+    optimizer.step()
+    return float((before - weight.detach()).mean() / 1e-3), len(optimizer.state[weight])
+
+
+def test_adam_after_a_pause():
+    # Kept: momentum carries on the old way. Without its momentum, or anew, it turns.
+    keep, _ = returning_step("keep")
+    assert keep == pytest.approx(0.80, abs=0.01)
+    momentum, _ = returning_step("reset_momentum")
+    assert momentum == pytest.approx(-0.1, abs=0.06)
+    anew, _ = returning_step("reset")
+    assert anew == pytest.approx(-1.0, abs=0.01)
+
+
+def test_sgd_momentum_is_reset_too():
+    keep, _ = returning_step("keep", torch.optim.SGD, momentum=0.9)
+    turned, _ = returning_step("reset_momentum", torch.optim.SGD, momentum=0.9)
+    assert keep > 0
+    assert turned == pytest.approx(-1.0, rel=1e-3)
+
+
+def test_a_module_that_stays_active_is_not_reset():
+    model = ToyModel()
+    optimizer = wrapped(model, active=6, period=1, on_activate="reset", activation_warmup=5)
+    reference = ToyModel()
+    plain = torch.optim.AdamW(reference.parameters(), lr=0.05)
+    train(model, optimizer, 4)
+    train(reference, plain, 4)
+    assert same(weights(model), weights(reference))
+
+
+def test_local_time_cannot_begin_in_mid_run():
+    model = ToyModel()
+    optimizer = wrapped(model)
+    optimizer.lr_time = "local"
+    train(model, optimizer, 1)
+    with pytest.raises(ValueError, match="1 steps are done"):
+        optimizer.lr_time = "local"
+
+
+# Errors
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "match"),
+    [
+        ({"lr_time": "mine"}, ValueError, "lr_time='mine': pass 'global', 'local' or a LocalLR"),
+        ({"activation_warmup": -1}, ValueError, "activation_warmup=-1 must be a whole number"),
+        ({"activation_warmup": 1.5}, ValueError, "activation_warmup=1.5 must be"),
+        ({"on_activate": "forget"}, ValueError, "on_activate='forget' is not one of keep"),
+        ({"warmup": -1}, ValueError, "warmup=-1 must be a whole number"),
+        ({"max_idle_periods": 0}, ValueError, "max_idle_periods=0 must be a whole number"),
+        ({"max_idle_periods": 1, "active": 2}, ValueError, "at least 2, or raise active to 3"),
+    ],
+)
+def test_bad_options(options, error, match):
+    model = ToyModel()
+    with pytest.raises(error, match=match):
+        wrapped(model, **options)
+    assert all(layer[0].active for layer in model.layers)
+
+
+def test_adagrad_cannot_be_reset():
+    with pytest.raises(ValueError, match="Adagrad makes only when it is built"):
+        wrapped(ToyModel(), torch.optim.Adagrad, on_activate="reset")
+
+
+def test_what_is_no_function_of_the_step_is_refused():
+    scheduler = lr_scheduler.StepLR(torch.optim.SGD([torch.zeros(1, requires_grad=True)]), 2)
+    with pytest.raises(TypeError, match="lr_time='local' serves them"):
+        LocalLR(scheduler)
+    with pytest.raises(ValueError, match="horizon='long'"):
+        LocalLR(linear(1, 2), horizon="long")
+
+
+def test_a_scheduler_of_another_optimizer_is_refused():
+    other = torch.optim.SGD(
+        [{"params": [torch.zeros(1, requires_grad=True)]} for _ in range(5)], lr=0.1
+    )
+    scheduler = lr_scheduler.LambdaLR(other, [linear(1, 2)] * 5)
+    with pytest.raises(ValueError, match="scheduler of 5 functions"):
+        wrapped(ToyModel(), lr_time=LocalLR(scheduler))
