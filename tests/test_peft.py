@@ -24,11 +24,19 @@ KINDS = {
     "VeRA": lambda tiny: peft.VeraConfig(
         r=4, target_modules=tiny.targets, modules_to_save=tiny.trainable
     ),
+    "AdaLoRA": lambda tiny: peft.AdaLoraConfig(
+        init_r=4,
+        target_r=2,
+        total_step=100,
+        target_modules=tiny.targets,
+        modules_to_save=tiny.trainable,
+    ),
     "IA3": lambda tiny: peft.IA3Config(
         target_modules=tiny.targets, feedforward_modules=[], modules_to_save=tiny.trainable
     ),
 }
 ALLOCATORS = ["topk", "threshold", "stochastic", "discounted", "random", "round_robin"]
+IMPORTANCES = ["forward", "gradient", "sensitivity"]
 
 
 def adapted(kind: str, architecture: str = "bert"):
@@ -49,6 +57,7 @@ def test_every_kind_of_peft_layer_is_a_group_and_is_really_frozen(kind):
     optimizer = optimizer_of(model, active=1, period=1, allocator="round_robin")
     assert len(optimizer.groups) == 4
     assert all(name.rsplit(".", 1)[1] in tiny.targets for name in optimizer.groups)
+    assert not any("modules_to_save" in name for name in optimizer.groups)
     for _ in range(5):
         before = weights(model)
         model(**tiny.batch).loss.backward()
@@ -84,7 +93,7 @@ def test_our_lora_and_pefts_lora_give_the_same_losses(allocator):
     def losses(model, tiny):
         optimizer = optimizer_of(model, active=2, period=5, allocator=allocator)
         found = []
-        for _ in range(30):
+        for _ in range(100):
             loss = model(**tiny.batch).loss
             loss.backward()
             optimizer.step()
@@ -106,6 +115,45 @@ def test_our_lora_and_pefts_lora_give_the_same_losses(allocator):
     assert sets == [tuple(n.removeprefix(prefix) for n in chosen) for chosen in expected_sets]
     assert found == pytest.approx(expected, abs=1e-6)
     assert found[-1] < found[0]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("importance", IMPORTANCES)
+def test_every_kind_is_scored_by_every_importance(kind, importance):
+    tiny, model = adapted(kind)
+    optimizer = optimizer_of(model, active=1.0, importance=importance)
+    for _ in range(2):
+        model(**tiny.batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    scores = optimizer.tracker.scores()
+    assert len(scores) == 4
+    assert all(score > 0 for score in scores.values())
+
+
+@pytest.mark.parametrize("architecture", ["roberta", "gpt2", "llama", "vit"])
+def test_other_architectures(architecture):
+    tiny, model = adapted("LoRA", architecture)
+    optimizer = optimizer_of(model, active=0.5, period=1)
+    groups = len(optimizer.groups)
+    for _ in range(4):
+        model(**tiny.batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert sum(optimizer.record.counts().values()) == 4 * round(groups / 2)
+
+
+def test_a_callable_serves_what_auto_does_not_know():
+    tiny, model = adapted("LoRA")
+    by_layer = DynamicAllocationOptimizer(
+        torch.optim.AdamW(model.parameters()),
+        model,
+        active=1,
+        groups=lambda name, module: (
+            name.split(".attention")[0] if name.endswith("lora_A") else None
+        ),
+    )
+    assert [name.rsplit(".", 1)[1] for name in optimizer.groups] == ["0", "1"]
 
 
 def test_a_run_with_peft_resumes_bit_for_bit():

@@ -45,7 +45,7 @@ def test_every_python_block_of_the_readme_runs(tmp_path, monkeypatch):
     namespace = {"checkpoint": str(tmp_path / "checkpoint"), "loader": [tiny.batch] * 3}
     (tmp_path / "out").mkdir()
     python = blocks("python")
-    assert len(python) == 6
+    assert len(python) == 8
     for source in python:
         exec(compile(source, "README.md", "exec"), namespace)
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
