@@ -260,7 +260,11 @@ BROKEN: dict[str, tuple[Callable[[Path], object], type[Exception], str]] = {
     "not text": (lambda f: (f / CONFIG).write_bytes(b"\xff\xfe\xfd"), ValueError, "is not JSON"),
     "too deep": (lambda f: (f / CONFIG).write_text("[" * 10**5), ValueError, "is not JSON"),
     "no object": (lambda f: (f / CONFIG).write_text("[]"), ValueError, "JSON object, got list"),
-    "other kind": (lambda f: edit(f, peft_type="IA3"), ValueError, r"one of \['LORA'\], got 'IA3'"),
+    "other kind": (
+        lambda f: edit(f, peft_type="IA3"),
+        ValueError,
+        r"'VERA'\], got 'IA3'",
+    ),
     "no kind": (lambda f: edit(f, peft_type=["LORA"]), ValueError, "peft_type must be one of"),
     "no rank": (lambda f: edit(f, r=...), ValueError, "r is missing"),
     "no targets": (lambda f: edit(f, target_modules=None), ValueError, "target_modules is missing"),

@@ -22,10 +22,23 @@ from tiny_models import (
 )
 from torch import nn
 
-from dynalora_adapters import LoRAConfig, LoRALinear, inject, merge, remove, unmerge
+from dynalora_adapters import (
+    LoRAConfig,
+    LoRALinear,
+    VeRAConfig,
+    VeRALinear,
+    inject,
+    merge,
+    remove,
+    unmerge,
+)
+
+BOTH = pytest.mark.parametrize("kind", ["lora", "vera"])
 
 
-def config(**options: object) -> LoRAConfig:
+def config(kind: str = "lora", **options: object) -> LoRAConfig | VeRAConfig:
+    if kind == "vera":
+        return VeRAConfig(**{"rank": 4, **options})
     return LoRAConfig(**{"rank": 4, "alpha": 8, **options})
 
 
@@ -35,40 +48,43 @@ def adapt(tiny: TinyModel, **options: object) -> TinyModel:
 
 
 def adapted(model: nn.Module) -> list[str]:
-    return [name for name, m in model.named_modules() if isinstance(m, LoRALinear)]
+    return [n for n, m in model.named_modules() if isinstance(m, (LoRALinear, VeRALinear))]
 
 
+@BOTH
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("training", [True, False])
-def test_the_output_is_unchanged_bit_for_bit(name: str, training: bool) -> None:
+def test_the_output_is_unchanged_bit_for_bit(name: str, training: bool, kind: str) -> None:
     tiny = build(name)
     tiny.model.train(training)
     before = tiny.logits()
-    after = adapt(tiny, dropout=0.3).logits()
+    after = adapt(tiny, kind=kind, dropout=0.3).logits()
     if name == "encoder" and not training:  # torch's fast path, which adapters have to leave
         torch.testing.assert_close(after, before)
     else:
         assert torch.equal(after, before)
 
 
+@BOTH
 @pytest.mark.parametrize("name", NAMES)
-def test_only_adapters_and_the_named_head_train(name: str) -> None:
-    tiny = adapt(build(name))
+def test_only_adapters_and_the_named_head_train(name: str, kind: str) -> None:
+    tiny = adapt(build(name), kind=kind)
     tiny.loss().backward()
     for param_name, param in tiny.model.named_parameters():
         head = param_name.split(".")[0] in tiny.trainable
-        adapter = param_name.endswith((".lora_A", ".lora_B"))
+        adapter = ".lora_" in param_name or ".vera_lambda_" in param_name
         assert param.requires_grad is (adapter or head), param_name
         assert (param.grad is not None) is param.requires_grad, param_name
     assert len(adapted(tiny.model)) == 2 * len(tiny.targets)
 
 
+@BOTH
 @pytest.mark.parametrize("name", NAMES)
-def test_remove_gives_back_the_very_model(name: str) -> None:
+def test_remove_gives_back_the_very_model(name: str, kind: str) -> None:
     tiny = build(name)
     next(tiny.model.parameters()).requires_grad_(False)
     before, logits = snapshot(tiny.model), tiny.logits()
-    assert inject(tiny.model, config(targets=tiny.targets)) is tiny.model
+    assert inject(tiny.model, config(kind, targets=tiny.targets)) is tiny.model
     randomize_trainable(tiny.model)
     assert not torch.equal(tiny.logits(), logits)
     assert remove(tiny.model) is tiny.model
@@ -76,25 +92,27 @@ def test_remove_gives_back_the_very_model(name: str) -> None:
     assert torch.equal(tiny.logits(), logits)
 
 
+@BOTH
 @pytest.mark.parametrize("name", NAMES)
-def test_idle_adapters_leave_the_output_and_get_no_gradient(name: str) -> None:
-    tiny = adapt(build(name))
+def test_idle_adapters_leave_the_output_and_get_no_gradient(name: str, kind: str) -> None:
+    tiny = adapt(build(name), kind=kind)
     randomize_trainable(tiny.model)
     expected = tiny.loss()
-    layers = [m for m in tiny.model.modules() if isinstance(m, LoRALinear)]
+    layers = [tiny.model.get_submodule(name) for name in adapted(tiny.model)]
     for layer in layers[::2]:
         layer.active = False
     loss = tiny.loss()
     loss.backward()
     assert torch.equal(loss, expected)
     for index, layer in enumerate(layers):
-        assert (layer.lora_A.grad is None) is (index % 2 == 0)
-        assert (layer.lora_B.grad is None) is (index % 2 == 0)
+        for param in layer.adapter_params():
+            assert (getattr(layer, param).grad is None) is (index % 2 == 0)
 
 
+@BOTH
 @pytest.mark.parametrize("name", NAMES)
-def test_adapted_models_copy_and_pickle(name: str) -> None:
-    tiny = adapt(build(name))
+def test_adapted_models_copy_and_pickle(name: str, kind: str) -> None:
+    tiny = adapt(build(name), kind=kind)
     randomize_trainable(tiny.model)
     logits = tiny.logits()
     buffer = io.BytesIO()
@@ -297,7 +315,7 @@ def test_remove_takes_out_layers_that_were_put_in_by_hand() -> None:
 
 
 def test_a_foreign_configuration_is_refused() -> None:
-    with pytest.raises(TypeError, match="config must be a LoRAConfig of this package, got dict"):
+    with pytest.raises(TypeError, match="a LoRAConfig or a VeRAConfig of this package, got dict"):
         inject(Stack(), {"rank": 4})  # type: ignore[arg-type]
 
 

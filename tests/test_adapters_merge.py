@@ -10,22 +10,27 @@ import torch
 from tiny_models import NAMES, Stack, TinyModel, build, randomize_trainable, same, snapshot
 from torch import nn
 
-from dynalora_adapters import LoRAConfig, LoRALinear, inject, merge, remove, unmerge
+from dynalora_adapters import LoRAConfig, LoRALinear, VeRAConfig, inject, merge, remove, unmerge
+
+BOTH = pytest.mark.parametrize("kind", ["lora", "vera"])
 
 
-def adapted(name: str, dtype: torch.dtype = torch.float32) -> TinyModel:
+def adapted(name: str, dtype: torch.dtype = torch.float32, kind: str = "lora") -> TinyModel:
     tiny = build(name)
     tiny.model.to(dtype)
     for key, value in tiny.batch.items():
         tiny.batch[key] = value.to(dtype) if value.is_floating_point() else value
-    inject(tiny.model, LoRAConfig(rank=4, alpha=8, targets=tiny.targets, trainable=tiny.trainable))
+    where = {"targets": tiny.targets, "trainable": tiny.trainable}
+    lora, vera = LoRAConfig(rank=4, alpha=8, **where), VeRAConfig(rank=4, **where)
+    inject(tiny.model, lora if kind == "lora" else vera)
     randomize_trainable(tiny.model)
     return tiny
 
 
+@BOTH
 @pytest.mark.parametrize("name", NAMES)
-def test_merged_and_unmerged_compute_the_same(name: str) -> None:
-    tiny = adapted(name, torch.float64)
+def test_merged_and_unmerged_compute_the_same(name: str, kind: str) -> None:
+    tiny = adapted(name, torch.float64, kind)
     expected, before = tiny.logits(), copy.deepcopy(tiny.model.state_dict())
     assert merge(tiny.model) is tiny.model
     torch.testing.assert_close(tiny.logits(), expected)
@@ -34,11 +39,12 @@ def test_merged_and_unmerged_compute_the_same(name: str) -> None:
     torch.testing.assert_close(tiny.logits(), expected)
 
 
+@BOTH
 @pytest.mark.parametrize("name", NAMES)
 def test_training_merging_and_removing_leaves_a_plain_model_with_the_trained_function(
-    name: str,
+    name: str, kind: str
 ) -> None:
-    tiny = adapted(name)
+    tiny = adapted(name, kind=kind)
     optimizer = torch.optim.SGD([p for p in tiny.model.parameters() if p.requires_grad], lr=0.1)
     first = tiny.loss().item()
     for _ in range(5):

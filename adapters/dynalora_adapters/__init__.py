@@ -2,14 +2,16 @@
 
 The pieces divide the work so that data flows one way::
 
-    LoRAConfig  ->  targets -> plan  ->  layers  ->  the model
-                                                     |  merge, unmerge, remove
-                                                     |  save_adapter, load_adapter
+    configuration  ->  targets -> plan  ->  layers  ->  the model
+                                                        |  merge, unmerge, remove
+                                                        |  save_adapter, load_adapter
 
-* A *configuration* (``LoRAConfig``) says which modules are adapted and how. It is frozen, checked
-  when it is made, and builds the layers; a kind of adapter is one configuration and one layer.
-* A *layer* (``LoRALinear``) holds its base module and adds its delta to the base's output. It
-  knows whether it is ``active`` and whether it is ``merged``, and nothing of the model around it.
+* A *configuration* (``LoRAConfig``, ``VeRAConfig``) says which modules are adapted and how. It is
+  frozen, checked when it is made, and builds the layers; a kind of adapter is one configuration and
+  one layer.
+* A *layer* (``LoRALinear``, ``VeRALinear``) holds its base module and adds its delta to the base's
+  output. It knows whether it is ``active`` and whether it is ``merged``, and nothing of the model
+  around it. VeRA's layers share one pair of frozen random matrices.
 * ``inject`` resolves the configuration against a model into a plan. Everything that can be wrong is
   found there, before the first change; then the plan is carried out. ``remove`` undoes it.
 * ``merge`` and ``unmerge`` move the deltas into the base weights and back.
@@ -24,10 +26,13 @@ from dynalora_adapters._files import load_adapter, save_adapter
 from dynalora_adapters._inject import inject, remove
 from dynalora_adapters._layers import LoRALinear
 from dynalora_adapters._merge import merge, unmerge
+from dynalora_adapters._vera import VeRAConfig, VeRALinear
 
 __all__ = [
     "LoRAConfig",
     "LoRALinear",
+    "VeRAConfig",
+    "VeRALinear",
     "inject",
     "load_adapter",
     "merge",

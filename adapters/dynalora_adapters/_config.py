@@ -11,7 +11,12 @@ from typing import ClassVar, TypeVar
 from torch import nn
 
 from dynalora_adapters._bases import LinearShape
-from dynalora_adapters._checks import positive_int, positive_number, probability_below_one
+from dynalora_adapters._checks import (
+    boolean,
+    positive_int,
+    positive_number,
+    probability_below_one,
+)
 from dynalora_adapters._layers import AdapterLinear, LoRALinear, lora_scaling
 
 Names = str | Sequence[str]
@@ -102,8 +107,7 @@ class LoRAConfig(AdapterConfig):
         positive_int("rank", self.rank)
         positive_number("alpha", self.alpha)
         probability_below_one("dropout", self.dropout)
-        if not isinstance(self.rslora, bool):
-            raise TypeError(f"rslora must be a bool, got {self.rslora!r}; pass True or False.")
+        boolean("rslora", self.rslora)
         for option in ("rank_pattern", "alpha_pattern"):
             object.__setattr__(self, option, _pattern(option, getattr(self, option)))
         for key, rank in self.rank_pattern.items():

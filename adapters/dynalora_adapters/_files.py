@@ -22,6 +22,7 @@ from dynalora_adapters._peft_format import (
     layer_keys,
     layer_shapes,
 )
+from dynalora_adapters._peft_shared import as_saved, share, shared_shapes, shared_tensors
 from dynalora_adapters._storage import (
     CONFIG_NAME,
     WEIGHTS_NAME,
@@ -51,9 +52,10 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str]) -> None:
     """
     model = unwrap(model)
     layers = require_adapters(model)
-    config = injection_of(model).config
+    config = as_saved(injection_of(model).config, layers)
     tree = module_tree(model)
-    tensors = {**_layer_tensors(layers), **head_tensors(tree, config.trainable)}
+    own = {**_layer_tensors(layers), **shared_tensors(config, layers)}
+    tensors = {**own, **head_tensors(tree, config.trainable)}
     dense = {key: _detached_copy(tensor) for key, tensor in tensors.items()}
     write_adapter(Path(path), encode_config(model, tree, config), dense)
 
@@ -62,8 +64,9 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
     """Load an adapter that ``save_adapter`` or peft's ``save_pretrained`` wrote, in place.
 
     A bare model is adapted as the file says. Into a model adapted already, the weights are loaded
-    if layers, ranks and scalings agree; dropout may differ. Everything is checked before the model
-    is touched, nothing is executed, and tensors are converted to the parameters' dtype and device.
+    if layers, ranks and scalings agree, for VeRA the key; dropout may differ. Everything is checked
+    before the model is touched, nothing is executed, and tensors are converted to the parameters'
+    dtype and device. VeRA's shared matrices become those of the file, or what its key draws.
 
     Args:
         model: A bare model, or one adapted by this package.
@@ -102,9 +105,10 @@ def _load_into_bare(
     except ValueError as error:
         raise ValueError(f"{folder / CONFIG_NAME} does not fit the model: {error}") from error
     heads = head_tensors(tree, config.trainable)
-    _check_tensors(tensors, layer_shapes(tree, plan.bases, config), heads, folder)
+    _check_tensors(tensors, _shapes(tree, plan.bases, config, tensors, folder), heads, folder)
     with torch.random.fork_rng(devices=[]):  # what the layers draw is overwritten at once
         layers = config.build(plan.bases)
+    share(config, layers, tensors)
     _copy(tensors, {**_layer_tensors(layers), **heads})
     install(model, config, plan, layers)
 
@@ -118,18 +122,24 @@ def _load_into_adapters(
 ) -> None:
     tree = module_tree(model)
     heads = head_tensors(tree, injection_of(model).config.trainable)
-    _check_tensors(tensors, layer_shapes(tree, layers, config), heads, folder)
+    for name, layer in layers.items():
+        _check_kind(name, layer, config, folder)
+    _check_tensors(tensors, _shapes(tree, layers, config, tensors, folder), heads, folder)
     for name, layer in layers.items():
         _check_agrees(name, layer, config, folder)
+    share(config, layers, tensors)
     _copy(tensors, {**_layer_tensors(layers), **heads})
 
 
-def _check_agrees(name: str, layer: AdapterLinear, config: AdapterConfig, folder: Path) -> None:
+def _check_kind(name: str, layer: AdapterLinear, config: AdapterConfig, folder: Path) -> None:
     if not isinstance(layer, config.layer_class):
         raise ValueError(
             f"{folder / CONFIG_NAME} is for {config.layer_class.__name__}, but {name} is a "
             f"{type(layer).__name__}; call remove(model) first."
         )
+
+
+def _check_agrees(name: str, layer: AdapterLinear, config: AdapterConfig, folder: Path) -> None:
     if layer.merged:
         raise ValueError(f"{name} is merged into its base; call unmerge(model) before loading.")
     for option, value in config.layer_options(name).items():
@@ -138,6 +148,21 @@ def _check_agrees(name: str, layer: AdapterLinear, config: AdapterConfig, folder
                 f"{folder / CONFIG_NAME} says {option}={value!r} for {name}, the model has "
                 f"{getattr(layer, option)!r}; call remove(model) first to load it as saved."
             )
+
+
+def _shapes(
+    tree: Mapping[str, nn.Module],
+    names: Collection[str],
+    config: AdapterConfig,
+    tensors: Mapping[str, Tensor],
+    folder: Path,
+) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of the adapters' tensors, and of what they share if the file has it."""
+    try:
+        shared = shared_shapes(tree, names, config, tensors)
+    except ValueError as error:
+        raise ValueError(f"{folder / WEIGHTS_NAME}: {error}") from error
+    return {**layer_shapes(tree, names, config), **shared}
 
 
 def _check_tensors(
@@ -149,7 +174,7 @@ def _check_tensors(
     """Raise unless the file holds exactly the wanted tensors, in fitting shapes and dtypes."""
     path = folder / WEIGHTS_NAME
     wanted = {**shapes, **{key: tuple(tensor.shape) for key, tensor in heads.items()}}
-    if foreign := sorted(key for key in tensors if not key.startswith(PREFIX)):
+    if foreign := [key for key in tensors if key not in wanted and not key.startswith(PREFIX)]:
         raise ValueError(
             f"{path} holds names without the prefix {PREFIX!r}, which peft would ignore silently: "
             f"{_few(foreign)}; rename them, or save the adapter anew."

@@ -53,8 +53,8 @@ def inject(model: nn.Module, config: AdapterConfig) -> nn.Module:
     """
     if not isinstance(config, AdapterConfig):
         raise TypeError(
-            f"config must be a LoRAConfig of this package, got {type(config).__name__}; "
-            f"build one with LoRAConfig(rank=..., alpha=..., targets=...)."
+            f"config must be a LoRAConfig or a VeRAConfig of this package, got "
+            f"{type(config).__name__}; build one with LoRAConfig(rank=..., alpha=..., targets=...)."
         )
     check_bare(model)
     plan = make_plan(model, config)

@@ -44,7 +44,7 @@ class AdapterLinear(nn.Module, ABC):
         probability_below_one("dropout", dropout)
         self.shape = shape
         self.base_layer = base_layer
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
         self.active = True
         self.merged = False
         self.train(base_layer.training)

@@ -1,82 +1,26 @@
 """peft's file format: what its configuration says, and what its tensors are called.
 
-The keys are those of peft 0.21's ``LoraConfig`` and ``get_peft_model_state_dict``; the format has
-no document of its own.
+The keys are those of peft 0.21's configurations and of its ``get_peft_model_state_dict``; the
+format has no document of its own.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
 
 from dynalora_adapters._bases import linear_shape
-from dynalora_adapters._config import AdapterConfig, LoRAConfig, Names
+from dynalora_adapters._config import AdapterConfig, Names
 from dynalora_adapters._layers import AdapterLinear
 from dynalora_adapters._models import first_names, inside, task_type
+from dynalora_adapters._peft_kinds import IGNORED, KINDS, SHARED
 from dynalora_adapters._targets import head_names, is_all_linear, matches
 
 PREFIX = "base_model.model."
-
-
-@dataclass(frozen=True)
-class Kind:
-    """How one kind of adapter is written.
-
-    Attributes:
-        config_class: Our configuration.
-        required: peft's options that a file cannot lack.
-        options: What peft calls our options, beside those that every kind has.
-        ignored: peft's options that do not change the forward of a saved adapter.
-        accepted: Values that mean what we do, for options that are neither of ours nor ignored.
-            Any other option must be off: None, False, zero or empty.
-    """
-
-    config_class: type[AdapterConfig]
-    required: tuple[str, ...]
-    options: Mapping[str, str]
-    ignored: Collection[str]
-    accepted: Mapping[str, Collection[object]]
-
-
-_SHARED = {
-    "target_modules": "targets",
-    "exclude_modules": "exclude",
-    "modules_to_save": "trainable",
-}
-_IGNORED = {
-    *("peft_type", "task_type", "auto_mapping", "peft_version", "revision"),
-    *("base_model_name_or_path", "inference_mode", "runtime_config"),
-    "fan_in_fan_out",  # the base module itself shows how its weight is laid out
-}
-_KINDS = {
-    "LORA": Kind(
-        config_class=LoRAConfig,
-        required=("target_modules", "r", "lora_alpha"),
-        options={
-            "r": "rank",
-            "lora_alpha": "alpha",
-            "lora_dropout": "dropout",
-            "use_rslora": "rslora",
-            "rank_pattern": "rank_pattern",
-            "alpha_pattern": "alpha_pattern",
-        },
-        # Without the option they belong to (use_qalora, megatron_config, init_lora_weights),
-        # these have no effect.
-        ignored={
-            *("qalora_group_size", "megatron_core"),
-            *("loftq_config", "eva_config", "corda_config", "lora_ga_config"),
-        },
-        # Initialisations that leave the base weights alone; pissa, olora, loftq and others do not.
-        accepted={
-            "init_lora_weights": (True, False, "gaussian", "eva", "orthogonal"),
-            "bias": ("none",),
-        },
-    ),
-}
 # Modules that peft saves and expects for a task, whether modules_to_save names them or not.
 _TASK_HEADS = {
     "SEQ_CLS": ("classifier", "score"),
@@ -95,12 +39,12 @@ def decode_config(raw: Mapping[str, Any]) -> AdapterConfig:
         TypeError: If an option has the wrong type.
     """
     name = raw.get("peft_type")
-    kind = _KINDS.get(name) if isinstance(name, str) else None
+    kind = KINDS.get(name) if isinstance(name, str) else None
     if kind is None:
-        raise ValueError(f"peft_type must be one of {sorted(_KINDS)}, got {name!r}.")
-    options = {**_SHARED, **kind.options}
+        raise ValueError(f"peft_type must be one of {sorted(KINDS)}, got {name!r}.")
+    options = {**SHARED, **kind.options}
     for option, value in raw.items():
-        if option not in options and option not in _IGNORED and option not in kind.ignored:
+        if option not in options and option not in IGNORED and option not in kind.ignored:
             _check_implemented(option, value, kind.accepted.get(option, ()))
     given = {ours: raw[theirs] for theirs, ours in options.items() if raw.get(theirs) is not None}
     for theirs in kind.required:
@@ -124,9 +68,10 @@ def encode_config(
     model: nn.Module, tree: Mapping[str, nn.Module], config: AdapterConfig
 ) -> dict[str, Any]:
     """Translate our configuration, as it was applied to an adapted model, into peft's."""
-    name, kind = next((n, k) for n, k in _KINDS.items() if k.config_class is type(config))
+    name, kind = next((n, k) for n, k in KINDS.items() if k.config_class is type(config))
     layers = [module for module in tree.values() if isinstance(module, AdapterLinear)]
-    targets, exclude = _spelling(tree, config)
+    targets, exclude = _spelling(tree, config, excludes=kind.excludes)
+    excluded = {"exclude_modules": _as_json(exclude) or None} if kind.excludes else {}
     options = {theirs: getattr(config, ours) for theirs, ours in kind.options.items()}
     return {
         "peft_type": name,
@@ -134,7 +79,7 @@ def encode_config(
         "base_model_name_or_path": _origin(model),
         "inference_mode": True,
         "target_modules": _as_json(targets),
-        "exclude_modules": _as_json(exclude) or None,
+        **excluded,
         "modules_to_save": _as_json(config.trainable) or None,
         "fan_in_fan_out": any(layer.shape.transposed for layer in layers),
         "bias": "none",
@@ -151,7 +96,9 @@ def _as_json(names: Names) -> str | list[str]:
     return names if isinstance(names, str) else list(names)
 
 
-def _spelling(tree: Mapping[str, nn.Module], config: AdapterConfig) -> tuple[Names, Names]:
+def _spelling(
+    tree: Mapping[str, nn.Module], config: AdapterConfig, *, excludes: bool
+) -> tuple[Names, Names]:
     """Return the shortest targets and exclusions that peft resolves to the modules adapted here.
 
     peft looks at every module, linear or not, and knows a repeated one by its first name.
@@ -159,7 +106,8 @@ def _spelling(tree: Mapping[str, nn.Module], config: AdapterConfig) -> tuple[Nam
     modules = first_names(tree)
     adapted = [name for name, module in modules.items() if isinstance(module, AdapterLinear)]
     exact = "|".join(re.escape(name) for name in adapted)
-    spellings: list[tuple[Names, Names]] = [(config.targets, config.exclude), (adapted, ())]
+    as_given = (config.targets, config.exclude if excludes else ())
+    spellings: list[tuple[Names, Names]] = [as_given, (adapted, ())]
     for targets, exclude in spellings:
         kept = [n for n in modules if not _guarded(n, config.trainable) and not matches(exclude, n)]
         if not is_all_linear(targets) and [n for n in kept if matches(targets, n)] == adapted:

@@ -1,0 +1,77 @@
+"""What the layers of a kind share, in peft's files: VeRA's projections, once for all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import replace
+
+from torch import Tensor, nn
+
+from dynalora_adapters._bases import linear_shape
+from dynalora_adapters._config import AdapterConfig
+from dynalora_adapters._layers import AdapterLinear
+from dynalora_adapters._projections import Projections, draw, place, projection_shapes
+from dynalora_adapters._vera import VeRAConfig, VeRALinear
+
+KEY_A, KEY_B = "base_model.vera_A", "base_model.vera_B"  # without the ".model." of other tensors
+
+
+def as_saved(config: AdapterConfig, layers: Mapping[str, AdapterLinear]) -> AdapterConfig:
+    """Return the configuration to write: the file must hold what cannot be drawn again."""
+    if not isinstance(config, VeRAConfig) or config.save_projection:
+        return config
+    return replace(config, save_projection=not _projections(layers).come_from(config.key))
+
+
+def shared_tensors(config: AdapterConfig, layers: Mapping[str, AdapterLinear]) -> dict[str, Tensor]:
+    """Return the shared tensors that belong into the file, by key."""
+    if not isinstance(config, VeRAConfig) or not config.save_projection:
+        return {}
+    projections = _projections(layers)
+    return {KEY_A: projections.A, KEY_B: projections.B}
+
+
+def shared_shapes(
+    tree: Mapping[str, nn.Module],
+    names: Collection[str],
+    config: AdapterConfig,
+    tensors: Mapping[str, Tensor],
+) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of the shared tensors that the file must hold, by key.
+
+    Raises:
+        ValueError: If the configuration promises them and the file lacks them.
+    """
+    if not isinstance(config, VeRAConfig):
+        return {}
+    missing = sorted({KEY_A, KEY_B} - tensors.keys())
+    if config.save_projection and missing:
+        raise ValueError(
+            f"{' and '.join(missing)} missing, which save_projection=True says it holds; save the "
+            f"adapter anew, or set save_projection to false to draw both from projection_prng_key."
+        )
+    if len(missing) == 2:
+        return {}
+    bases = [shape for name in names if (shape := linear_shape(tree[name])) is not None]
+    return dict(zip((KEY_A, KEY_B), projection_shapes(config.rank, bases), strict=True))
+
+
+def share(
+    config: AdapterConfig, layers: Mapping[str, AdapterLinear], tensors: Mapping[str, Tensor]
+) -> None:
+    """Give the layers the shared tensors of a file that was checked, or those of its key."""
+    if not isinstance(config, VeRAConfig):
+        return
+    vera = [layer for layer in layers.values() if isinstance(layer, VeRALinear)]
+    if KEY_A in tensors:
+        A, B = tensors[KEY_A].clone(), tensors[KEY_B].clone()  # the file may be mapped to memory
+    else:
+        A, B = draw(*projection_shapes(config.rank, [layer.shape for layer in vera]), config.key)
+    homes = [(layer.vera_lambda_d.device, layer.vera_lambda_d.dtype) for layer in vera]
+    for layer, projections in zip(vera, place(A, B, homes), strict=True):
+        layer.projections = projections
+
+
+def _projections(layers: Mapping[str, AdapterLinear]) -> Projections:
+    """Return the projections of the first layer; another device's are a copy of them."""
+    return next(layer.projections for layer in layers.values() if isinstance(layer, VeRALinear))
