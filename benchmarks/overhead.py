@@ -32,7 +32,8 @@ SHAPE = {
 
 def minilm() -> torch.nn.Module:
     torch.manual_seed(0)
-    return BertForSequenceClassification(BertConfig(**SHAPE, num_labels=2))
+    model: torch.nn.Module = BertForSequenceClassification(BertConfig(**SHAPE, num_labels=2))
+    return model
 
 
 def ours() -> torch.nn.Module:
@@ -42,7 +43,8 @@ def ours() -> torch.nn.Module:
 
 def pefts() -> torch.nn.Module:
     config = peft.LoraConfig(r=8, lora_alpha=16, target_modules=["query", "value"])
-    return peft.get_peft_model(minilm(), config)
+    model: torch.nn.Module = peft.get_peft_model(minilm(), config)
+    return model
 
 
 def training_step(

@@ -73,8 +73,8 @@ class LocalLR:
             return [self._factors[line] for line in lines]
         raise ValueError(
             f"LocalLR got a scheduler of {len(self._factors)} functions; the optimizer has "
-            f"{len(set(lines))} param groups of yours, split into {len(lines)}. Build the scheduler on "
-            "this optimizer, before or after it is wrapped."
+            f"{len(set(lines))} param groups of yours, split into {len(lines)}. Build the "
+            "scheduler on this optimizer, before or after it is wrapped."
         )
 
     def time(self, updates: int, share: float) -> int:

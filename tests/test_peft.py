@@ -144,15 +144,11 @@ def test_other_architectures(architecture):
 
 
 def test_a_callable_serves_what_auto_does_not_know():
-    tiny, model = adapted("LoRA")
-    by_layer = DynamicAllocationOptimizer(
-        torch.optim.AdamW(model.parameters()),
-        model,
-        active=1,
-        groups=lambda name, module: (
-            name.split(".attention")[0] if name.endswith("lora_A") else None
-        ),
-    )
+    def by_layer(name, module):
+        return name.split(".attention")[0] if name.endswith("lora_A") else None
+
+    _, model = adapted("LoRA")
+    optimizer = optimizer_of(model, active=1, groups=by_layer)
     assert [name.rsplit(".", 1)[1] for name in optimizer.groups] == ["0", "1"]
 
 
