@@ -75,6 +75,7 @@ class ImportanceTracker:
             )
         self.every = every
         self.probe = probe
+        self.description = f"{type(self.measure).__qualname__}, window={window!r}"
         self._windows: dict[str, Window] = {}
         self._hooks: list[ForwardHook] = []
         self._handles: list[RemovableHandle] = []
@@ -186,6 +187,18 @@ class ImportanceTracker:
         """Return, per group, what its window holds, as plain values."""
         values = self._read()
         return {name: window.state(values[name]) for name, window in self._windows.items()}
+
+    def check_description(self, saved: str) -> None:
+        """Raise unless scores saved by a tracker of this description can go on here.
+
+        Raises:
+            ValueError: They are of another measure or window.
+        """
+        if saved != self.description:
+            raise ValueError(
+                f"state_dict was saved with importance {saved}, but this optimizer has "
+                f"{self.description}. Build it with the importance that it was saved with."
+            )
 
     def load_state_dict(self, state: Mapping[str, Mapping[str, Any]], *, step: int) -> None:
         """Take over what `state_dict` returned after optimizer step ``step``."""

@@ -174,6 +174,20 @@ class Rates:
         is_first = lines.index(line) == position
         return {"lr_history": list(self._history.get(line, []))} if is_first else {}
 
+    def check_state(self, steps: int, states: Sequence[Mapping[str, Any]]) -> None:
+        """Raise if ``"local"`` lacks the rates of the ``steps`` that a saved run has done.
+
+        Raises:
+            ValueError: It was saved under another ``lr_time``.
+        """
+        known = max(len(state.get("lr_history", [])) for state in states)
+        if self.lr_time == "local" and known < steps:
+            raise ValueError(
+                f"state_dict holds the rates of {known} of its {steps} steps: it was saved with "
+                "lr_time='global' or a LocalLR, and 'local' cannot go on from there. Build the "
+                "optimizer with the lr_time that it was saved with."
+            )
+
     def load_state(self, lines: Sequence[int], states: Sequence[Mapping[str, Any]]) -> None:
         """Take over what `group_state` returned, one per param group."""
         self._history = {

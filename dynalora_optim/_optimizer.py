@@ -262,7 +262,11 @@ class DynamicAllocationOptimizer(LateBoundOptimizer):
         """
         packed: dict[str, Any] = super().state_dict()
         add_placeholders(packed, self.param_groups, self.state)
-        clock = {**self._allocation.clock_state(), "probing": self._driver.is_probing}
+        clock = {
+            **self._allocation.clock_state(),
+            "importance": self.tracker.description,
+            "probing": self._driver.is_probing,
+        }
         scores = self.tracker.state_dict()
         values = [
             {
@@ -285,6 +289,8 @@ class DynamicAllocationOptimizer(LateBoundOptimizer):
                 changed then.
         """
         lean, values = unpack(state_dict, self.param_groups)
+        self.tracker.check_description(values[0]["importance"])
+        self._rates.check_state(values[0]["steps"], values)
         super().load_state_dict(lean)
         by_name = dict(zip((g["name"] for g in self.param_groups), values, strict=True))
         self._allocation.load_state(values[0], by_name, state_dict.get("record", []))

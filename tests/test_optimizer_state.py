@@ -254,6 +254,21 @@ def test_a_group_of_another_size_is_refused():
     assert_unchanged_by(optimizer, model, state, "doesn't match the size")
 
 
+@pytest.mark.parametrize(
+    ("saved", "loading", "match"),
+    [
+        ({}, {"importance": "gradient"}, r"saved with importance ForwardNorm.*has GradientNorm"),
+        ({}, {"importance": ImportanceTracker(window="period")}, r"window=None.*window='period'"),
+        ({}, {"lr_time": "local"}, r"rates of 0 of its 2 steps.*lr_time that it was saved with"),
+    ],
+)
+def test_settings_that_cannot_go_on_are_refused(saved, loading, match):
+    model, other = ToyModel(), ToyModel()
+    optimizer = wrapped(model, **saved)
+    train(model, optimizer, 2)
+    assert_unchanged_by(wrapped(other, **loading), other, optimizer.state_dict(), match)
+
+
 def test_threshold_and_names_come_back():
     model = ToyModel()
     optimizer = wrapped(model, allocator=Threshold(0.4), period=1)
