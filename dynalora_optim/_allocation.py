@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from dynalora_optim._allocators import AllocationContext, Allocator
@@ -54,6 +54,7 @@ class Allocation:
         self._warmup = warmup
         self._seed = seed
         self._reallocations = 0
+        self._is_due = False  # a selection that the schedule does not know of
         self._idle = dict.fromkeys(self.names, 0)
         self._activated = dict.fromkeys(self.names, NEVER)
         self.active = active
@@ -65,9 +66,7 @@ class Allocation:
 
     @active.setter
     def active(self, active: float) -> None:
-        count = resolve_active(active, len(self.names))
-        if isinstance(self._allocator, StarvationBound):
-            self._allocator.check(count, len(self.names))
+        self._check(active, len(self.names))
         self._active = active
 
     def is_active(self, name: str) -> bool:
@@ -78,11 +77,32 @@ class Allocation:
         """The groups that are active now, in forward order."""
         return tuple(name for name in self.names if name in self.chosen)
 
-    def extend(self, names: Iterable[str], order: Iterable[str]) -> None:
-        """Add groups, inactive until the next selection, and put all in ``order``."""
+    def extend(self, names: Collection[str], order: Iterable[str]) -> None:
+        """Add groups and put all in ``order``.
+
+        Where all groups are active the new ones are too. Else they wait for the next selection,
+        which is due after the coming step: a schedule such as `Once` may have none left.
+
+        Raises:
+            ValueError: ``max_idle_periods`` cannot be kept with so many groups.
+        """
+        self._check(self._active, len(self.names) + len(names))
+        everyone = len(self.chosen) == len(self.names)
         for name in names:
             self.updates[name], self._idle[name], self._activated[name] = 0, 0, NEVER
         self.names = [name for name in order if name in self.updates]
+        if everyone:
+            self.chosen |= frozenset(names)
+            scores = {**self.record[-1].scores, **dict.fromkeys(names, 0.0)}
+            self.record.append(Reallocation(self.steps, scores, self.active_names()))
+        else:
+            self._is_due |= bool(names)
+
+    def _check(self, active: float, modules: int) -> None:
+        """Raise if so many modules cannot be active."""
+        count = resolve_active(active, modules)
+        if isinstance(self._allocator, StarvationBound):
+            self._allocator.check(count, modules)
 
     def select(self, scores: Mapping[str, float]) -> frozenset[str]:
         """Choose the active set by these scores and record it; return who was inactive before."""
@@ -92,6 +112,7 @@ class Allocation:
         self.record.append(Reallocation(self.steps, usable, self.active_names()))
         self._idle = {n: 0 if n in self.chosen else idle + 1 for n, idle in self._idle.items()}
         self._reallocations += 1
+        self._is_due = False
         if self._reallocations == 1:
             return frozenset()  # the beginning of training is no return from a pause
         self._activated.update(dict.fromkeys(self.chosen - before, self.steps))
@@ -129,7 +150,7 @@ class Allocation:
         self.record.advance()
         if self.steps <= self._warmup:
             return self.steps == self._warmup
-        return self._schedule.due(self.steps - self._warmup)
+        return self._schedule.due(self.steps - self._warmup) or self._is_due
 
     def age(self, name: str) -> int | None:
         """Return the steps since the group came back from a pause; None if it never paused."""
@@ -152,6 +173,7 @@ class Allocation:
             "steps": self.steps,
             "reallocations": self._reallocations,
             "active_setting": self._active,
+            "is_due": self._is_due,
             "seed": self._seed,
         }
 
@@ -176,6 +198,7 @@ class Allocation:
         self.steps = clock["steps"]
         self._reallocations = clock["reallocations"]
         self._active = clock["active_setting"]
+        self._is_due = clock["is_due"]
         self._seed = clock["seed"]
         self.updates = {name: groups[name]["updates"] for name in self.updates}
         self._idle = {name: groups[name]["idle"] for name in self.updates}

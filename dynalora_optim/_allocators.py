@@ -185,7 +185,9 @@ class RoundRobin:
     def select(self, context: AllocationContext) -> list[int]:
         """Return ``active`` positions from where the previous selection ended."""
         modules = len(context.scores)
-        start = context.reallocation * context.active
+        idle = context.idle or (0,) * modules
+        ends = (m + 1 for m in range(modules) if idle[m] == 0 < idle[(m + 1) % modules])
+        start = next(ends, 0)
         return [(start + offset) % modules for offset in range(context.active)]
 
 

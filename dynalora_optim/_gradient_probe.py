@@ -33,9 +33,9 @@ class GradientProbe:
         self._seen = False
 
     @property
-    def is_open(self) -> bool:
+    def is_waiting(self) -> bool:
         """Whether the backward pass of this period is still to come."""
-        return bool(self._handles)
+        return bool(self._handles) and not self._seen
 
     def open(self, groups: Iterable[ModuleGroup], chosen: Collection[str]) -> None:
         """Let all ``groups`` get a gradient once; then only the ``chosen`` ones."""
@@ -53,7 +53,7 @@ class GradientProbe:
 
     def close(self) -> None:
         """Close the inactive modules, if open."""
-        if self.is_open:
+        if self._handles:
             for handle in self._handles:
                 handle.remove()
             self._handles = []

@@ -42,8 +42,9 @@ class ImportanceTracker:
             Default: the run, or for `Sensitivity` its own smoothing.
         every: Measure in every so many optimizer steps only.
         probe: For a gradient measure: in the first backward pass of each period all modules get a
-            gradient, which is scored and dropped again; nothing else is measured. Without it, the
-            last score of an inactive module stands.
+            gradient, which is scored as it comes (under a ``GradScaler``, times its scale) and
+            dropped again; nothing else is measured. Without it, the last score of an inactive
+            module stands.
 
     Attributes:
         attention_mask: (batch, tokens), nonzero where a token counts. Set it before the forward

@@ -174,26 +174,34 @@ class Rates:
         is_first = lines.index(line) == position
         return {"lr_history": list(self._history.get(line, []))} if is_first else {}
 
-    def check_state(self, steps: int, states: Sequence[Mapping[str, Any]]) -> None:
-        """Raise if ``"local"`` lacks the rates of the ``steps`` that a saved run has done.
+    def check_state(self, lines: Sequence[int], states: Sequence[Mapping[str, Any]]) -> None:
+        """Raise if ``"local"`` lacks the rates of the steps that a saved run has done.
 
         Raises:
-            ValueError: It was saved under another ``lr_time``.
+            ValueError: It was saved under another ``lr_time``, or other param groups of the user.
         """
-        known = max(len(state.get("lr_history", [])) for state in states)
-        if self.lr_time == "local" and known < steps:
+        history = self._saved_history(lines, states)
+        steps = states[0]["steps"]
+        if self.lr_time == "local" and (
+            len(history.get(0, [])) < steps or history.keys() != set(lines)
+        ):
             raise ValueError(
-                f"state_dict holds the rates of {known} of its {steps} steps: it was saved with "
-                "lr_time='global' or a LocalLR, and 'local' cannot go on from there. Build the "
-                "optimizer with the lr_time that it was saved with."
+                f"state_dict lacks rates of its {steps} steps, which lr_time='local' goes on from: "
+                "it was saved with another lr_time or other param groups. Build the optimizer as "
+                "the one that saved it."
             )
 
     def load_state(self, lines: Sequence[int], states: Sequence[Mapping[str, Any]]) -> None:
         """Take over what `group_state` returned, one per param group."""
-        self._history = {
-            line: list(state["lr_history"])
-            for line, state in zip(lines, states, strict=True)
-            if "lr_history" in state
+        self._history = self._saved_history(lines, states)
+
+    def _saved_history(
+        self, lines: Sequence[int], states: Sequence[Mapping[str, Any]]
+    ) -> dict[int, list[float]]:
+        return {
+            line: list(states[position]["lr_history"])
+            for line, position in ((line, lines.index(line)) for line in set(lines))
+            if "lr_history" in states[position]
         }
 
     def _record(self, groups: Sequence[ParamGroup], lines: Sequence[int]) -> None:

@@ -89,8 +89,7 @@ class ForwardNorm:
         rows = forward.output
         if forward.base_output is not None:
             rows = rows.float() - forward.base_output.float()
-        norms: Tensor = torch.linalg.vector_norm(rows, self.p, dim=-1, dtype=torch.float32)
-        return _kept(norms, forward.mask).sum()
+        return _kept(_norm(rows, self.p, dim=-1), forward.mask).sum()
 
 
 @dataclass(frozen=True)
@@ -188,9 +187,11 @@ def _check_norm(kind: str, p: object) -> None:
         raise ValueError(f"{kind}(p={p!r}): the paper's norms are p=1 and p=2.")
 
 
-def _norm(tensor: Tensor, p: int) -> Tensor:
-    norm: Tensor = torch.linalg.vector_norm(tensor, p, dtype=torch.float32)
-    return norm
+def _norm(tensor: Tensor, p: int, dim: int | None = None) -> Tensor:
+    """The p-norm in float32; torch accumulates in it directly, except from float64."""
+    dtype = None if tensor.dtype == torch.float64 else torch.float32
+    norm: Tensor = torch.linalg.vector_norm(tensor, p, dim=dim, dtype=dtype)
+    return norm.float()
 
 
 def _kept(norms: Tensor, mask: Tensor | None) -> Tensor:

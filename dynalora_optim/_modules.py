@@ -37,7 +37,7 @@ class ModuleDriver:
     @property
     def is_probing(self) -> bool:
         """Whether the next backward pass gives all modules a gradient."""
-        return self._probe.is_open
+        return self._probe.is_waiting
 
     def apply(self, chosen: Collection[str], *, probe: bool = False) -> None:
         """Make the ``chosen`` groups active and the rest inactive, after one probe if asked."""

@@ -223,6 +223,7 @@ class DynamicAllocationOptimizer(LateBoundOptimizer):
         """Add a param group, split per module group as those given at construction.
 
         Its parameters may belong to modules adapted since: these join the allocation as new groups.
+        They are active at once where all others are; else a selection is made after this step.
 
         Raises:
             ValueError: A parameter is not the model's, or is held already. Nothing is changed then.
@@ -236,7 +237,6 @@ class DynamicAllocationOptimizer(LateBoundOptimizer):
         found = find_groups(self._model, self._group_rule)
         index = ParameterIndex(self._model, found)
         index.check_belongs(parameters)
-        self._index = index
         ids = {id(parameter) for parameter in parameters}
         known = {group["name"] for group in self.param_groups}
         new = [
@@ -244,8 +244,9 @@ class DynamicAllocationOptimizer(LateBoundOptimizer):
             for group in found
             if group.name not in known and not ids.isdisjoint(map(id, group.parameters()))
         ]
-        claim(self, (module for group in new for module in group.modules))
         self._allocation.extend([g.name for g in new], order=[g.name for g in found])
+        self._index = index
+        claim(self, (module for group in new for module in group.modules))
         self._driver.add(new)
         self._apply_allocation(probe=self._driver.is_probing)
 
@@ -290,7 +291,7 @@ class DynamicAllocationOptimizer(LateBoundOptimizer):
         """
         lean, values = unpack(state_dict, self.param_groups)
         self.tracker.check_description(values[0]["importance"])
-        self._rates.check_state(values[0]["steps"], values)
+        self._rates.check_state(self._lines, values)
         super().load_state_dict(lean)
         by_name = dict(zip((g["name"] for g in self.param_groups), values, strict=True))
         self._allocation.load_state(values[0], by_name, state_dict.get("record", []))
@@ -310,6 +311,8 @@ class DynamicAllocationOptimizer(LateBoundOptimizer):
         super()._take_charge()
         claim(self, [self._rule.optimizer, *self._driver.modules()])
         weakref.finalize(self, self._driver.close).atexit = False
+        if self._driver.is_probing:  # a copy: its parameters came without the probe's hooks
+            self._apply_allocation(probe=True)
 
 
 def _has_gradient(group: ParamGroup) -> bool:

@@ -239,20 +239,28 @@ def test_the_smallest_positive_weight_still_beats_zero(tiny):
 # Round robin
 
 
+def turns_of(active: list[int], modules: int) -> list[list[int]]:
+    """The selections in a row, ``active`` modules in each."""
+    idle, turns = [0] * modules, []
+    for count in active:
+        turns.append(
+            sorted(RoundRobin().select(replace(problem([1.0] * modules, count), idle=tuple(idle))))
+        )
+        idle = [0 if m in turns[-1] else periods + 1 for m, periods in enumerate(idle)]
+    return turns
+
+
 @given(st.integers(1, 12), st.data())
 def test_round_robin_visits_every_module_equally_often(modules, data):
     active = data.draw(st.integers(1, modules))
-    visits = Counter(
-        m
-        for turn in range(modules)
-        for m in RoundRobin().select(problem([1.0] * modules, active, reallocation=turn))
-    )
+    visits = Counter(m for turn in turns_of([active] * modules, modules) for m in turn)
     assert visits == dict.fromkeys(range(modules), active)
 
 
 def test_round_robin_goes_on_where_it_ended():
-    turns = [RoundRobin().select(problem([1.0] * 5, 2, reallocation=t)) for t in range(4)]
-    assert turns == [[0, 1], [2, 3], [4, 0], [1, 2]]
+    assert turns_of([2, 2, 2, 2], modules=5) == [[0, 1], [2, 3], [0, 4], [1, 2]]
+    assert turns_of([1, 3, 2], modules=6) == [[0], [1, 2, 3], [4, 5]], "also with another count"
+    assert RoundRobin().select(problem([1.0] * 3, 2)) == [0, 1]
 
 
 # The starvation bound

@@ -68,6 +68,14 @@ def test_half_precision_outputs_are_summed_in_float32(dtype):
     assert ForwardNorm(p=1).score(passed(rows)).item() == 400_000
 
 
+def test_a_model_in_double_precision_is_scored_in_single():
+    model, twin = ToyModel(), ToyModel().double()
+    tracker, double = tracked(model), tracked(twin)
+    model(batch())
+    twin(batch().double())
+    assert double.scores() == pytest.approx(tracker.scores(), rel=1e-5)
+
+
 def test_importance_is_normalised_and_uniform_before_any_score():
     model = ToyModel(layers=4)
     tracker = tracked(model)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import numpy as np
@@ -181,6 +182,31 @@ def test_only_the_first_micro_batch_is_probed():
     assert all(not model.get_submodule(name).active for name in idle)
     assert all(model.get_submodule(name).A.grad is None for name in idle)
     assert optimizer.tracker.scores() == scores
+
+
+def test_a_copy_goes_on_probing():
+    model = ToyModel()
+    optimizer = probing(model, active=1)
+    twin, twin_optimizer = copy.deepcopy((model, optimizer))
+    for one, of in ((model, optimizer), (twin, twin_optimizer)):
+        backward(one)
+        idle = set(names()) - set(of.active_groups)
+        assert all(one.get_submodule(name).A.grad is None for name in idle)
+        of.step()
+    assert twin_optimizer.tracker.scores() == optimizer.tracker.scores()
+
+
+def test_a_round_trip_after_the_probe_does_not_probe_again():
+    model, reference = ToyModel(), ToyModel()
+    optimizer, untouched = probing(model, active=1), probing(reference, active=1)
+    for step in range(2):
+        backward(model, step)
+        backward(reference, step)
+        optimizer.load_state_dict(optimizer.state_dict())
+    optimizer.step()
+    untouched.step()
+    assert optimizer.tracker.scores() == untouched.tracker.scores()
+    assert same(weights(model), weights(reference))
 
 
 def test_an_inactive_gradient_is_dropped_as_soon_as_it_is_scored():

@@ -20,7 +20,7 @@ from torch.optim.optimizer import (
 )
 from toy import ToyModel, backward, batch, names, same, train, weights, wrapped
 
-from dynalora_optim import DynamicAllocationOptimizer
+from dynalora_optim import DynamicAllocationOptimizer, Once
 
 RULES = {
     "AdamW": (torch.optim.AdamW, {}),
@@ -378,22 +378,48 @@ def test_repr_says_what_is_wrapped_and_how_much_is_active():
     assert "4 of 6 groups active" in repr(optimizer)
 
 
+def grow(model: ToyModel, optimizer: DynamicAllocationOptimizer) -> str:
+    """Append an adapted layer and add its parameters; return its name."""
+    layer = ToyModel(layers=1, seed=1).layers[0]
+    model.layers.append(layer)
+    optimizer.add_param_group({"params": list(layer.parameters()), "lr": 0.3})
+    return f"layers.{len(model.layers) - 1}.0"
+
+
 def test_add_param_group_joins_what_was_adapted_since():
     model = ToyModel(layers=3)
-    optimizer = wrapped(model, active=1.0, period=2, allocator="round_robin")
+    optimizer = wrapped(model, active=1.0, period=100)
     train(model, optimizer, 1)
-    grown = ToyModel(layers=1, seed=1).layers[0]
-    model.layers.append(grown)
-    optimizer.add_param_group({"params": list(grown.parameters()), "lr": 0.3})
-    assert optimizer.groups == names(4)
-    assert {g["name"]: g["lr"] for g in optimizer.param_groups}["layers.3.0"] == 0.3
-    assert optimizer.active_groups == names(3), "it waits for the next reallocation"
+    name = grow(model, optimizer)
+    assert optimizer.groups == optimizer.active_groups == names(4), "all active means all"
+    assert {g["name"]: g["lr"] for g in optimizer.param_groups}[name] == 0.3
     before = weights(model)
     train(model, optimizer, 1, start=1)
-    assert torch.equal(model.layers[3][0].A, before["layers.3.0.A"])
-    train(model, optimizer, 1, start=2)
-    assert optimizer.active_groups == names(4)
-    assert not torch.equal(model.layers[3][0].A, before["layers.3.0.A"])
+    assert not torch.equal(model.layers[3][0].A, before[f"{name}.A"])
+
+
+@pytest.mark.parametrize("period", [100, Once(at=1)])
+def test_added_modules_are_considered_after_the_coming_step(period):
+    model = ToyModel(layers=3)
+    optimizer = wrapped(model, active=1, period=period, allocator="round_robin")
+    train(model, optimizer, 2)
+    selections = len(optimizer.record)
+    name = grow(model, optimizer)
+    backward(model, 2)  # a window of accumulation is not cut in two
+    assert name not in optimizer.active_groups
+    assert model.get_submodule(name).A.grad is None
+    optimizer.step()
+    assert len(optimizer.record) == selections + 1
+    assert set(optimizer.record[-1].scores) == set(names(4))
+
+
+def test_added_modules_must_not_break_the_starvation_bound():
+    model = ToyModel(layers=6)
+    optimizer = wrapped(model, active=2, max_idle_periods=2)
+    with pytest.raises(ValueError, match="max_idle_periods=2 cannot be kept with 2 of 7"):
+        grow(model, optimizer)
+    assert optimizer.groups == names(6)
+    assert len(optimizer.param_groups) == 7
 
 
 def test_add_param_group_takes_parameters_outside_the_modules():

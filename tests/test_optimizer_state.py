@@ -259,7 +259,7 @@ def test_a_group_of_another_size_is_refused():
     [
         ({}, {"importance": "gradient"}, r"saved with importance ForwardNorm.*has GradientNorm"),
         ({}, {"importance": ImportanceTracker(window="period")}, r"window=None.*window='period'"),
-        ({}, {"lr_time": "local"}, r"rates of 0 of its 2 steps.*lr_time that it was saved with"),
+        ({}, {"lr_time": "local"}, r"lacks rates of its 2 steps.*saved with another lr_time"),
     ],
 )
 def test_settings_that_cannot_go_on_are_refused(saved, loading, match):
