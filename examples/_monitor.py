@@ -1,0 +1,183 @@
+"""Measuring a training loop from outside, so that the loop itself stays plain PyTorch."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.optim import Optimizer
+from tqdm.auto import tqdm
+
+EVALUATIONS = 5  # on the held-out rows, over a run
+
+
+@torch.no_grad()
+def accuracy(model: nn.Module, batches: Iterable[Mapping[str, Tensor]]) -> float:
+    """Return the share of rows whose largest logit is the label's; the mode is put back after."""
+    training = model.training
+    model.eval()
+    right = total = 0
+    for batch in batches:
+        right += int((model(**batch).logits.argmax(-1) == batch["labels"]).sum())
+        total += len(batch["labels"])
+    model.train(training)
+    return right / total
+
+
+class SavedBytes:
+    """The bytes that autograd keeps for the backward: distinct storages, parameters left out."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._left_out = {
+            parameter.untyped_storage().data_ptr() for parameter in model.parameters()
+        }
+        self._storages: dict[int, int] = {}
+
+    @property
+    def total(self) -> int:
+        return sum(self._storages.values())
+
+    def counting(self) -> AbstractContextManager[None]:
+        """Count what is saved inside this context; the tensors themselves pass unchanged."""
+        return saved_tensors_hooks(self._pack, lambda tensor: tensor)
+
+    def _pack(self, tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in self._left_out:
+            self._storages[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+
+@dataclass
+class Measurements:
+    """What a run was like, step by step."""
+
+    loss: list[float] = field(default_factory=list)
+    accuracy: dict[int, float] = field(default_factory=dict)  # steps done -> on the held-out rows
+    seconds: list[float] = field(default_factory=list)  # of the steps that were only timed
+    updated: list[int] = field(default_factory=list)  # parameters that the step had a gradient for
+    saved: list[int] = field(default_factory=list)  # bytes kept at the end of the forward
+
+    @property
+    def final_accuracy(self) -> float:
+        return self.accuracy[max(self.accuracy)]
+
+    @property
+    def median_seconds(self) -> float:
+        return statistics.median(self.seconds)
+
+    @property
+    def mean_updated(self) -> float:
+        return statistics.fmean(self.updated)
+
+    @property
+    def mean_saved(self) -> float:
+        return statistics.fmean(self.saved)
+
+
+class Monitor:
+    """Watches a training loop through the batches it draws and through hooks.
+
+    What the loop does with a batch is one step. The first step of each active set is weighed (its
+    saved bytes are counted) and not timed; every other step is timed and not weighed.
+
+    Args:
+        model: Its forward returns ``loss`` and ``logits``.
+        optimizer: Any torch optimizer; ``active_groups`` is read where it exists.
+        evaluate: Returns the held-out accuracy; called outside the timed steps.
+        steps: How many steps the loop will take.
+    """
+
+    def __init__(
+        self, model: nn.Module, optimizer: Optimizer, evaluate: Callable[[], float], *, steps: int
+    ) -> None:
+        self.measured = Measurements()
+        self._model, self._optimizer = model, optimizer
+        self._evaluate, self._steps = evaluate, steps
+        self._modules = sum(hasattr(module, "adapter_params") for module in model.modules())
+        self._weights: dict[tuple[str, ...], int] = {}  # active set -> saved bytes
+        self._right: list[float] = []  # training accuracy per step
+
+    def watch(
+        self, batches: Iterable[Mapping[str, Tensor]], label: str
+    ) -> Iterator[Mapping[str, Tensor]]:
+        """Yield the batches, measure what is done with each, and show it beside ``label``."""
+        self.measured.accuracy[0] = self._evaluate()
+        every = max(1, self._steps // EVALUATIONS)
+        with self._hooks(), tqdm(batches, total=self._steps, desc=label) as bar:
+            for step, batch in enumerate(bar, start=1):
+                yield from self._one_step(batch)
+                bar.set_postfix(self._postfix(), refresh=False)
+                if step % every == 0 or step == self._steps:
+                    self.measured.accuracy[step] = self._evaluate()
+
+    def _one_step(self, batch: Mapping[str, Tensor]) -> Iterator[Mapping[str, Tensor]]:
+        active = self._active()
+        weigh = active not in self._weights
+        counter = SavedBytes(self._model)
+        start = time.perf_counter()
+        with self._weighing(counter) if weigh else ExitStack():
+            yield batch
+        if weigh:
+            self._weights[active] = counter.total
+        else:
+            self.measured.seconds.append(time.perf_counter() - start)
+        self.measured.saved.append(self._weights[active])
+
+    @contextmanager
+    def _weighing(self, counter: SavedBytes) -> Iterator[None]:
+        """Count during the model's forward, and not before or after it."""
+        stack = ExitStack()
+
+        def enter(module: nn.Module, args: object) -> None:
+            stack.enter_context(counter.counting())
+
+        def leave(module: nn.Module, args: object, output: object) -> None:
+            stack.close()
+
+        with (
+            self._model.register_forward_pre_hook(enter),
+            self._model.register_forward_hook(leave, always_call=True),
+        ):
+            yield
+
+    @contextmanager
+    def _hooks(self) -> Iterator[None]:
+        with (
+            self._model.register_forward_hook(self._after_forward, with_kwargs=True),
+            self._optimizer.register_step_pre_hook(self._before_step),
+        ):
+            yield
+
+    def _after_forward(
+        self, module: nn.Module, args: object, batch: Mapping[str, Tensor], output: Any
+    ) -> None:
+        if module.training:
+            self.measured.loss.append(output.loss.item())
+            right = output.logits.detach().argmax(-1) == batch["labels"]
+            self._right.append(right.float().mean().item())
+
+    def _before_step(self, optimizer: Optimizer, args: object, kwargs: object) -> None:
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        self.measured.updated.append(sum(p.numel() for p in parameters if p.grad is not None))
+
+    def _active(self) -> tuple[str, ...]:
+        return tuple(getattr(self._optimizer, "active_groups", ()))
+
+    def _postfix(self) -> dict[str, str]:
+        return {
+            "loss": f"{_recent(self.measured.loss):.3f}",
+            "accuracy": f"{_recent(self._right):.3f}",
+            "active": f"{len(self._active()) or self._modules}/{self._modules}",
+        }
+
+
+def _recent(values: Sequence[float], count: int = 20) -> float:
+    return statistics.fmean(values[-count:])
