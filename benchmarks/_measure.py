@@ -49,12 +49,13 @@ class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return func(*args, **(kwargs or {}))
 
 
-def dispatched_ops(step: Step) -> int:
-    """Count the operations that one step dispatches, forward, backward and update."""
+def dispatched_ops(step: Step, *, repeats: int = 1) -> float:
+    """Count the operations that a step dispatches, forward, backward and update: the mean."""
     counter = _Counter()  # type: ignore[no-untyped-call]
     with counter:
-        step()
-    return counter.count
+        for _ in range(repeats):
+            step()
+    return counter.count / repeats
 
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:

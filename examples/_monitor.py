@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -111,7 +112,9 @@ class Monitor:
         """Yield the batches, measure what is done with each, and show it beside ``label``."""
         self.measured.accuracy[0] = self._evaluate()
         every = max(1, self._steps // EVALUATIONS)
-        with self._hooks(), tqdm(batches, total=self._steps, desc=label) as bar:
+        seconds = 0.1 if sys.stderr.isatty() else 10  # a log file wants few lines
+        progress = tqdm(batches, total=self._steps, desc=label, mininterval=seconds)
+        with self._hooks(), progress as bar:
             for step, batch in enumerate(bar, start=1):
                 yield from self._one_step(batch)
                 bar.set_postfix(self._postfix(), refresh=False)
