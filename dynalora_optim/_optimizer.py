@@ -237,13 +237,8 @@ class DynamicAllocationOptimizer(LateBoundOptimizer):
         found = find_groups(self._model, self._group_rule)
         index = ParameterIndex(self._model, found)
         index.check_belongs(parameters)
-        ids = {id(parameter) for parameter in parameters}
         known = {group["name"] for group in self.param_groups}
-        new = [
-            group
-            for group in found
-            if group.name not in known and not ids.isdisjoint(map(id, group.parameters()))
-        ]
+        new = [group for group in index.groups_of(parameters) if group.name not in known]
         self._allocation.extend([g.name for g in new], order=[g.name for g in found])
         self._index = index
         claim(self, (module for group in new for module in group.modules))
@@ -263,24 +258,28 @@ class DynamicAllocationOptimizer(LateBoundOptimizer):
         """
         packed: dict[str, Any] = super().state_dict()
         add_placeholders(packed, self.param_groups, self.state)
+        pack(packed, self._state_values())
+        packed["record"] = self.record.state_dict()
+        return packed
+
+    def _state_values(self) -> list[dict[str, Any]]:
+        """What decides the future, as plain values per param group."""
         clock = {
             **self._allocation.clock_state(),
             "importance": self.tracker.description,
             "probing": self._driver.is_probing,
         }
         scores = self.tracker.state_dict()
-        values = [
+        names = [group["name"] for group in self.param_groups]
+        return [
             {
                 **clock,
-                **self._allocation.group_state(group["name"]),
-                **scores.get(group["name"], {}),
+                **self._allocation.group_state(name),
+                **scores.get(name, {}),
                 **self._rates.group_state(self._lines, position),
             }
-            for position, group in enumerate(self.param_groups)
+            for position, name in enumerate(names)
         ]
-        pack(packed, values)
-        packed["record"] = self.record.state_dict()
-        return packed
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue where `state_dict` was taken, bit for bit, also in the middle of a period.

@@ -48,6 +48,11 @@ class ParameterIndex:
             if parameters
         ]
 
+    def groups_of(self, parameters: Iterable[Tensor]) -> list[ModuleGroup]:
+        """Return the module groups that any of ``parameters`` belongs to, in forward order."""
+        names = {self._owners.get(id(parameter)) for parameter in parameters}
+        return [group for group in self._groups if group.name in names]
+
     def check_belongs(self, parameters: Iterable[Tensor]) -> None:
         """Raise if a parameter is not the model's.
 

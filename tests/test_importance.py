@@ -12,11 +12,18 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 from toy import ToyModel, backward, batch, names, train, wrapped
 
 from dynalora_adapters import LoRAConfig, inject
-from dynalora_optim import Ema, ForwardNorm, ForwardPass, ImportanceTracker
+from dynalora_optim import (
+    DynamicAllocationOptimizer,
+    Ema,
+    ForwardNorm,
+    ForwardPass,
+    ImportanceTracker,
+)
 from dynalora_optim._groups import find_groups
 
 
@@ -310,6 +317,56 @@ def test_the_first_tensor_of_a_tuple_or_dict_is_scored():
     for module in model:
         module(torch.full((3, 4), 2.0))
     assert list(tracker.scores().values()) == pytest.approx([12.0, 12.0])
+
+
+class Reads(TorchDispatchMode):
+    """Counts the operations for which the host waits for a number from the device."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"measure": "forward"},
+        {"measure": ForwardNorm(p=1), "window": Ema(0.9)},
+        {"measure": "gradient"},
+        {"measure": "gradient", "probe": True},
+        {"measure": "sensitivity"},
+    ],
+    ids=lambda options: "-".join(map(str, options.values())),
+)
+def test_a_step_does_not_wait_for_the_device(options):
+    def reads(optimizer, model):
+        train(model, optimizer, 1)
+        with Reads() as mode:
+            for step in range(3):
+                optimizer_step(optimizer, model, step)
+        return mode.count
+
+    def optimizer_step(optimizer, model, step):
+        if isinstance(optimizer, DynamicAllocationOptimizer):
+            optimizer.tracker.attention_mask = torch.ones(2, 2)
+        backward(model, step)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    plain, model = ToyModel(), ToyModel()
+    expected = reads(torch.optim.SGD(plain.parameters(), lr=0.1, foreach=True), plain)
+    optimizer = DynamicAllocationOptimizer(
+        torch.optim.SGD(model.parameters(), lr=0.1, foreach=True),
+        model,
+        active=3,
+        period=100,
+        importance=ImportanceTracker(**options),
+    )
+    assert expected == 0, "else the comparison would hide a read"
+    assert reads(optimizer, model) == 0
+    optimizer.tracker.scores()
 
 
 def test_a_copy_of_the_model_carries_no_tracker_with_it():

@@ -133,20 +133,31 @@ SCHEDULES = [
     ("get_cosine_with_hard_restarts_schedule_with_warmup", (2, 12, 2)),
     ("get_polynomial_decay_schedule_with_warmup", (2, 12)),
     ("get_constant_schedule_with_warmup", (4,)),
+    ("get_constant_schedule", ()),
+    ("get_cosine_with_min_lr_schedule_with_warmup", (2, 12, 0.5, -1, None, 0.1)),
+    ("get_cosine_with_min_lr_schedule_with_warmup_lr_rate", (2, 12, 0.5, -1, None, 0.1, 0.2)),
     ("get_inverse_sqrt_schedule", (2,)),
     ("get_wsd_schedule", (2, 4, 12)),
 ]
+# Those that are no functions of the step: lr_time="local" serves them.
+NOT_LAMBDAS = {"get_adafactor_schedule", "get_greedy_schedule", "get_reduce_on_plateau_schedule"}
+
+
+def test_no_schedule_of_transformers_is_left_out():
+    optimization = pytest.importorskip("transformers.optimization")
+    every = {n for n in dir(optimization) if n.startswith("get_") and "schedule" in n}
+    assert every - NOT_LAMBDAS - {"get_scheduler"} <= {name for name, _ in SCHEDULES}
 
 
 @pytest.mark.parametrize(("name", "arguments"), SCHEDULES)
 @pytest.mark.parametrize("built_on", ["wrapped", "wrapper"])
 def test_every_schedule_of_transformers_becomes_local(name, arguments, built_on):
-    transformers = pytest.importorskip("transformers")
+    optimization = pytest.importorskip("transformers.optimization")
 
     def schedule(optimizer):
         if name == "get_wsd_schedule":
-            return transformers.get_wsd_schedule(optimizer, 2, 4, num_training_steps=12)
-        return getattr(transformers, name)(optimizer, *arguments)
+            return optimization.get_wsd_schedule(optimizer, 2, 4, num_training_steps=12)
+        return getattr(optimization, name)(optimizer, *arguments)
 
     lone = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=RATE)
     (factor,) = schedule(lone).lr_lambdas
