@@ -118,7 +118,8 @@ def test_sensitivity_is_smoothed_as_adalora_does(beta1, beta2, steps):
         optimizer.step()
         optimizer.zero_grad()
     (score,) = optimizer.tracker.scores().values()
-    assert score == pytest.approx(mean * uncertainty, rel=1e-3, abs=1e-9)
+    # |s - I| cancels in float32 where beta1 is small: the error is relative to s, not to U.
+    assert score == pytest.approx(mean * uncertainty, rel=1e-4, abs=1e-6 * mean * mean)
 
 
 def test_a_users_own_gradient_measure():

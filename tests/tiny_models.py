@@ -199,7 +199,9 @@ def _vit() -> TinyModel:
     )
     model = ViTForImageClassification(config)
     batch = {"pixel_values": torch.randn(ROWS, 3, 16, 16), "labels": _labels()}
-    return TinyModel("vit", model, batch, ["q_proj", "v_proj"], ["classifier"])
+    names = {name.rsplit(".", 1)[-1] for name, _ in model.named_modules()}
+    targets = ["q_proj", "v_proj"] if "q_proj" in names else ["query", "value"]  # transformers 5.0
+    return TinyModel("vit", model, batch, targets, ["classifier"])
 
 
 def _stack() -> TinyModel:
