@@ -29,7 +29,11 @@ from dynalora_optim._param_groups import (
 from dynalora_optim._record import AllocationRecord
 from dynalora_optim._schedules import Schedule, as_schedule
 from dynalora_optim._states import OnActivate, add_placeholders, check_on_activate, reset
-from dynalora_optim._update_rule import LateBoundOptimizer, check_wrappable
+from dynalora_optim._update_rule import (
+    LateBoundOptimizer,
+    check_single_process,
+    check_wrappable,
+)
 
 
 class DynamicAllocationOptimizer(LateBoundOptimizer):
@@ -77,6 +81,7 @@ class DynamicAllocationOptimizer(LateBoundOptimizer):
         TypeError: An argument of another kind.
         ValueError: An argument out of range, a model without adapters, or an optimizer that does
             not hold the adapters. Nothing is changed then.
+        NotImplementedError: Several processes train together.
 
     Example:
         >>> optimizer = torch.optim.AdamW(model.parameters(), lr=4e-4)  # doctest: +SKIP
@@ -103,6 +108,7 @@ class DynamicAllocationOptimizer(LateBoundOptimizer):
         activation_warmup: int = 0,
         on_activate: OnActivate = "keep",
     ) -> None:
+        check_single_process()
         check_wrappable(optimizer, scheduled=isinstance(lr_time, LocalLR))
         check_on_activate(on_activate, optimizer)
         found = find_groups(model, groups)
@@ -200,6 +206,7 @@ class DynamicAllocationOptimizer(LateBoundOptimizer):
         return loss
 
     def _reallocate(self) -> None:
+        check_single_process()  # the group may have been formed after this object
         activated = self._allocation.select(self.tracker.roll())
         returning = flatten(g for g in self.param_groups if g["name"] in activated)
         reset(self.state, returning, self._on_activate)
