@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -192,7 +191,7 @@ def full_disk(*args: object, **kwargs: object) -> None:
     raise OSError(28, "No space left on device")
 
 
-def full_disk_for_weights(source: Path, target: Path, replace: Any = os.replace) -> None:
+def full_disk_for_weights(source: Path, target: Path, replace: Any = Path.replace) -> None:
     """A rename that fails for the second file."""
     if Path(target).name == WEIGHTS:
         full_disk()
@@ -203,8 +202,8 @@ FAILURES = {
     "weights": ("dynalora_adapters._storage.save_file", full_disk),
     "config": ("pathlib.Path.write_text", full_disk),
     "backup": ("shutil.copy2", full_disk),
-    "first rename": ("os.replace", full_disk),
-    "second rename": ("os.replace", full_disk_for_weights),
+    "first rename": ("pathlib.Path.replace", full_disk),
+    "second rename": ("pathlib.Path.replace", full_disk_for_weights),
 }
 
 
@@ -226,7 +225,7 @@ def test_a_failing_disk_leaves_the_old_files_whole_and_no_others(
 def test_a_failing_disk_leaves_a_new_folder_empty(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("os.replace", full_disk_for_weights)
+    monkeypatch.setattr("pathlib.Path.replace", full_disk_for_weights)
     with pytest.raises(OSError, match="No space left"):
         save_adapter(adapted("stack").model, tmp_path / "new")
     assert list((tmp_path / "new").iterdir()) == []
