@@ -18,6 +18,7 @@ class ModuleDriver:
     def __init__(
         self, model: nn.Module, groups: Sequence[ModuleGroup], tracker: ImportanceTracker
     ) -> None:
+        self.is_closed = False
         self._groups: dict[str, ModuleGroup] = {}
         self._tracker = tracker
         self._freezer = Freezer()
@@ -52,7 +53,10 @@ class ModuleDriver:
         self._tracker.observe_step(g for name, g in self._groups.items() if name in chosen)
 
     def close(self) -> None:
-        """Make every module active again and remove all hooks."""
+        """Make every module active again and remove all hooks; once, for others may follow."""
+        if self.is_closed:
+            return
+        self.is_closed = True
         self._probe.close()
         self._freezer.set_active(self._groups)
         self._tracker.close()

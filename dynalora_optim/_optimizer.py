@@ -188,7 +188,12 @@ class DynamicAllocationOptimizer(LateBoundOptimizer):
 
         Returns:
             What ``closure`` returned, or None.
+
+        Raises:
+            RuntimeError: After `close`.
         """
+        if self._driver.is_closed:
+            raise RuntimeError("step() after close(): build a new DynamicAllocationOptimizer.")
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -253,7 +258,10 @@ class DynamicAllocationOptimizer(LateBoundOptimizer):
         self._apply_allocation(probe=self._driver.is_probing)
 
     def close(self) -> None:
-        """Make every module active again and remove all hooks; the record stays readable."""
+        """Make every module active again and remove all hooks.
+
+        The record and the state stay readable; `step` raises from here on.
+        """
         self._driver.close()
         release(self)
 

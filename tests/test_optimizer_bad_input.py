@@ -188,6 +188,30 @@ def test_an_optimizer_that_is_gone_leaves_the_model_free():
     wrapped(model)
 
 
+def test_a_closed_optimizer_that_is_gone_does_not_disturb_its_successor():
+    model = ToyModel()
+    first = wrapped(model, active=1)
+    first.close()
+    second = wrapped(model, active=1)
+    flags = [layer[0].active for layer in model.layers]
+    del first
+    gc.collect()
+    assert [layer[0].active for layer in model.layers] == flags
+    assert flags.count(True) == len(second.active_groups) == 1
+
+
+def test_a_closed_optimizer_does_not_step():
+    model = ToyModel()
+    optimizer = wrapped(model)
+    optimizer.close()
+    before = weights(model)
+    backward(model)
+    with pytest.raises(RuntimeError, match="after close"):
+        optimizer.step()
+    assert same(weights(model), before)
+    assert optimizer.record.counts()
+
+
 def test_a_closed_optimizer_can_be_followed_by_another():
     model = ToyModel()
     wrapped(model).close()
