@@ -109,7 +109,8 @@ class DynamicAllocationOptimizer(LateBoundOptimizer):
         on_activate: OnActivate = "keep",
     ) -> None:
         check_single_process()
-        check_wrappable(optimizer, scheduled=isinstance(lr_time, LocalLR))
+        has_local_schedule = isinstance(lr_time, LocalLR) and lr_time.is_from_scheduler
+        check_wrappable(optimizer, scheduled=has_local_schedule)
         check_on_activate(on_activate, optimizer)
         found = find_groups(model, groups)
         index = ParameterIndex(model, found)

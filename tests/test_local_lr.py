@@ -364,6 +364,14 @@ def test_what_is_no_function_of_the_step_is_refused():
         LocalLR(linear(1, 2), horizon="long")
 
 
+def test_a_scheduler_beside_a_factor_is_refused():
+    model = ToyModel()
+    inner = torch.optim.AdamW(model.parameters(), lr=RATE)
+    lr_scheduler.LambdaLR(inner, linear(1, 2))
+    with pytest.raises(ValueError, match="wrap first, then build the scheduler"):
+        DynamicAllocationOptimizer(inner, model, lr_time=LocalLR(linear(1, 2)))
+
+
 def test_a_scheduler_of_another_optimizer_is_refused():
     other = torch.optim.SGD(
         [{"params": [torch.zeros(1, requires_grad=True)]} for _ in range(5)], lr=0.1
