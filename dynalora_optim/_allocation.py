@@ -7,6 +7,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from dynalora_optim._allocators import AllocationContext, Allocator
+from dynalora_optim._checks import whole_number
 from dynalora_optim._record import AllocationRecord, Reallocation
 from dynalora_optim._schedules import Schedule
 from dynalora_optim._scores import usable_scores
@@ -40,8 +41,7 @@ class Allocation:
         warmup: int = 0,
         max_idle_periods: int | None = None,
     ) -> None:
-        if isinstance(warmup, bool) or not isinstance(warmup, int) or warmup < 0:
-            raise ValueError(f"warmup={warmup!r} must be a whole number of optimizer steps, >= 0.")
+        whole_number("warmup", warmup, least=0)
         if max_idle_periods is not None:
             allocator = StarvationBound(allocator, max_idle_periods)
         self.names = list(names)

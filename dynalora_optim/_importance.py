@@ -13,6 +13,7 @@ from typing import Any, cast
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from dynalora_optim._checks import whole_number
 from dynalora_optim._forward_hook import ForwardHook, Watch
 from dynalora_optim._groups import ModuleGroup
 from dynalora_optim._measures import (
@@ -67,8 +68,7 @@ class ImportanceTracker:
         smoothing = getattr(self.measure, "smoothing", None)
         by_gradient = isinstance(self.measure, GradientMeasure)
         self._new_window = window_maker(window, mean=by_gradient, smoothing=smoothing)
-        if isinstance(every, bool) or not isinstance(every, int) or every < 1:
-            raise ValueError(f"every={every!r} must be a whole number of optimizer steps, >= 1.")
+        whole_number("every", every, least=1)
         if probe and not by_gradient:
             raise ValueError(
                 f"probe=True refreshes gradient measures; {self.measure!r} sees inactive modules "

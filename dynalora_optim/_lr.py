@@ -14,6 +14,7 @@ from typing import Any, Literal, TypeAlias
 from torch.optim.lr_scheduler import LambdaLR
 
 from dynalora_optim._allocation import Allocation
+from dynalora_optim._checks import whole_number
 from dynalora_optim._param_groups import ParamGroup
 
 Factor: TypeAlias = Callable[[int], float]
@@ -96,14 +97,10 @@ class Rates:
     def __init__(self, lr_time: LrTime, activation_warmup: int) -> None:
         if lr_time not in ("global", "local") and not isinstance(lr_time, LocalLR):
             raise ValueError(f"lr_time={lr_time!r}: pass 'global', 'local' or a LocalLR.")
-        warmup = activation_warmup
-        if isinstance(warmup, bool) or not isinstance(warmup, int) or warmup < 0:
-            raise ValueError(
-                f"activation_warmup={warmup!r} must be a whole number of optimizer steps, >= 0."
-            )
+        whole_number("activation_warmup", activation_warmup, least=0)
         self.lr_time = lr_time
         self.last: list[Any] = []  # the rate of each param group at the last update
-        self.activation_warmup = warmup
+        self.activation_warmup = activation_warmup
         self._history: dict[int, list[float]] = {}  # "local": per user group, its rate by step
 
     def check(self, lines: Sequence[int]) -> None:

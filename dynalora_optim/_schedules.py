@@ -10,6 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
+from dynalora_optim._checks import whole_number
+
 
 @runtime_checkable
 class Schedule(Protocol):
@@ -31,7 +33,7 @@ class Periodic:
     n: int
 
     def __post_init__(self) -> None:
-        _check_steps("period", self.n)
+        whole_number("period", self.n, least=1)
 
     def due(self, step: int) -> bool:
         """Return whether ``step`` is a multiple of ``n``."""
@@ -49,7 +51,7 @@ class Once:
     at: int
 
     def __post_init__(self) -> None:
-        _check_steps("Once(at)", self.at)
+        whole_number("Once(at)", self.at, least=1)
 
     def due(self, step: int) -> bool:
         """Return whether ``step`` is ``at``."""
@@ -71,10 +73,3 @@ def as_schedule(period: int | Schedule) -> Schedule:
         f"period={period!r} is neither a number of steps nor a schedule; pass a positive int, "
         "Once(at), or an object with due(step) -> bool."
     )
-
-
-def _check_steps(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(
-            f"{name}={value!r} must be a whole number of optimizer steps, at least 1; pass e.g. 50."
-        )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from dynalora_optim._allocators import AllocationContext, Allocator
+from dynalora_optim._checks import whole_number
 
 
 @dataclass(frozen=True)
@@ -21,9 +22,7 @@ class StarvationBound:
     max_idle_periods: int
 
     def __post_init__(self) -> None:
-        n = self.max_idle_periods
-        if isinstance(n, bool) or not isinstance(n, int) or n < 1:
-            raise ValueError(f"max_idle_periods={n!r} must be a whole number of periods, >= 1.")
+        whole_number("max_idle_periods", self.max_idle_periods, least=1, of="periods")
 
     def check(self, active: int, modules: int) -> None:
         """Raise if ``active`` of ``modules`` cannot keep the bound.
