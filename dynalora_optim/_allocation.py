@@ -69,6 +69,10 @@ class Allocation:
         self._check(active, len(self.names))
         self._active = active
 
+    @property
+    def _count(self) -> int:
+        return resolve_active(self._active, len(self.names))
+
     def is_active(self, name: str) -> bool:
         """Return whether the group of this name gets gradients; one not allocated always does."""
         return name in self.chosen or name not in self.updates
@@ -124,7 +128,7 @@ class Allocation:
         context = AllocationContext(
             scores=tuple(scores[name] for name in self.names),
             updates=tuple(self.updates[name] for name in self.names),
-            active=resolve_active(self._active, len(self.names)),
+            active=self._count,
             reallocation=self._reallocations,
             generator=random.Random(f"{self._seed}:{self._reallocations}"),
             idle=tuple(self._idle[name] for name in self.names),
@@ -164,8 +168,7 @@ class Allocation:
         """
         if name not in self.updates:
             return self.steps, 1.0
-        count = resolve_active(self._active, len(self.names))
-        return self.updates[name], count / len(self.names)
+        return self.updates[name], self._count / len(self.names)
 
     def clock_state(self) -> dict[str, Any]:
         """Return the numbers that belong to no single group."""

@@ -7,6 +7,7 @@ history, stands beside them.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -68,9 +69,11 @@ def _matched(
 def _keyed(groups: Sequence[Mapping[str, Any]]) -> dict[tuple[str, int], Mapping[str, Any]]:
     """Key groups by name and, where one name has several (split options), by their order."""
     keyed: dict[tuple[str, int], Mapping[str, Any]] = {}
+    seen: Counter[str] = Counter()
     for group in groups:
         name = group["name"]
-        keyed[name, sum(other == name for other, _ in keyed)] = group
+        keyed[name, seen[name]] = group
+        seen[name] += 1
     return keyed
 
 

@@ -47,20 +47,15 @@ class _DetachedForward:
 
 
 class Freezer:
-    """Keeps exactly the chosen groups active."""
+    """Makes groups active and inactive."""
 
     def __init__(self) -> None:
-        self._groups: dict[str, ModuleGroup] = {}
         self._detached: dict[str, list[_DetachedForward]] = {}
 
-    def add(self, groups: Iterable[ModuleGroup]) -> None:
-        """Take ``groups`` into care; they stay active until `set_active` says otherwise."""
-        self._groups.update((group.name, group) for group in groups)
-
-    def set_active(self, active: Collection[str]) -> None:
-        """Make the groups named in ``active`` active and all others inactive."""
-        for name, group in self._groups.items():
-            if name in active:
+    def set_active(self, groups: Iterable[ModuleGroup], active: Collection[str]) -> None:
+        """Make those of ``groups`` that are named in ``active`` active, and the others inactive."""
+        for group in groups:
+            if group.name in active:
                 self._activate(group)
             else:
                 self._deactivate(group)

@@ -7,7 +7,7 @@ one such gradient is held at a time.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection
 from functools import partial
 from typing import Any
 
@@ -28,6 +28,7 @@ class GradientProbe:
         self._freezer = freezer
         self._tracker = tracker
         self._handles: list[RemovableHandle] = []
+        self._groups: Collection[ModuleGroup] = ()
         self._chosen: Collection[str] = ()
         self._waiting: dict[str, set[int]] = {}
         self._seen = False
@@ -37,10 +38,10 @@ class GradientProbe:
         """Whether the backward pass of this period is still to come."""
         return bool(self._handles) and not self._seen
 
-    def open(self, groups: Iterable[ModuleGroup], chosen: Collection[str]) -> None:
+    def open(self, groups: Collection[ModuleGroup], chosen: Collection[str]) -> None:
         """Let all ``groups`` get a gradient once; then only the ``chosen`` ones."""
         self.close()
-        self._chosen, self._seen, self._waiting = chosen, False, {}
+        self._groups, self._chosen, self._seen, self._waiting = groups, chosen, False, {}
         for group in groups:
             parameters = [p for p in group.parameters() if p.requires_grad]
             self._waiting[group.name] = {id(p) for p in parameters}
@@ -49,7 +50,7 @@ class GradientProbe:
                 handle = parameter.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
                 self._handles.append(handle)
         self._handles.append(self._model.register_forward_pre_hook(self._close_if_seen))
-        self._freezer.set_active(self._waiting)
+        self._freezer.set_active(groups, self._waiting)
 
     def close(self) -> None:
         """Close the inactive modules, if open."""
@@ -57,7 +58,7 @@ class GradientProbe:
             for handle in self._handles:
                 handle.remove()
             self._handles = []
-            self._freezer.set_active(self._chosen)
+            self._freezer.set_active(self._groups, self._chosen)
 
     def _take(self, group: ModuleGroup, parameter: Tensor) -> None:
         """Score a group once all its parameters have a gradient."""

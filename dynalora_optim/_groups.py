@@ -6,7 +6,7 @@ themselves: FSDP2 and ``accelerator.prepare`` put new ones in their place.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol, TypeAlias, cast, runtime_checkable
 
@@ -143,26 +143,23 @@ def _is_peft_layer(module: nn.Module) -> bool:
 
 def _joined(claims: Iterable[ModuleGroup]) -> list[ModuleGroup]:
     """Join the claims that have the same name or share a parameter (tied weights)."""
-    groups: list[ModuleGroup] = []
-    for claim in claims:
-        kin = [group for group in groups if _related(group, claim)]
-        if not kin:
-            groups.append(claim)
-            continue
-        family = [*kin, claim]
-        slots: dict[int, Slot] = {}
-        for slot in (slot for group in family for slot in group.slots):
-            slots.setdefault(id(slot.parameter), slot)
-        modules = dict.fromkeys(module for group in family for module in group.modules)
-        groups[groups.index(kin[0])] = ModuleGroup(
-            kin[0].name, tuple(modules), tuple(slots.values())
-        )
-        groups = [group for group in groups if group not in kin[1:]]
-    return groups
+    families: dict[int, list[ModuleGroup]] = {}  # by the number of their first claim
+    home: dict[str | int, int] = {}  # the family of each name and each parameter
+    for number, claim in enumerate(claims):
+        kin = sorted({home[mark] for mark in _marks(claim) if mark in home})
+        root = kin[0] if kin else number
+        families[root] = [group for k in kin for group in families.pop(k)] + [claim]
+        home.update((mark, root) for group in families[root] for mark in _marks(group))
+    return [_union(family) for _, family in sorted(families.items())]
 
 
-def _related(group: ModuleGroup, other: ModuleGroup) -> bool:
-    if group.name == other.name:
-        return True
-    ids = {id(parameter) for parameter in group.parameters()}
-    return any(id(parameter) in ids for parameter in other.parameters())
+def _marks(group: ModuleGroup) -> list[str | int]:
+    return [group.name, *map(id, group.parameters())]
+
+
+def _union(family: Sequence[ModuleGroup]) -> ModuleGroup:
+    slots: dict[int, Slot] = {}
+    for slot in (slot for group in family for slot in group.slots):
+        slots.setdefault(id(slot.parameter), slot)
+    modules = dict.fromkeys(module for group in family for module in group.modules)
+    return ModuleGroup(family[0].name, tuple(modules), tuple(slots.values()))

@@ -158,7 +158,9 @@ class ImportanceTracker:
         A group that a gradient measure has never seen gets the mean of those that it has: nothing
         speaks for it or against it. This copies the numbers from their device, which waits for it.
         """
-        values = self._read()
+        return self._scores(self._read())
+
+    def _scores(self, values: Mapping[str, Sequence[float]]) -> dict[str, float]:
         scores = {name: window.score(values[name]) for name, window in self._windows.items()}
         if isinstance(self.measure, GradientMeasure):
             seen = [scores[n] for n, w in self._windows.items() if not w.is_empty]
@@ -178,8 +180,8 @@ class ImportanceTracker:
 
     def roll(self) -> dict[str, float]:
         """Begin a new period at a reallocation; return the scores that it is decided by."""
-        scores = self.scores()
         values = self._read()
+        scores = self._scores(values)
         for name, window in self._windows.items():
             window.roll(values[name])
         return scores

@@ -28,7 +28,6 @@ class ModuleDriver:
     def add(self, groups: Sequence[ModuleGroup]) -> None:
         """Take ``groups`` into care; they stay active until `apply` says otherwise."""
         self._groups.update((group.name, group) for group in groups)
-        self._freezer.add(groups)
         self._tracker.attach(groups)
 
     def modules(self) -> Iterator[nn.Module]:
@@ -43,9 +42,10 @@ class ModuleDriver:
     def apply(self, chosen: Collection[str], *, probe: bool = False) -> None:
         """Make the ``chosen`` groups active and the rest inactive, after one probe if asked."""
         self._probe.close()
-        self._freezer.set_active(chosen)
+        groups = list(self._groups.values())
+        self._freezer.set_active(groups, chosen)
         if probe:
-            self._probe.open(self._groups.values(), chosen)
+            self._probe.open(groups, chosen)
 
     def before_update(self, chosen: Collection[str]) -> None:
         """Read what the backward passes left, before an optimizer step uses it."""
@@ -58,5 +58,5 @@ class ModuleDriver:
             return
         self.is_closed = True
         self._probe.close()
-        self._freezer.set_active(self._groups)
+        self._freezer.set_active(self._groups.values(), self._groups)
         self._tracker.close()

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from dynalora_optim._allocation import Allocation
 from dynalora_optim._allocators import Allocator, as_allocator
 from dynalora_optim._checkpoint import pack, unpack
+from dynalora_optim._checks import check_single_process
 from dynalora_optim._claims import claim, release
 from dynalora_optim._freezing import drop_gradients
 from dynalora_optim._groups import GroupRule, find_groups
@@ -29,11 +30,7 @@ from dynalora_optim._param_groups import (
 from dynalora_optim._record import AllocationRecord
 from dynalora_optim._schedules import Schedule, as_schedule
 from dynalora_optim._states import OnActivate, add_placeholders, check_on_activate, reset
-from dynalora_optim._update_rule import (
-    LateBoundOptimizer,
-    check_single_process,
-    check_wrappable,
-)
+from dynalora_optim._update_rule import LateBoundOptimizer, check_wrappable
 
 
 class DynamicAllocationOptimizer(LateBoundOptimizer):

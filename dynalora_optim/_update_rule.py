@@ -17,21 +17,6 @@ from dynalora_optim._claims import is_claimed, is_owner
 from dynalora_optim._param_groups import ParameterIndex, ParamGroup, flatten, parameters_of
 
 
-def check_single_process() -> None:
-    """Raise in a run of several processes.
-
-    Raises:
-        NotImplementedError: Each rank would choose by its own scores; they would part in silence.
-    """
-    distributed = torch.distributed
-    together = distributed.is_available() and distributed.is_initialized()
-    if together and (ranks := distributed.get_world_size()) > 1:
-        raise NotImplementedError(
-            f"DynamicAllocationOptimizer does not serve runs of several processes yet (world size "
-            f"{ranks}): each rank would choose its own modules. Train in one process."
-        )
-
-
 class UpdateRule:
     """Runs a torch optimizer over whichever groups it is given."""
 

@@ -15,8 +15,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny_models import NAMES, Stack, TinyModel, build, randomize_trainable
+from tiny_models import NAMES, Stack, build, randomize_trainable
 from torch import Tensor, nn
+from vera_models import adapted, layers_of
 
 from dynalora_adapters import (
     VeRAConfig,
@@ -29,18 +30,6 @@ GOOD = {"rank": 8, "targets": ["query"]}
 sizes = st.integers(1, 9)
 keys = st.integers(-(2**63), 2**64 - 1)
 floats = st.sampled_from([torch.float64, torch.float32, torch.bfloat16, torch.float16])
-
-
-def adapted(name: str = "stack", seed: int = 1, **options: Any) -> TinyModel:
-    tiny = build(name)
-    options = {"rank": 4, "targets": tiny.targets, **options}
-    inject(tiny.model, VeRAConfig(**{"trainable": tiny.trainable, **options}))
-    randomize_trainable(tiny.model, seed, scale=0.5)
-    return tiny
-
-
-def layers_of(model: nn.Module) -> list[VeRALinear]:
-    return [m for m in model.modules() if isinstance(m, VeRALinear)]
 
 
 def trained(base: nn.Module, **options: Any) -> VeRALinear:

@@ -10,13 +10,12 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_models import NAMES, TinyModel, build, randomize_trainable, same, snapshot
+from tiny_models import NAMES, build, same, snapshot
 from torch import Tensor, nn
+from vera_models import adapted, layers_of
 
 from dynalora_adapters import (
     LoRAConfig,
-    VeRAConfig,
-    VeRALinear,
     inject,
     load_adapter,
     merge,
@@ -27,18 +26,6 @@ from dynalora_adapters import (
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 KEY_A, KEY_B = "base_model.vera_A", "base_model.vera_B"
-
-
-def adapted(name: str = "stack", seed: int = 1, **options: Any) -> TinyModel:
-    tiny = build(name)
-    options = {"rank": 4, "targets": tiny.targets, **options}
-    inject(tiny.model, VeRAConfig(**{"trainable": tiny.trainable, **options}))
-    randomize_trainable(tiny.model, seed, scale=0.5)
-    return tiny
-
-
-def layers_of(model: nn.Module) -> list[VeRALinear]:
-    return [m for m in model.modules() if isinstance(m, VeRALinear)]
 
 
 def check_shared(model: nn.Module) -> None:
