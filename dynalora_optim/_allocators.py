@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Literal, Protocol, runtime_checkable
 
+from dynalora_optim._checks import by_name
 from dynalora_optim._scores import normalised
 
 
@@ -208,16 +209,11 @@ def as_allocator(allocator: str | Allocator) -> Allocator:
         ValueError: An unknown short name.
         TypeError: Neither a name nor an object with ``select``.
     """
-    if isinstance(allocator, str):
-        if allocator not in SHORT_NAMES:
-            raise ValueError(
-                f"allocator={allocator!r} is not a known allocator; pass one of "
-                f"{sorted(SHORT_NAMES)} or an object with select(context)."
-            )
-        return SHORT_NAMES[allocator]()
-    if isinstance(allocator, Allocator) and not isinstance(allocator, type):
-        return allocator
-    raise TypeError(
-        f"allocator={allocator!r} is neither a short name nor an allocator; pass one of "
-        f"{sorted(SHORT_NAMES)} or an object with select(context) -> indices."
+    return by_name(
+        "allocator",
+        allocator,
+        SHORT_NAMES,
+        kinds=(Allocator,),
+        noun="allocator",
+        method="select(context)",
     )

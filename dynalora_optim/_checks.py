@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from typing import TypeVar, cast
+
 import torch
+
+T = TypeVar("T")
 
 
 def whole_number(name: str, value: object, *, least: int, of: str = "optimizer steps") -> None:
@@ -16,6 +21,40 @@ def whole_number(name: str, value: object, *, least: int, of: str = "optimizer s
             f"{name}={value!r} must be a whole number of {of}, at least {least}; "
             f"pass an int such as {max(least, 10)}."
         )
+
+
+def by_name(
+    option: str,
+    value: object,
+    known: Mapping[str, Callable[[], T]],
+    *,
+    kinds: tuple[type, ...],
+    noun: str,
+    method: str,
+) -> T:
+    """Return ``value`` itself, or the default object behind its short name.
+
+    Args:
+        option: What the user calls it.
+        value: A short name, or an object of one of the ``kinds``.
+        known: The short names, and what makes the object behind each.
+        kinds: What an object may be.
+        noun: What such an object is called.
+        method: What it must have.
+
+    Raises:
+        ValueError: An unknown short name.
+        TypeError: Neither a name nor such an object (a class, say).
+    """
+    remedy = f"pass one of {sorted(known)} or an object with {method}."
+    if isinstance(value, str):
+        if value not in known:
+            raise ValueError(f"{option}={value!r} is not a known {noun}; {remedy}")
+        return known[value]()
+    if isinstance(value, kinds) and not isinstance(value, type):
+        return cast(T, value)
+    article = "an" if noun[0] in "aeiou" else "a"
+    raise TypeError(f"{option}={value!r} is neither a short name nor {article} {noun}; {remedy}")
 
 
 def check_single_process() -> None:

@@ -13,6 +13,8 @@ from typing import Literal, Protocol, TypeAlias, runtime_checkable
 import torch
 from torch import Tensor, nn
 
+from dynalora_optim._checks import by_name
+
 
 @dataclass(frozen=True)
 class ForwardPass:
@@ -166,19 +168,13 @@ def as_measure(importance: str | ImportanceMeasure) -> ImportanceMeasure:
         ValueError: An unknown short name.
         TypeError: Neither a name nor a measure.
     """
-    if isinstance(importance, str):
-        if importance not in MEASURES:
-            raise ValueError(
-                f"importance={importance!r} is not a known measure; pass one of "
-                f"{sorted(MEASURES)} or an object with score(forward)."
-            )
-        return MEASURES[importance]()
-    is_measure = isinstance(importance, (ForwardMeasure, GradientMeasure))
-    if is_measure and not isinstance(importance, type):
-        return importance
-    raise TypeError(
-        f"importance={importance!r} is neither a short name nor a measure; pass one of "
-        f"{sorted(MEASURES)} or an object with score(forward) or score_gradients(parameters)."
+    return by_name(
+        "importance",
+        importance,
+        MEASURES,
+        kinds=(ForwardMeasure, GradientMeasure),
+        noun="measure",
+        method="score(forward) or score_gradients(parameters)",
     )
 
 

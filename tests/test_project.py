@@ -22,8 +22,8 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 # Each file may import from the rows above its own, never from its own row or below.
 LAYERS = [
-    {"_checks", "_claims", "_groups", "_measures", "_scores", "_plot"},
-    {"_schedules", "_windows", "_freezing", "_param_groups", "_record", "_allocators"},
+    {"_checks", "_claims", "_groups", "_scores", "_plot"},
+    {"_measures", "_schedules", "_windows", "_freezing", "_param_groups", "_record", "_allocators"},
     {"_forward_hook", "_states", "_update_rule", "_starvation"},
     {"_importance", "_allocation", "_checkpoint"},
     {"_gradient_probe", "_lr"},
