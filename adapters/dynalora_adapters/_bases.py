@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TypeGuard
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 from torch.nn.parameter import is_lazy
 
 
@@ -49,6 +51,43 @@ def is_conv1d(module: nn.Module) -> bool:
     """Whether the module is transformers' ``Conv1D``, a Linear whose weight is (in, out)."""
     named = any(kind.__name__ == "Conv1D" for kind in type(module).__mro__)
     return named and isinstance(getattr(module, "nf", None), int)
+
+
+def frozen_weight(module: nn.Module) -> Tensor | None:
+    """Return W, (out, in), of a module that computes x W^T + b with W and b frozen, or None.
+
+    None too unless that is certain to be all it does: subclasses, parametrized and quantised
+    layers, wrapped forwards and modules that a hook watches are left to themselves.
+    """
+    if type(module) is not nn.Linear and not _is_transformers_conv1d(module):
+        return None
+    if _is_watched(module) or "forward" in module.__dict__:
+        return None
+    weight, bias = module.weight, module.bias
+    if not (is_dense(weight) and weight.is_floating_point()) or weight.requires_grad:
+        return None
+    if bias is not None and (not is_dense(bias) or bias.requires_grad):
+        return None
+    return weight if type(module) is nn.Linear else weight.t()
+
+
+def is_dense(tensor: object) -> TypeGuard[Tensor]:
+    """Whether this is a tensor of the ordinary kind: no subclass, strided, not nested."""
+    if type(tensor) is not Tensor and type(tensor) is not nn.Parameter:
+        return False
+    return tensor.layout is torch.strided and not tensor.is_nested
+
+
+def _is_transformers_conv1d(module: nn.Module) -> bool:
+    kind = type(module)
+    return kind.__name__ == "Conv1D" and kind.__module__ == "transformers.pytorch_utils"
+
+
+def _is_watched(module: nn.Module) -> bool:
+    """Whether any hook sees what goes through the module."""
+    forward = module._forward_pre_hooks or module._forward_hooks
+    backward = module._backward_pre_hooks or module._backward_hooks
+    return bool(forward or backward or _has_any_global_hook())  # type: ignore[no-untyped-call]
 
 
 def adapter_dtype(weight: torch.Tensor) -> torch.dtype:

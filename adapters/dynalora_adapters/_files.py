@@ -26,8 +26,7 @@ from dynalora_adapters._peft_shared import as_saved, share, shared_shapes, share
 from dynalora_adapters._storage import (
     CONFIG_NAME,
     WEIGHTS_NAME,
-    read_config,
-    read_tensors,
+    read_adapter,
     write_adapter,
 )
 from dynalora_adapters._targets import make_plan
@@ -81,17 +80,23 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
             fit the model.
     """
     folder = Path(path)
-    raw = read_config(folder)
+    try:
+        _load(model, folder)
+    except RecursionError as error:  # before any change: lists and expressions come first
+        raise ValueError(f"{folder / CONFIG_NAME} is nested too deep ({error}).") from error
+    return model
+
+
+def _load(model: nn.Module, folder: Path) -> None:
+    raw, tensors = read_adapter(folder)
     try:
         config = decode_config(raw)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{folder / CONFIG_NAME}: {error}") from error
-    tensors = read_tensors(folder)
     if layers := adapters_of(unwrap(model)):
         _load_into_adapters(unwrap(model), layers, config, tensors, folder)
     else:
         _load_into_bare(model, config, tensors, folder)
-    return model
 
 
 def _load_into_bare(

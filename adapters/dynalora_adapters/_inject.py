@@ -10,7 +10,7 @@ from torch import nn
 
 from dynalora_adapters._config import AdapterConfig
 from dynalora_adapters._layers import AdapterLinear
-from dynalora_adapters._models import replace_modules, require_adapters, unwrap
+from dynalora_adapters._models import plain_name, replace_modules, require_adapters, unwrap
 from dynalora_adapters._targets import Plan, make_plan
 
 _RECORD = "_dynalora_injection"  # an attribute of the adapted model
@@ -80,7 +80,7 @@ def remove(model: nn.Module) -> nn.Module:
     record = bare.__dict__.pop(_RECORD, None)
     if record is not None:
         for name, param in bare.named_parameters():
-            param.requires_grad_(record.required_grad.get(name, param.requires_grad))
+            param.requires_grad_(record.required_grad.get(plain_name(name), param.requires_grad))
         for name, flag in record.nested_tensor.items():
             setattr(bare.get_submodule(name), _NESTED, flag)
     return model

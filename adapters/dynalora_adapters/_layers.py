@@ -10,8 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
-from dynalora_adapters._bases import adapter_dtype, linear_shape
+from dynalora_adapters._bases import adapter_dtype, frozen_weight, is_dense, linear_shape
 from dynalora_adapters._checks import positive_int, positive_number, probability_below_one
+from dynalora_adapters._gate import gated, needs_gate, new_gate, set_gate
+from dynalora_adapters._lora_function import lora_linear, runs_eagerly
 
 
 class AdapterLinear(nn.Module, ABC):
@@ -26,6 +28,9 @@ class AdapterLinear(nn.Module, ABC):
         active: False makes ``forward`` use detached adapter parameters: the output is the same, and
             no gradient reaches them. ``requires_grad`` stays True, so that neither an optimizer
             nor a distributed wrapper built earlier loses sight of them.
+        gated: How compiled code treats ``active``. True: it reads it anew in every backward pass,
+            and an idle adapter's gradient is zero. False: ``active`` is part of the code, which
+            torch.compile makes anew for each value, and an idle adapter costs nothing.
         merged: True while the base weight holds the delta; set by ``merge`` and ``unmerge``.
         peft_names: The adapter's parameters and what peft calls them in its files.
     """
@@ -45,7 +50,9 @@ class AdapterLinear(nn.Module, ABC):
         self.shape = shape
         self.base_layer = base_layer
         self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
-        self.active = True
+        self.gated = True
+        self._active = True
+        self._gate = new_gate()
         self.merged = False
         self.train(base_layer.training)
 
@@ -80,7 +87,19 @@ class AdapterLinear(nn.Module, ABC):
     def adapter_param(self, name: str) -> Tensor:
         """Return one of the adapter's parameters as ``forward`` uses it: detached while idle."""
         param: Tensor = getattr(self, name)
-        return param if self.active else param.detach()
+        if self.gated and needs_gate():
+            return gated(param, self._gate)
+        return param if self._active else param.detach()
+
+    @property
+    def active(self) -> bool:
+        """Whether gradients reach the adapter's parameters."""
+        return self._active
+
+    @active.setter
+    def active(self, active: bool) -> None:
+        self._active = active
+        set_gate(self._gate, active)
 
     @property
     def weight(self) -> Tensor:
@@ -150,6 +169,39 @@ class LoRALinear(AdapterLinear):
         self.lora_A = nn.Parameter(A.to(weight.device, adapter_dtype(weight)))
         self.lora_B = nn.Parameter(B.to(weight.device, adapter_dtype(weight)))
 
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Return the base's output plus the delta's, in one step of autograd where that serves.
+
+        Args:
+            x: Input, (..., in).
+            *args: Passed on to the base.
+            **kwargs: Passed on to the base.
+
+        Returns:
+            (..., out), in the dtype of the base's output.
+        """
+        A, B = self.adapter_param("lora_A"), self.adapter_param("lora_B")
+        weight = None if args or kwargs or self.merged else self._weight_for_one_step(x, A, B)
+        if weight is None:
+            return super().forward(x, *args, **kwargs)
+        return lora_linear(self.base_layer, weight, x, A, B, scaling=self.scaling)
+
+    def _weight_for_one_step(self, x: Tensor, A: Tensor, B: Tensor) -> Tensor | None:
+        """Return the base's weight if ``lora_linear`` may stand in for base plus ``delta``."""
+        serves = (
+            runs_eagerly()
+            and getattr(self.delta, "__func__", None) is LoRALinear.delta  # not overridden
+            and _keeps_all(self.dropout)
+            and is_dense(x)
+            and is_dense(A)
+            and is_dense(B)
+            and (A.requires_grad or not B.requires_grad)
+        )
+        weight = frozen_weight(self.base_layer) if serves else None
+        if weight is None or A.dtype not in (weight.dtype, adapter_dtype(weight)):
+            return None  # the sum is to be rounded to the base's dtype, not to the adapter's
+        return weight
+
     def delta(self, x: Tensor) -> Tensor:
         """Map (..., in) to scaling B A dropout(x), (..., out), in the order peft computes it."""
         A, B = self.adapter_param("lora_A"), self.adapter_param("lora_B")
@@ -163,6 +215,10 @@ class LoRALinear(AdapterLinear):
     def extra_repr(self) -> str:
         """Show the options beside the base."""
         return f"rank={self.rank}, alpha={self.alpha}, active={self.active}, merged={self.merged}"
+
+
+def _keeps_all(dropout: nn.Module) -> bool:
+    return type(dropout) is nn.Identity or (type(dropout) is nn.Dropout and not dropout.training)
 
 
 def lora_scaling(rank: int, alpha: float, *, rslora: bool) -> float:

@@ -38,13 +38,19 @@ def module_tree(model: nn.Module) -> dict[str, nn.Module]:
     """
     tree: dict[str, nn.Module] = {}
     adapters: set[str] = set()
-    for name, module in model.named_modules(remove_duplicate=False):
+    for path, module in model.named_modules(remove_duplicate=False):
+        name = plain_name(path)
         if not name or inside(name, adapters):
             continue
         tree[name] = module
         if isinstance(module, AdapterLinear):
             adapters.add(name)
     return tree
+
+
+def plain_name(name: str) -> str:
+    """Return a dotted path without what torch.compile puts into it."""
+    return ".".join(part for part in name.split(".") if part != "_orig_mod")
 
 
 def first_names(tree: Mapping[str, nn.Module]) -> dict[str, nn.Module]:

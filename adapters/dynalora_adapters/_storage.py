@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +24,7 @@ def write_adapter(folder: Path, config: Mapping[str, Any], tensors: dict[str, Te
     """Write both files into ``folder``, which is created if need be.
 
     Both are complete on the same disk before either takes its place, so that an error such as a
-    full disk leaves the old pair whole.
+    full disk leaves the old pair whole. Of processes that write at once, the last one's pair stays.
 
     Raises:
         OSError: If the disk does not take them.
@@ -30,9 +33,35 @@ def write_adapter(folder: Path, config: Mapping[str, Any], tensors: dict[str, Te
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as name:
         scratch = Path(name)
-        save_file(tensors, scratch / WEIGHTS_NAME, metadata={"format": "pt"})
+        try:
+            save_file(tensors, scratch / WEIGHTS_NAME, metadata={"format": "pt"})
+        except SafetensorError as error:
+            raise OSError(f"{folder / WEIGHTS_NAME} could not be written: {error}") from error
         (scratch / CONFIG_NAME).write_text(text, encoding="utf-8")
-        _put_in_place(scratch, folder)
+        for path in (scratch / WEIGHTS_NAME, scratch / CONFIG_NAME):
+            _flush(path)
+        with _locked(folder, writing=True):
+            _put_in_place(scratch, folder)
+
+
+def _flush(path: Path) -> None:
+    """Wait until the disk has the file; a network disk that is full says so only now."""
+    with path.open("rb+") as file:
+        os.fsync(file.fileno())
+
+
+@contextmanager
+def _locked(folder: Path, *, writing: bool) -> Iterator[None]:
+    """Let no other process put its pair in place meanwhile, where the system can lock a folder."""
+    with ExitStack() as stack:
+        if sys.platform != "win32":
+            import fcntl
+
+            with suppress(OSError):  # a folder that may not be listed, a disk without locks
+                handle = os.open(folder, os.O_RDONLY)
+                stack.callback(os.close, handle)
+                fcntl.flock(handle, fcntl.LOCK_EX if writing else fcntl.LOCK_SH)
+        yield
 
 
 def _put_in_place(scratch: Path, folder: Path) -> None:
@@ -51,13 +80,20 @@ def _put_in_place(scratch: Path, folder: Path) -> None:
         raise
 
 
-def read_config(folder: Path) -> dict[str, Any]:
-    """Read ``adapter_config.json``.
+def read_adapter(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Read both files, which belong together even where another process replaces them.
 
     Raises:
-        FileNotFoundError: If it is not there.
-        ValueError: If it does not hold a JSON object.
+        FileNotFoundError: If one is not there.
+        ValueError: If the configuration is no JSON object, or the weights are truncated or not a
+            safetensors file.
     """
+    _existing(folder / CONFIG_NAME)
+    with _locked(folder, writing=False):
+        return _read_config(folder), _read_tensors(folder)
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
     path = _existing(folder / CONFIG_NAME)
     try:
         raw = json.loads(path.read_bytes())
@@ -68,13 +104,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     return raw
 
 
-def read_tensors(folder: Path) -> dict[str, Tensor]:
-    """Read ``adapter_model.safetensors``.
-
-    Raises:
-        FileNotFoundError: If it is not there.
-        ValueError: If it is truncated or not a safetensors file.
-    """
+def _read_tensors(folder: Path) -> dict[str, Tensor]:
     path = _existing(folder / WEIGHTS_NAME)
     try:
         tensors: dict[str, Tensor] = load_file(path)
