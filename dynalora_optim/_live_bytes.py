@@ -1,0 +1,94 @@
+"""Counting what a computation really holds: live tensor bytes, their peak, and FLOPs."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable
+from typing import Any
+
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+from torch.utils.flop_counter import flop_registry
+
+
+class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """A context in which every tensor storage that is created is counted until it is freed.
+
+    It works alike on every device and is exact to the byte, without the rounding and the cache of
+    an allocator: the most it counts is what ``torch.cuda.max_memory_allocated`` sees. What existed
+    before is not counted.
+
+    Args:
+        meta: Count the tensors of the meta device too, as if they took memory.
+
+    Attributes:
+        live: The bytes of the counted storages that are alive now.
+        peak: The most ``live`` has been since the beginning or `restart`.
+        flops: The floating-point operations since the beginning or `restart` (products of matrices
+            and convolutions, a multiply-add as two, as ``torch.utils.flop_counter`` counts them).
+        ops: The operations dispatched since then.
+
+    Example:
+        >>> with LiveBytes() as memory:  # doctest: +SKIP
+        ...     model(**batch).loss.backward()
+        >>> memory.peak  # doctest: +SKIP
+    """
+
+    def __init__(self, *, meta: bool = False) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._uncounted = () if meta else ("meta",)
+        self.live = 0
+        self._known: set[int] = set()
+        self.restart()
+
+    def restart(self) -> None:
+        """Forget the peak and the operations so far; what is alive stays counted."""
+        self.peak = self.live
+        self.flops = 0
+        self.ops = 0
+
+    def size(self, tensors: Iterable[Tensor]) -> int:
+        """Return the bytes of those storages of ``tensors`` that are counted, each once."""
+        storages = [tensor.untyped_storage() for tensor in tensors]
+        sizes = {storage._cdata: storage.nbytes() for storage in storages}
+        return sum(size for key, size in sizes.items() if key in self._known)
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> object:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        self.ops += 1
+        formula = flop_registry.get(func._overloadpacket)
+        if formula is not None:
+            self.flops += formula(*args, **kwargs, out_val=result)
+        inputs = {
+            tensor.untyped_storage()._cdata
+            for tensor in tree_iter((args, kwargs))
+            if isinstance(tensor, Tensor)
+        }
+        for tensor in tree_iter(result):
+            if isinstance(tensor, Tensor):
+                self._count(tensor, inputs)
+        return result
+
+    def _count(self, tensor: Tensor, inputs: set[int]) -> None:
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key in inputs or key in self._known or tensor.device.type in self._uncounted:
+            return
+        self._known.add(key)
+        size = storage.nbytes()
+        self.live += size
+        self.peak = max(self.peak, self.live)
+        weakref.finalize(storage, self._free, key, size).atexit = False
+
+    def _free(self, key: int, size: int) -> None:
+        self._known.discard(key)
+        self.live -= size
+
+
+def tensor_bytes(tensor: Tensor) -> int:
+    """The bytes of a tensor's elements."""
+    return tensor.numel() * tensor.element_size()

@@ -1,0 +1,59 @@
+"""Tensors in what a module is called with and in what it returns."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+
+def tensors(tree: Any) -> Iterator[Tensor]:
+    """Yield the tensors in nested tuples, lists and mappings."""
+    if isinstance(tree, Tensor):
+        yield tree
+    elif isinstance(tree, Mapping):
+        for item in tree.values():
+            yield from tensors(item)
+    elif isinstance(tree, (list, tuple)):
+        for item in tree:
+            yield from tensors(item)
+
+
+def replaced(tree: Any, old: Tensor, new: Tensor) -> Any:
+    """Return ``tree`` with the tensor ``old`` replaced."""
+    if tree is old:
+        return new
+    if type(tree) is dict:
+        return {key: replaced(item, old, new) for key, item in tree.items()}
+    if type(tree) in (list, tuple):
+        return type(tree)(replaced(item, old, new) for item in tree)
+    return tree
+
+
+def hidden_states(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
+    """Return what a block is called with: the first floating-point tensor."""
+    found = tensors((args, kwargs))
+    return next((tensor for tensor in found if tensor.is_floating_point()), None)
+
+
+def elements(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
+    """Return the number of elements of all tensors that the model is called with."""
+    return sum(tensor.numel() for tensor in tensors((args, kwargs)))
+
+
+def trainable_leaves(x: Tensor) -> list[Tensor]:
+    """Return the parameters that a gradient of ``x`` would reach."""
+    found: list[Tensor] = []
+    seen: set[Any] = set()
+    waiting = [x.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        leaf = getattr(node, "variable", None)
+        if isinstance(leaf, nn.Parameter):
+            found.append(leaf)
+        waiting += [parent for parent, _ in node.next_functions]
+    return found
