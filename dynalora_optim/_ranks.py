@@ -1,0 +1,119 @@
+"""Several processes that train together: one set of scores and one decision on all of them.
+
+Every function is the identity in a single process. In several it is a collective: all ranks call it
+at the same point, which the common clock of optimizer steps sees to.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, distributed
+
+T = TypeVar("T")
+
+
+def world_size() -> int:
+    """Return how many processes train together; 1 without a process group."""
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return 1
+    return distributed.get_world_size()
+
+
+def is_sharded(tensor: object) -> bool:
+    """Return whether ``tensor`` is a DTensor, such as ``fully_shard`` makes of parameters."""
+    return hasattr(tensor, "full_tensor")
+
+
+def is_fully_sharded(module: object) -> bool:
+    """Return whether ``fully_shard`` (FSDP2) was called on ``module``."""
+    return hasattr(module, "set_requires_gradient_sync")
+
+
+def local_part(tensor: Tensor) -> Tensor:
+    """Return what this rank holds of ``tensor``."""
+    return tensor.to_local() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """Return a DTensor as what it stands for, with the parts of all ranks, which all ask for it."""
+    return tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
+
+
+def zeros_like(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return zeros of the shape and sharding of ``tensor``; in memory and in a file, one zero."""
+    part = local_part(tensor)
+    zeros = part.new_zeros((), dtype=dtype).expand(part.shape)
+    if not is_sharded(tensor):
+        return zeros
+    from torch.distributed.tensor import DTensor
+
+    return DTensor.from_local(
+        zeros,
+        tensor.device_mesh,  # type: ignore[attr-defined]
+        tensor.placements,  # type: ignore[attr-defined]
+        run_check=False,
+        shape=tensor.shape,
+        stride=tensor.stride(),
+    )
+
+
+def average(values: Tensor) -> Tensor:
+    """Return the mean of ``values`` over all ranks, on their device, without waiting for it."""
+    ranks = world_size()
+    if ranks > 1:
+        distributed.all_reduce(values)  # gloo has no average
+        values /= ranks
+    return values
+
+
+def largest(value: int, device: torch.device) -> int:
+    """Return the largest ``value`` of all ranks."""
+    if world_size() == 1:
+        return value
+    found = torch.tensor([value], device=device)
+    distributed.all_reduce(found, distributed.ReduceOp.MAX)
+    return int(found)
+
+
+def differs(value: Tensor) -> bool:
+    """Return whether the ranks hold different ``value`` (a scalar); nan and inf say nothing."""
+    if world_size() == 1:
+        return False
+    found = torch.stack([value, -value])
+    distributed.all_reduce(found, distributed.ReduceOp.MAX)
+    high, low = found.tolist()
+    return math.isfinite(high) and math.isfinite(low) and high != -low
+
+
+def agreed(value: T, key: Callable[[T], Any]) -> T:
+    """Return the ``value`` of the rank whose ``key`` is largest; the lowest rank among equals."""
+    if world_size() == 1:
+        return value
+    values: list[Any] = [None] * world_size()
+    distributed.all_gather_object(values, value)
+    return max(values, key=key)  # type: ignore[no-any-return]
+
+
+def check_agreement(what: str, value: object, device: torch.device) -> None:
+    """Raise on every rank if ``value`` is not the same on all.
+
+    Raises:
+        RuntimeError: The ranks disagree.
+    """
+    if world_size() == 1:
+        return
+    digest = hashlib.sha256(repr(value).encode()).digest()
+    number = int.from_bytes(digest[:7], "big")
+    found = torch.tensor([number, -number], device=device)
+    distributed.all_reduce(found, distributed.ReduceOp.MAX)
+    if found[0] != -found[1]:
+        raise RuntimeError(
+            f"the ranks disagree on {what}: rank {distributed.get_rank()} has {value!r}. Every "
+            "rank must build the model and the optimizer with the same arguments and load the same "
+            "checkpoint; an allocator, schedule or measure of your own must not depend on the rank."
+        )
