@@ -10,6 +10,10 @@ How the pieces divide the work. Data flows one way:
 * An allocator (`TopK`, `Threshold`, `Stochastic`, `DiscountedStochastic`, `UniformRandom`,
   `RoundRobin`) chooses from an `AllocationContext`: numbers only, no modules.
 * A schedule (`Periodic`, `Once`) says after which optimizer steps to choose anew.
+* A `Budget` is an allocator that also decides where the backward pass ends and what it recomputes,
+  from measured costs: a `MemoryReport` of `MemoryUse`, counted by `LiveBytes`.
+* `Blocks` makes whole transformer blocks the groups; `lisa` and `badam` are presets of that.
+* `measure_step` counts what a training step takes; `estimate_memory` rehearses it without memory.
 * `LocalLR` lets each module follow the learning-rate schedule at its own pace.
 * The `AllocationRecord` keeps every `Reallocation`.
 
@@ -27,8 +31,10 @@ from dynalora_optim._allocators import (
     TopK,
     UniformRandom,
 )
-from dynalora_optim._groups import AdapterModule
+from dynalora_optim._budget import Budget
+from dynalora_optim._groups import AdapterModule, Blocks
 from dynalora_optim._importance import ImportanceTracker
+from dynalora_optim._live_bytes import LiveBytes
 from dynalora_optim._lr import LocalLR
 from dynalora_optim._measures import (
     ForwardMeasure,
@@ -38,9 +44,13 @@ from dynalora_optim._measures import (
     GradientNorm,
     Sensitivity,
 )
+from dynalora_optim._memory_report import MemoryReport, MemoryUse
 from dynalora_optim._optimizer import DynamicAllocationOptimizer
+from dynalora_optim._planner import estimate_memory
+from dynalora_optim._presets import badam, lisa
 from dynalora_optim._record import AllocationRecord, Reallocation
 from dynalora_optim._schedules import Once, Periodic, Schedule
+from dynalora_optim._step_memory import StepMemory, measure_step
 from dynalora_optim._windows import Ema
 
 __all__ = [
@@ -48,6 +58,8 @@ __all__ = [
     "AllocationContext",
     "AllocationRecord",
     "Allocator",
+    "Blocks",
+    "Budget",
     "DiscountedStochastic",
     "DynamicAllocationOptimizer",
     "Ema",
@@ -57,15 +69,23 @@ __all__ = [
     "GradientMeasure",
     "GradientNorm",
     "ImportanceTracker",
+    "LiveBytes",
     "LocalLR",
+    "MemoryReport",
+    "MemoryUse",
     "Once",
     "Periodic",
     "Reallocation",
     "RoundRobin",
     "Schedule",
     "Sensitivity",
+    "StepMemory",
     "Stochastic",
     "Threshold",
     "TopK",
     "UniformRandom",
+    "badam",
+    "estimate_memory",
+    "lisa",
+    "measure_step",
 ]

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import random
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import is_dataclass
 from typing import Any
 
 from dynalora_optim._allocators import AllocationContext, Allocator
+from dynalora_optim._budget import Budget
 from dynalora_optim._checks import whole_number
+from dynalora_optim._memory import Costs, Plan
 from dynalora_optim._record import AllocationRecord, Reallocation
-from dynalora_optim._schedules import Schedule
+from dynalora_optim._schedules import Never, Schedule, is_function_of_step
 from dynalora_optim._scores import usable_scores
 from dynalora_optim._starvation import StarvationBound
 
@@ -28,6 +31,7 @@ class Allocation:
         updates: The gradient updates each group has received (the counter C of equation 3).
         steps: The optimizer steps done.
         record: Every selection so far.
+        costs: What each choice costs, once measured. A `Budget` selects nothing before.
     """
 
     def __init__(
@@ -43,21 +47,47 @@ class Allocation:
     ) -> None:
         whole_number("warmup", warmup, least=0)
         if max_idle_periods is not None:
+            if isinstance(allocator, Budget):
+                raise ValueError(
+                    f"max_idle_periods={max_idle_periods} cannot be combined with a Budget: a "
+                    "module that is due may not fit. Budget(floor=...) gives each its chance."
+                )
             allocator = StarvationBound(allocator, max_idle_periods)
         self.names = list(names)
-        self.chosen: frozenset[str] = frozenset()
-        self.updates = dict.fromkeys(self.names, 0)
-        self.steps = 0
         self.record = AllocationRecord()
         self._allocator = allocator
         self._schedule = schedule
         self._warmup = warmup
         self._seed = seed
+        self.active = active
+        self.restart()
+
+    def restart(self) -> None:
+        """Begin as at the first step, with the settings of now."""
+        self.chosen: frozenset[str] = frozenset()
+        self.updates = dict.fromkeys(self.names, 0)
+        self.steps = 0
+        self.record.load_state_dict([])
+        self.costs: Costs | None = None
+        self._compute = 0.0  # backward passes so far, in units of one with all modules active
         self._reallocations = 0
         self._is_due = False  # a selection that the schedule does not know of
         self._idle = dict.fromkeys(self.names, 0)
         self._activated = dict.fromkeys(self.names, NEVER)
-        self.active = active
+        if self.has_budget:
+            self.chosen = frozenset(self.names)
+        else:
+            self.select(dict.fromkeys(self.names, 0.0))
+
+    @property
+    def has_budget(self) -> bool:
+        """Whether the allocator needs measured costs."""
+        return isinstance(self._allocator, Budget)
+
+    @property
+    def may_differ_between_ranks(self) -> bool:
+        """Whether the schedule is a user's, which may look at more than the steps done."""
+        return not is_function_of_step(self._schedule)
 
     @property
     def active(self) -> float:
@@ -72,6 +102,59 @@ class Allocation:
     @property
     def _count(self) -> int:
         return resolve_active(self._active, len(self.names))
+
+    def is_unmeasured(self, elements: int) -> bool:
+        """Return whether a batch of so many elements has to be measured before it is used."""
+        if not self.has_budget:
+            return False
+        return self.costs is None or elements > self.costs.batch
+
+    def take_costs(self, costs: Costs) -> None:
+        """Make the first selection by these costs, or fit the present one to them.
+
+        Raises:
+            ValueError: The budget cannot hold any choice. Nothing is changed then.
+        """
+        former, self.costs = self.costs, costs
+        try:
+            if not self._reallocations:
+                self.select(dict.fromkeys(self.names, 0.0))
+            else:
+                self._shrink()
+        except ValueError:
+            self.costs = former
+            raise
+
+    def plan(self, names: Collection[str]) -> Plan | None:
+        """Return what to checkpoint while these groups are active; None without a budget.
+
+        Raises:
+            ValueError: The budget cannot hold them.
+        """
+        if self.costs is None or not isinstance(self._allocator, Budget):
+            return None
+        return self._allocator.plan(self.costs, self._positions(names))
+
+    def current_plan(self, costs: Costs) -> Plan:
+        """Return what is in force now, at these ``costs``; without a budget all is kept in full."""
+        chosen = self._positions(self.chosen)
+        if isinstance(self._allocator, Budget):
+            return self._allocator.plan(costs, chosen)
+        return Plan(costs.blocks_of(chosen))
+
+    def _positions(self, names: Collection[str]) -> list[int]:
+        return [position for position, name in enumerate(self.names) if name in names]
+
+    def _shrink(self) -> None:
+        """Drop the lowest blocks until the rest fits a batch larger than those before."""
+        assert self.costs is not None
+        assert isinstance(self._allocator, Budget)
+        kept = self._allocator.fitting(self.costs, self._positions(self.chosen))
+        if len(kept) < len(self.chosen):
+            self.chosen = self._named(kept)
+            self.record.append(
+                Reallocation(self.steps, self.record[-1].scores, self.active_names())
+            )
 
     def is_active(self, name: str) -> bool:
         """Return whether the group of this name gets gradients; one not allocated always does."""
@@ -94,12 +177,16 @@ class Allocation:
         everyone = len(self.chosen) == len(self.names)
         for name in names:
             self.updates[name], self._idle[name], self._activated[name] = 0, 0, NEVER
-        self.names = [name for name in order if name in self.updates]
+        places = {name: place for place, name in enumerate(order)}
+        # Modules that have left the model come last, and count as if they were there.
+        self.names = sorted([*self.names, *names], key=lambda n: places.get(n, len(places)))
+        self.costs = None  # a budget measures anew
         if everyone:
             self.chosen |= frozenset(names)
+        if everyone and self.record:
             scores = {**self.record[-1].scores, **dict.fromkeys(names, 0.0)}
             self.record.append(Reallocation(self.steps, scores, self.active_names()))
-        else:
+        elif not everyone:
             self._is_due |= bool(names)
 
     def _check(self, active: float, modules: int) -> None:
@@ -132,6 +219,8 @@ class Allocation:
             reallocation=self._reallocations,
             generator=random.Random(f"{self._seed}:{self._reallocations}"),
             idle=tuple(self._idle[name] for name in self.names),
+            costs=self.costs,
+            mean_compute=self._compute / max(self.steps, 1),
         )
         return self._allocator.select(context)
 
@@ -145,16 +234,31 @@ class Allocation:
             )
         return frozenset(self.names[position] for position in positions)
 
+    def hold(self, names: Iterable[str]) -> None:
+        """Make these groups active, and choose no others from here on."""
+        self.chosen = frozenset(names)
+        self._schedule, self._warmup, self._is_due = Never(), 0, False
+
     def advance(self, updated: Iterable[str]) -> bool:
         """Count one optimizer step, in which ``updated`` moved; return whether to reallocate."""
         for name in updated:
             if name in self.updates:
                 self.updates[name] += 1
         self.steps += 1
+        self._compute += self._cost()
         self.record.advance()
         if self.steps <= self._warmup:
-            return self.steps == self._warmup
-        return self._schedule.due(self.steps - self._warmup) or self._is_due
+            self._is_due = self.steps == self._warmup
+        else:  # one that was interrupted stays due
+            self._is_due |= self._schedule.due(self.steps - self._warmup)
+        return self._is_due
+
+    def _cost(self) -> float:
+        """The FLOPs of a backward pass now, as a share of one with all modules active."""
+        plan = self.plan(self.chosen)
+        if plan is None or self.costs is None:
+            return 0.0
+        return self.costs.flops(plan) / self.costs.flops(self.costs.all_active)
 
     def age(self, name: str) -> int | None:
         """Return the steps since the group came back from a pause; None if it never paused."""
@@ -170,6 +274,12 @@ class Allocation:
             return self.steps, 1.0
         return self.updates[name], self._count / len(self.names)
 
+    def settings(self) -> tuple[object, ...]:
+        """Return what every rank must have in common."""
+        options = [self._allocator, self._schedule]
+        shown = [repr(o) if is_dataclass(o) else type(o).__qualname__ for o in options]
+        return (self._seed, self._active, self.steps, *shown, *self.active_names())
+
     def clock_state(self) -> dict[str, Any]:
         """Return the numbers that belong to no single group."""
         return {
@@ -178,6 +288,7 @@ class Allocation:
             "active_setting": self._active,
             "is_due": self._is_due,
             "seed": self._seed,
+            "compute": self._compute,
         }
 
     def group_state(self, name: str) -> dict[str, Any]:
@@ -191,6 +302,24 @@ class Allocation:
             "activated": self._activated[name],
         }
 
+    def check_state(
+        self, clock: Mapping[str, Any], groups: Mapping[str, Mapping[str, Any]]
+    ) -> None:
+        """Raise unless `load_state` could go on with these.
+
+        Raises:
+            ValueError: So many modules cannot be active, none is, or they exceed the budget.
+        """
+        self._check(clock["active_setting"], len(self.names))
+        chosen = [name for name in self.names if groups[name]["active"]]
+        if not chosen:
+            raise ValueError("state_dict has no active module group; at least one always is.")
+        if clock.get("costs") and isinstance(self._allocator, Budget):
+            costs = Costs.from_state_dict(clock["costs"])
+            costs.check(modules=len(self.names))
+            self._allocator.fitting(costs, self._positions(chosen))
+            self._allocator.plan(costs, self._positions(chosen))
+
     def load_state(
         self,
         clock: Mapping[str, Any],
@@ -203,12 +332,15 @@ class Allocation:
         self._active = clock["active_setting"]
         self._is_due = clock["is_due"]
         self._seed = clock["seed"]
+        self._compute = clock["compute"]
+        self.costs = Costs.from_state_dict(clock["costs"]) if clock.get("costs") else None
         self.updates = {name: groups[name]["updates"] for name in self.updates}
         self._idle = {name: groups[name]["idle"] for name in self.updates}
         self._activated = {name: groups[name]["activated"] for name in self.updates}
         self.chosen = frozenset(name for name in self.names if groups[name]["active"])
         self.record.load_state_dict(record)
-        if not record:  # torch.distributed.checkpoint drops it: begin anew with what is active
+        if self._reallocations and not record:
+            # torch.distributed.checkpoint drops it: begin anew with what is active.
             no_scores = dict.fromkeys(self.names, 0.0)
             self.record.append(Reallocation(self.steps, no_scores, self.active_names()))
 

@@ -16,6 +16,7 @@ from fractions import Fraction
 from typing import Literal, Protocol, runtime_checkable
 
 from dynalora_optim._checks import by_name
+from dynalora_optim._memory import Costs
 from dynalora_optim._scores import normalised
 
 
@@ -30,6 +31,9 @@ class AllocationContext:
         reallocation: The number of selections made before this one.
         generator: The random numbers of this selection, equal on every rank and after a resume.
         idle: How many selections in a row have left each module out; () where nobody counts.
+        costs: What each choice costs; None where nobody has measured.
+        mean_compute: The FLOPs of the mean backward pass so far, as a share of one with all modules
+            active.
     """
 
     scores: tuple[float, ...]
@@ -38,6 +42,8 @@ class AllocationContext:
     reallocation: int
     generator: random.Random
     idle: tuple[int, ...] = ()
+    costs: Costs | None = None
+    mean_compute: float = 0.0
 
     @property
     def importance(self) -> tuple[float, ...]:
@@ -181,15 +187,49 @@ class UniformRandom:
 
 @dataclass(frozen=True)
 class RoundRobin:
-    """The next ``active`` modules in forward order, cyclically (BAdam, arXiv 2404.02827)."""
+    """The next ``active`` modules in turn (BAdam, arXiv 2404.02827).
+
+    Attributes:
+        order: ``"ascending"``: in forward order, cyclically; ``"descending"``: the other way round;
+            ``"random"``: every cycle has an order of its own.
+        seed: Of the random orders.
+
+    Raises:
+        ValueError: ``order`` is none of the three.
+    """
+
+    order: Literal["ascending", "descending", "random"] = "ascending"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.order not in ("ascending", "descending", "random"):
+            raise ValueError(
+                f"RoundRobin(order={self.order!r}): pass 'ascending', 'descending' or 'random'."
+            )
 
     def select(self, context: AllocationContext) -> list[int]:
         """Return ``active`` positions from where the previous selection ended."""
         modules = len(context.scores)
         idle = context.idle or (0,) * modules
+        if self.order == "random":
+            return self._shuffled(context)
+        if self.order == "descending":
+            return [modules - 1 - m for m in self._next(context.active, idle[::-1])]
+        return self._next(context.active, idle)
+
+    def _shuffled(self, context: AllocationContext) -> list[int]:
+        """A cycle's last selection is filled up from its first."""
+        modules = len(context.scores)
+        cycle, turn = divmod(context.reallocation, math.ceil(modules / context.active))
+        order = random.Random(f"{self.seed}:{cycle}").sample(range(modules), modules)
+        start = turn * context.active
+        return [order[(start + offset) % modules] for offset in range(context.active)]
+
+    def _next(self, active: int, idle: Sequence[int]) -> list[int]:
+        modules = len(idle)
         ends = (m + 1 for m in range(modules) if idle[m] == 0 < idle[(m + 1) % modules])
         start = next(ends, 0)
-        return [(start + offset) % modules for offset in range(context.active)]
+        return [(start + offset) % modules for offset in range(active)]
 
 
 SHORT_NAMES: dict[str, Callable[[], Allocator]] = {

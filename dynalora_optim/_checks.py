@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import TypeVar, cast
 
-import torch
-
 T = TypeVar("T")
 
 
@@ -55,18 +53,3 @@ def by_name(
         return cast(T, value)
     article = "an" if noun[0] in "aeiou" else "a"
     raise TypeError(f"{option}={value!r} is neither a short name nor {article} {noun}; {remedy}")
-
-
-def check_single_process() -> None:
-    """Raise in a run of several processes.
-
-    Raises:
-        NotImplementedError: Each rank would choose by its own scores; they would part in silence.
-    """
-    distributed = torch.distributed
-    together = distributed.is_available() and distributed.is_initialized()
-    if together and (ranks := distributed.get_world_size()) > 1:
-        raise NotImplementedError(
-            f"DynamicAllocationOptimizer does not serve runs of several processes yet (world size "
-            f"{ranks}): each rank would choose its own modules. Train in one process."
-        )

@@ -5,22 +5,26 @@ Two that drive the same module would undo each other's choice in silence.
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections.abc import Iterable
 
 _owners: weakref.WeakKeyDictionary[object, weakref.ref[object]] = weakref.WeakKeyDictionary()
+_lock = threading.RLock()  # reentrant: a finalizer may run, and release, within any of these
 
 
 def claim(owner: object, things: Iterable[object]) -> None:
     """Remember that ``owner`` drives each of ``things`` for as long as it lives."""
-    for thing in things:
-        _owners[thing] = weakref.ref(owner)
+    with _lock:
+        for thing in things:
+            _owners[thing] = weakref.ref(owner)
 
 
 def release(owner: object) -> None:
     """Forget all that ``owner`` drives."""
-    for thing in [thing for thing, ref in _owners.items() if ref() is owner]:
-        del _owners[thing]
+    with _lock:
+        for thing in [thing for thing, ref in _owners.items() if ref() is owner]:
+            del _owners[thing]
 
 
 def is_claimed(thing: object) -> bool:
@@ -31,4 +35,5 @@ def is_claimed(thing: object) -> bool:
 
 def is_owner(thing: object) -> bool:
     """Return whether ``thing`` drives anything."""
-    return any(ref() is thing for ref in _owners.values())
+    with _lock:
+        return any(ref() is thing for ref in _owners.values())

@@ -1,8 +1,8 @@
 """Refreshing the gradient scores of inactive modules without training them.
 
-In the first backward pass of a period every module gets a gradient. As soon as a module has its
-whole gradient it is scored, and an inactive module's is dropped on the spot, so that no more than
-one such gradient is held at a time.
+In the first backward pass of a period every module gets a gradient. An inactive module's is taken
+away as it comes and dropped once the module has the whole of it and is scored, so that no more than
+one such gradient is held at a time, and no clipping, no other rank and no update sees it.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from dynalora_optim._freezing import Freezer, drop_gradients
+from dynalora_optim._freezing import Freezer, lent_gradients, set_aside
 from dynalora_optim._groups import ModuleGroup
 from dynalora_optim._importance import ImportanceTracker
 
@@ -31,6 +31,7 @@ class GradientProbe:
         self._groups: Collection[ModuleGroup] = ()
         self._chosen: Collection[str] = ()
         self._waiting: dict[str, set[int]] = {}
+        self._aside: dict[Tensor, Tensor] = {}  # gradients of inactive modules not scored yet
         self._seen = False
 
     @property
@@ -58,19 +59,26 @@ class GradientProbe:
             for handle in self._handles:
                 handle.remove()
             self._handles = []
+            self._aside.clear()
             self._freezer.set_active(self._groups, self._chosen)
 
     def _take(self, group: ModuleGroup, parameter: Tensor) -> None:
-        """Score a group once all its parameters have a gradient."""
+        """Score a group once all its parameters have a gradient, in the first backward pass."""
         self._seen = True
+        gradient = None if group.name in self._chosen else set_aside(parameter)
         waiting = self._waiting[group.name]
+        if not waiting:
+            return
+        if gradient is not None:
+            self._aside[parameter] = gradient
         waiting.discard(id(parameter))
         if waiting:
             return
-        with torch.no_grad():
+        own: dict[Tensor, Tensor] = {
+            p: self._aside.pop(p) for p in group.parameters() if p in self._aside
+        }
+        with torch.no_grad(), lent_gradients(own):
             self._tracker.observe(group)
-        if group.name not in self._chosen:
-            drop_gradients(group.parameters())
 
     def _close_if_seen(self, module: nn.Module, args: Any) -> None:
         """Close before the next micro-batch runs forward."""

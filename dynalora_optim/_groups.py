@@ -7,12 +7,15 @@ themselves: FSDP2 and ``accelerator.prepare`` put new ones in their place.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Literal, Protocol, TypeAlias, cast, runtime_checkable
+from dataclasses import dataclass, replace
+from typing import Literal, Protocol, TypeAlias, cast, get_args, runtime_checkable
 
 from torch import nn
 
-GroupRule: TypeAlias = "Literal['auto'] | Callable[[str, nn.Module], str | None]"
+from dynalora_optim._blocks import find_blocks
+from dynalora_optim._checks import whole_number
+
+Fate: TypeAlias = Literal["allocated", "always_active", "frozen"]
 
 
 @runtime_checkable
@@ -51,16 +54,77 @@ class ModuleGroup:
     Attributes:
         name: The dotted path of the module in the model, or what a user's rule returned.
         modules: One module; more where they share a parameter or a user's rule joins them.
-        slots: The places of the group's parameters.
+        slots: The places of the group's parameters; a tied one has several.
+        aliases: The names of groups that were joined with this one.
+        fate: Whether allocators choose it.
     """
 
     name: str
     modules: tuple[nn.Module, ...]
     slots: tuple[Slot, ...]
+    aliases: tuple[str, ...] = ()
+    fate: Fate = "allocated"
 
     def parameters(self) -> Iterator[nn.Parameter]:
-        """Yield the parameters that stand in the slots now."""
-        return (slot.parameter for slot in self.slots)
+        """Yield the parameters that stand in the slots now, each once."""
+        return iter({id(p): p for p in (slot.parameter for slot in self.slots)}.values())
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """Full-parameter training by blocks: each of the model's repeated blocks is a group.
+
+    Args:
+        block_size: So many blocks in a row form one group; the last may have fewer.
+        outside: What becomes of the modules that lie in no block, such as embeddings, the final
+            norm and the head: ``"always_active"``; ``"frozen"``; or ``"allocated"``: they are
+            groups too. Those that ``always_active=`` names are always active in any case.
+
+    Raises:
+        ValueError: ``outside`` is none of the three, or ``block_size`` is less than 1.
+    """
+
+    block_size: int = 1
+    outside: Fate = "always_active"
+
+    def __post_init__(self) -> None:
+        whole_number("block_size", self.block_size, least=1, of="blocks")
+        if self.outside not in get_args(Fate):
+            raise ValueError(
+                f"Blocks(outside={self.outside!r}): pass one of {', '.join(get_args(Fate))}."
+            )
+
+    def claims(self, model: nn.Module) -> Iterator[ModuleGroup]:
+        """Yield the groups of ``model``, those outside the blocks among them, in its own order.
+
+        Raises:
+            ValueError: It has no blocks, or the same one several times.
+        """
+        blocks = find_blocks(model)
+        if not blocks:
+            raise ValueError(
+                f"groups='blocks' found no repeated blocks in {type(model).__name__}: no "
+                "ModuleList of two or more modules of one class. Pass groups=callable(name, "
+                "module) -> group name or None."
+            )
+        place = {block.module: position for position, block in enumerate(blocks)}
+        holders = {m for m in model.modules() if any(part in place for part in m.modules())}
+        holders -= place.keys()
+        for name, module in model.named_modules():
+            if module in place:
+                first = place[module] // self.block_size * self.block_size
+                last = min(first + self.block_size, len(blocks)) - 1
+                group = blocks[first].name + (f"-{last}" if last > first else "")
+                yield ModuleGroup(group, (module,), tuple(_slots(name, module)))
+            elif module in holders:
+                # It is no module apart: its own parameters are, such as a position embedding.
+                for slot in _own_slots(name, module):
+                    yield ModuleGroup(slot.name, (module,), (slot,), fate=self.outside)
+            elif _parent(model, name) in holders and (slots := tuple(_slots(name, module))):
+                yield ModuleGroup(name, (module,), slots, fate=self.outside)
+
+
+GroupRule: TypeAlias = "Literal['auto', 'blocks'] | Blocks | Callable[[str, nn.Module], str | None]"
 
 
 def find_groups(model: nn.Module, rule: GroupRule = "auto") -> list[ModuleGroup]:
@@ -69,14 +133,19 @@ def find_groups(model: nn.Module, rule: GroupRule = "auto") -> list[ModuleGroup]
     Args:
         model: The adapted model.
         rule: ``"auto"`` takes every module with an ``adapter_params()`` method (`AdapterModule`)
-            and every Hugging Face peft layer. A callable ``(name, module) -> group name or None``
-            makes each module that it names, with all parameters below it, part of that group.
+            and every Hugging Face peft layer. `Blocks`, or ``"blocks"`` for its defaults, takes the
+            repeated blocks whole. A callable ``(name, module) -> group name or None`` makes each
+            module that it names, with all parameters below it, part of that group.
 
     Raises:
-        TypeError: ``rule`` is neither.
+        TypeError: ``rule`` is none of these.
         ValueError: No module forms a group.
     """
-    if rule == "auto":
+    model = getattr(model, "_orig_mod", model)  # what torch.compile(model) was given
+    rule = Blocks() if rule == "blocks" else rule
+    if isinstance(rule, Blocks):
+        claims = list(rule.claims(model))
+    elif rule == "auto":
         claims = [
             ModuleGroup(name, (module,), tuple(slots))
             for name, module in model.named_modules()
@@ -91,12 +160,17 @@ def find_groups(model: nn.Module, rule: GroupRule = "auto") -> list[ModuleGroup]
         ]
     else:
         raise TypeError(
-            f"groups={rule!r} is not a rule; pass 'auto', or a callable "
+            f"groups={rule!r} is not a rule; pass 'auto', 'blocks', Blocks(...), or a callable "
             "(name, module) -> group name or None."
         )
     if not claims:
         raise ValueError(_no_groups(rule, model))
-    return _joined(claims)
+    return _joined(replace(claim, name=plain_name(claim.name)) for claim in claims)
+
+
+def plain_name(name: str) -> str:
+    """Return a dotted path without what torch.compile puts into it."""
+    return ".".join(part for part in name.split(".") if part != "_orig_mod")
 
 
 def _no_groups(rule: GroupRule, model: nn.Module) -> str:
@@ -104,8 +178,9 @@ def _no_groups(rule: GroupRule, model: nn.Module) -> str:
         return (
             f"groups='auto' found no adapter in {type(model).__name__}: no module has "
             "adapter_params() and none is a Hugging Face peft layer. Call "
-            "dynalora_adapters.inject(model, LoRAConfig(...)) or peft.get_peft_model first, or "
-            "pass groups=callable(name, module) -> group name or None."
+            "dynalora_adapters.inject(model, LoRAConfig(...)) or peft.get_peft_model first; or "
+            "pass groups='blocks' to train the parameters of whole blocks, or "
+            "groups=callable(name, module) -> group name or None."
         )
     return (
         f"groups={rule!r} named no module of {type(model).__name__} that has parameters; "
@@ -115,9 +190,17 @@ def _no_groups(rule: GroupRule, model: nn.Module) -> str:
 
 def _slots(prefix: str, module: nn.Module) -> Iterator[Slot]:
     for path, owner in module.named_modules(prefix=prefix):
-        for attribute, parameter in owner._parameters.items():
-            if parameter is not None:
-                yield Slot(owner, attribute, f"{path}.{attribute}" if path else attribute)
+        yield from _own_slots(path, owner)
+
+
+def _own_slots(path: str, owner: nn.Module) -> Iterator[Slot]:
+    for attribute, parameter in owner._parameters.items():
+        if parameter is not None:
+            yield Slot(owner, attribute, f"{path}.{attribute}" if path else attribute)
+
+
+def _parent(model: nn.Module, name: str) -> nn.Module:
+    return model.get_submodule(name.rpartition(".")[0])
 
 
 def _adapter_slots(name: str, module: nn.Module) -> Iterator[Slot]:
@@ -158,8 +241,14 @@ def _marks(group: ModuleGroup) -> list[str | int]:
 
 
 def _union(family: Sequence[ModuleGroup]) -> ModuleGroup:
-    slots: dict[int, Slot] = {}
-    for slot in (slot for group in family for slot in group.slots):
-        slots.setdefault(id(slot.parameter), slot)
+    slots = {(id(s.owner), s.attribute): s for group in family for s in group.slots}
     modules = dict.fromkeys(module for group in family for module in group.modules)
-    return ModuleGroup(family[0].name, tuple(modules), tuple(slots.values()))
+    names = dict.fromkeys(group.name for group in family)
+    fates = {group.fate for group in family}
+    return ModuleGroup(
+        family[0].name,
+        tuple(modules),
+        tuple(slots.values()),
+        aliases=tuple(names)[1:],
+        fate=fates.pop() if len(fates) == 1 else "allocated",
+    )

@@ -7,9 +7,11 @@ on their device while the model trains, and brings them to the host once a reall
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -22,8 +24,9 @@ from dynalora_optim._measures import (
     ImportanceMeasure,
     as_measure,
 )
+from dynalora_optim._ranks import whole
 from dynalora_optim._scores import normalised, usable_scores
-from dynalora_optim._windows import Window, WindowSpec, to_host, window_maker
+from dynalora_optim._windows import Window, WindowSpec, average_over_ranks, to_host, window_maker
 
 
 class ImportanceTracker:
@@ -105,7 +108,7 @@ class ImportanceTracker:
                     self._hook(module, self._windows[group.name], self.measure)
 
     def _hook(self, module: nn.Module, window: Window, measure: ForwardMeasure) -> None:
-        hook = ForwardHook(measure, window, self._watch)
+        hook = ForwardHook(module, measure, window, self._watch)
         self._hooks.append(hook)
         self._handles.append(module.register_forward_hook(hook))
         if getattr(measure, "needs_base_output", False):
@@ -133,18 +136,37 @@ class ImportanceTracker:
             handle.remove()
         self._handles.clear()
 
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Watch nothing for a while."""
+        enabled, self._watch.enabled = self._watch.enabled, False
+        try:
+            yield
+        finally:
+            self._watch.enabled = enabled
+
     def observe(self, group: ModuleGroup) -> None:
         """Score the gradients that ``group`` has now, if the measure is one of gradients."""
         if isinstance(self.measure, GradientMeasure):
             parameters = [p for p in group.parameters() if p.grad is not None]
             if parameters:
-                self._windows[group.name].add(self.measure.score_gradients(parameters))
+                score = whole(self.measure.score_gradients(parameters))
+                self._watch.passes.add(self._windows[group.name], score)
 
     def observe_step(self, groups: Iterable[ModuleGroup]) -> None:
         """Score the gradients of the active groups before an update, unless a probe does it."""
         if self._watch.enabled and not self.probe and isinstance(self.measure, GradientMeasure):
             for group in groups:
                 self.observe(group)
+
+    def share(self, device: torch.device) -> None:
+        """Add up what this step has collected; make it that of all processes that train together.
+
+        Done at each step, so that any rank's checkpoint is that of all, also within a period.
+        """
+        self._watch.passes.settle()
+        if self._watch.enabled:
+            average_over_ranks(list(self._windows.values()), device)
 
     def end_step(self, step: int) -> None:
         """Tell the tracker that optimizer step number ``step`` (from 1) is done."""
@@ -203,13 +225,33 @@ class ImportanceTracker:
                 f"{self.description}. Build it with the importance that it was saved with."
             )
 
+    def check_state(self, state: Mapping[str, Mapping[str, Any]]) -> None:
+        """Raise unless each window can take over what is saved for it.
+
+        Raises:
+            ValueError: One holds another number of values.
+        """
+        for name, window in self._windows.items():
+            if len(state[name]["window"]) not in (0, window.width):
+                raise ValueError(
+                    f"state_dict has {len(state[name]['window'])} values for the score of {name}, "
+                    f"but its window holds {window.width}."
+                )
+
     def load_state_dict(self, state: Mapping[str, Mapping[str, Any]], *, step: int) -> None:
         """Take over what `state_dict` returned after optimizer step ``step``."""
+        self._watch.passes.forget()
         for name, window in self._windows.items():
             window.load(state[name])
         self.end_step(step)
 
+    def restart(self) -> None:
+        """Forget all scores."""
+        empty = self._new_window().state([])
+        self.load_state_dict(dict.fromkeys(self._windows, empty), step=0)
+
     def _read(self) -> dict[str, list[float]]:
+        self._watch.passes.settle()
         tensors = [tensor for window in self._windows.values() for tensor in window.tensors]
         values = iter(to_host(tensors))
         return {n: [next(values) for _ in w.tensors] for n, w in self._windows.items()}

@@ -153,7 +153,7 @@ class Rates:
         self, groups: Sequence[ParamGroup], lines: Sequence[int], allocation: Allocation
     ) -> Iterator[None]:
         """Put the local rates into the groups for one update, then the scheduler's back."""
-        self._record(groups, lines)
+        self._record(groups, lines, allocation.steps)
         scheduled = [group["lr"] for group in groups]
         is_global = self.lr_time == "global" and not self.activation_warmup
         self.last = scheduled if is_global else self._current(groups, lines, allocation)
@@ -192,6 +192,10 @@ class Rates:
         """Take over what `group_state` returned, one per param group."""
         self._history = self._saved_history(lines, states)
 
+    def restart(self) -> None:
+        """Forget the rates of all steps."""
+        self._history = {}
+
     def _saved_history(
         self, lines: Sequence[int], states: Sequence[Mapping[str, Any]]
     ) -> dict[int, list[float]]:
@@ -201,9 +205,9 @@ class Rates:
             if "lr_history" in states[position]
         }
 
-    def _record(self, groups: Sequence[ParamGroup], lines: Sequence[int]) -> None:
+    def _record(self, groups: Sequence[ParamGroup], lines: Sequence[int], step: int) -> None:
         """Keep the rates that a scheduler has set for this step."""
         if self.lr_time == "local":
             rates = dict(zip(lines, (group["lr"] for group in groups), strict=True))
             for line, rate in rates.items():
-                self._history.setdefault(line, []).append(float(rate))
+                self._history.setdefault(line, [])[step:] = [float(rate)]

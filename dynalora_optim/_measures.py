@@ -18,7 +18,9 @@ from dynalora_optim._checks import by_name
 
 @dataclass(frozen=True)
 class ForwardPass:
-    """One forward pass of one module, as a forward measure sees it.
+    """One forward pass of one module, as a forward measure sees it: without recording gradients.
+
+    The tensors belong to the model's graph. ``detach()`` what outlives the call.
 
     Attributes:
         module: The module.
@@ -41,7 +43,7 @@ class ForwardMeasure(Protocol):
     """Scores one forward pass of one module."""
 
     def score(self, forward: ForwardPass) -> Tensor:
-        """Return a scalar tensor on the output's device; it is summed over forward passes."""
+        """Return a new scalar tensor on the output's device; it is summed over forward passes."""
         ...
 
 

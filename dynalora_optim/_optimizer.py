@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import weakref
+from collections import defaultdict
 from collections.abc import Callable, Sequence
-from typing import Any
+from copy import deepcopy
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -13,13 +15,21 @@ from torch.optim import Optimizer
 from dynalora_optim._allocation import Allocation
 from dynalora_optim._allocators import Allocator, as_allocator
 from dynalora_optim._checkpoint import pack, unpack
-from dynalora_optim._checks import check_single_process
 from dynalora_optim._claims import claim, release
 from dynalora_optim._freezing import drop_gradients
+from dynalora_optim._fused_backward import FusedBackward, refusal
 from dynalora_optim._groups import GroupRule, find_groups
+from dynalora_optim._idle_state import as_idle_state
 from dynalora_optim._importance import ImportanceTracker, as_tracker
 from dynalora_optim._lr import LocalLR, LrTime, Rates
-from dynalora_optim._measures import ImportanceMeasure
+from dynalora_optim._master_weights import (
+    MasterWeights,
+    Rounding,
+    check_master_weights,
+    restore_dtypes,
+)
+from dynalora_optim._measures import GradientMeasure, ImportanceMeasure
+from dynalora_optim._memory_report import MemoryReport, memory_report
 from dynalora_optim._modules import ModuleDriver
 from dynalora_optim._param_groups import (
     ParameterIndex,
@@ -27,9 +37,19 @@ from dynalora_optim._param_groups import (
     flatten,
     match_always_active,
 )
+from dynalora_optim._plain_state import from_plain, is_plain, to_plain
+from dynalora_optim._ranks import check_agreement
 from dynalora_optim._record import AllocationRecord
+from dynalora_optim._saved_values import check_keys, check_values, damage_refused
 from dynalora_optim._schedules import Schedule, as_schedule
-from dynalora_optim._states import OnActivate, add_placeholders, check_on_activate, reset
+from dynalora_optim._shaping import Shaper
+from dynalora_optim._states import (
+    OnActivate,
+    add_placeholders,
+    check_on_activate,
+    is_rehearsal,
+    reset,
+)
 from dynalora_optim._update_rule import LateBoundOptimizer, check_wrappable
 
 
@@ -58,7 +78,8 @@ class DynamicAllocationOptimizer(LateBoundOptimizer):
             such as ``ForwardNorm(p=1)``, or an `ImportanceTracker` with options of its own.
         allocator: ``"discounted"`` (equation 3), ``"topk"``, ``"threshold"``, ``"stochastic"``,
             ``"random"``, ``"round_robin"``, or an allocator object.
-        groups: ``"auto"`` finds our adapters and peft's; or a callable
+        groups: ``"auto"`` finds our adapters and peft's; ``"blocks"``, or `Blocks` with options,
+            trains all parameters of the model's repeated blocks; or a callable
             ``(name, module) -> group name or None``.
         always_active: Names of module groups, or patterns with ``*``, that are never inactive.
         seed: The seed of the allocator's private random numbers.
@@ -70,6 +91,16 @@ class DynamicAllocationOptimizer(LateBoundOptimizer):
         activation_warmup: After a pause a module's rate rises over so many steps, 1/n, 2/n, ... 1.
         on_activate: What becomes of the optimizer state of a module that returns from a pause:
             ``"keep"``, ``"reset_momentum"`` (the first moment only), or ``"reset"``.
+        idle_state: What becomes of it meanwhile: ``"keep"``; ``"offload"``: it goes to the host and
+            comes back unchanged; or ``"drop"``: it is deleted.
+        master_weights: Train bfloat16 (or float16) weights on float32 copies, which exist while
+            their module is active; afterwards the weights are the ``"nearest"``, or rounded in a
+            ``"stochastic"`` way that keeps the mean.
+        fused_backward: Update each parameter within the backward pass and free its gradient at
+            once. Not for loops that clip, scale or accumulate gradients; those are found out in
+            the first step, which is an ordinary one.
+        checkpoint_idle: Recompute the blocks that hold no active module, rather than keep what
+            their gradients need.
 
     Attributes:
         tracker: The `ImportanceTracker`: ``tracker.scores()`` at any time.
@@ -78,7 +109,6 @@ class DynamicAllocationOptimizer(LateBoundOptimizer):
         TypeError: An argument of another kind.
         ValueError: An argument out of range, a model without adapters, or an optimizer that does
             not hold the adapters. Nothing is changed then.
-        NotImplementedError: Several processes train together.
 
     Example:
         >>> optimizer = torch.optim.AdamW(model.parameters(), lr=4e-4)  # doctest: +SKIP
@@ -104,17 +134,25 @@ class DynamicAllocationOptimizer(LateBoundOptimizer):
         lr_time: LrTime = "global",
         activation_warmup: int = 0,
         on_activate: OnActivate = "keep",
+        idle_state: Literal["keep", "offload", "drop"] = "keep",
+        master_weights: Rounding | None = None,
+        fused_backward: bool = False,
+        checkpoint_idle: bool = False,
     ) -> None:
-        check_single_process()
         has_local_schedule = isinstance(lr_time, LocalLR) and lr_time.is_from_scheduler
         check_wrappable(optimizer, scheduled=has_local_schedule)
         check_on_activate(on_activate, optimizer)
         found = find_groups(model, groups)
+        parameters = flatten(optimizer.param_groups)
         index = ParameterIndex(model, found)
-        index.check_belongs(flatten(optimizer.param_groups))
-        index.check_groups(flatten(optimizer.param_groups))
+        index.check_belongs(parameters)
         exempt = match_always_active(always_active, found)
-        allocated = [group for group in found if group.name not in exempt]
+        index.check_groups(parameters, named=exempt)
+        found = [group for group in found if group.name not in exempt]
+        allocated = [group for group in found if group.fate == "allocated"]
+        frozen = [group for group in found if group.fate == "frozen"]
+        check_master_weights(master_weights, optimizer, parameters)
+        self._idle_state = as_idle_state(idle_state, optimizer)
         self._allocation = Allocation(
             [group.name for group in allocated],
             active=active,
@@ -124,16 +162,34 @@ class DynamicAllocationOptimizer(LateBoundOptimizer):
             warmup=warmup,
             max_idle_periods=max_idle_periods,
         )
-        self._allocation.select(dict.fromkeys(self._allocation.names, 0.0))
+        shaper = Shaper(
+            model,
+            allocated,
+            has_budget=self._allocation.has_budget,
+            checkpoint_idle=checkpoint_idle,
+        )
         self._rates = Rates(lr_time, activation_warmup)
         self._rates.check([i for i, g in enumerate(optimizer.param_groups) for _ in index.split(g)])
         self._on_activate = on_activate
+        self._has_agreed = False  # with the other ranks, in this process
         self.tracker = as_tracker(importance)
         self.tracker.check(allocated)
+        if fused_backward and isinstance(self.tracker.measure, GradientMeasure):
+            raise ValueError(refusal("importance= measures gradients at step()"))
         # Nothing outside this object has changed so far; nothing below raises.
         self._model, self._group_rule = model, groups
-        super().__init__(optimizer, index)
-        self._driver = ModuleDriver(model, allocated, self.tracker)
+        self._masters = MasterWeights(master_weights, seed)
+        self._frozen = frozenset(group.name for group in frozen)
+        super().__init__(optimizer, index, self._masters)
+        self._driver = ModuleDriver(
+            shaper,
+            allocated,
+            self.tracker,
+            self._allocation,
+            frozen,
+            checkpoint_idle=checkpoint_idle,
+        )
+        self._fused = FusedBackward() if fused_backward else None
         self._take_charge()
         self._apply_allocation(probe=self.tracker.probe)
 
@@ -188,7 +244,7 @@ class DynamicAllocationOptimizer(LateBoundOptimizer):
             What ``closure`` returned, or None.
 
         Raises:
-            RuntimeError: After `close`.
+            RuntimeError: After `close`, or the ranks that train together disagree.
         """
         if self._driver.is_closed:
             raise RuntimeError("step() after close(): build a new DynamicAllocationOptimizer.")
@@ -196,38 +252,123 @@ class DynamicAllocationOptimizer(LateBoundOptimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if not self._has_agreed:
+            self._driver.check_held(flatten(self.param_groups))
+        if is_rehearsal(self.param_groups, self.state):  # torch.distributed.checkpoint
+            self._rehearse()
+            return loss
+        self._drop_provisional()
+        self._check_in_order()
         self._driver.before_update(self._allocation.chosen)
         self._drop_idle_gradients()  # frozen means unmoved, whatever put a gradient there
-        active = [group for group in self.param_groups if self._is_active(group)]
-        updated = {group["name"] for group in active if _has_gradient(group)}
-        with self._rates.applied(self.param_groups, self._lines, self._allocation):
-            self._rule.step(active, self.state)
-        due = self._allocation.advance(updated)
+        due = self._allocation.advance(self._update())
+        if self._allocation.may_differ_between_ranks:
+            check_agreement("whether to reallocate now", due, self._driver.device)
         self.tracker.end_step(self._allocation.steps)
         if due:
             self._reallocate()
         return loss
 
+    def _update(self) -> set[str]:
+        """Move the active groups; return the names of those that had a gradient."""
+        active = [group for group in self.param_groups if self._is_active(group)]
+        moved = {p for p in flatten(active) if p.grad is not None}
+        if self._fused and moved and not self._fused.is_rehearsed:
+            self._fused.check()
+            self._check_fusible(active)
+        with self._rates.applied(self.param_groups, self._lines, self._allocation):
+            self._rule.step(active, self.state)
+        if self._fused:
+            moved |= self._fused.end_step()
+        return {group["name"] for group in active if not moved.isdisjoint(group["params"])}
+
+    @torch.no_grad()
+    def _update_one(self, parameter: Tensor, position: int) -> None:
+        """Move one parameter of the param group at ``position``, within the backward pass."""
+        group = self.param_groups[position]
+        if self._is_active(group):
+            with self._rates.applied(self.param_groups, self._lines, self._allocation):
+                self._rule.step([{**group, "params": [parameter]}], self.state)
+
+    def _check_fusible(self, groups: Sequence[ParamGroup]) -> None:
+        """Try the rule on a copy of one parameter: it may not add up anything over several."""
+        pairs = [(p, group) for group in groups for p in group["params"] if p.grad is not None]
+        parameter, group = min(pairs, key=lambda pair: pair[0].numel())
+        copy = parameter.detach().clone()
+        copy.grad = deepcopy(parameter.grad)
+        state = defaultdict(dict, {copy: deepcopy(self.state.get(parameter, {}))})
+        if self._rule.step([{**group, "params": [copy]}], state):
+            raise RuntimeError(refusal("the wrapped optimizer adds up over all parameters"))
+
+    def _check_in_order(self) -> None:
+        if not self._has_agreed:
+            self._driver.agree(self._allocation.settings())
+            self._has_agreed = True
+        if self._allocation.is_unmeasured(0):
+            raise RuntimeError(
+                "Budget has measured nothing: step() came before any training forward, with rows "
+                "in its batch, of the model given to DynamicAllocationOptimizer. Call that model "
+                "itself (or a wrapper that calls it), in train() mode."
+            )
+
     def _reallocate(self) -> None:
-        check_single_process()  # the group may have been formed after this object
+        self._driver.watch_synchronization(self._allocation.chosen)
         activated = self._allocation.select(self.tracker.roll())
+        self._driver.agree(self._allocation.settings())
+        self._apply_allocation(probe=self.tracker.probe)
         returning = flatten(g for g in self.param_groups if g["name"] in activated)
         reset(self.state, returning, self._on_activate)
-        self._apply_allocation(probe=self.tracker.probe)
 
     def _apply_allocation(self, *, probe: bool) -> None:
         self._driver.apply(self._allocation.chosen, probe=probe)
         self._drop_idle_gradients()
+        self._settle_states()
+
+    @torch.no_grad()
+    def _settle_states(self) -> None:
+        """Put the optimizer state where the active set wants it."""
+        idle = flatten(group for group in self.param_groups if not self._is_active(group))
+        active = flatten(group for group in self.param_groups if self._is_active(group))
+        self._masters.write_back(self.state, idle, number=self._allocation.steps)
+        self._idle_state.release(self.state, idle)
+        self._idle_state.restore(self.state, active)
 
     def _drop_idle_gradients(self) -> None:
         drop_gradients(flatten(g for g in self.param_groups if not self._is_active(g)))
 
     def _is_active(self, group: ParamGroup) -> bool:
-        return self._allocation.is_active(group["name"])
+        name = group["name"]
+        return name not in self._frozen and self._allocation.is_active(name)
+
+    def active_parameters(self) -> list[Tensor]:
+        """Return the parameters that get gradients now, those outside all groups among them."""
+        return flatten(group for group in self.param_groups if self._is_active(group))
 
     def learning_rates(self) -> list[float]:
         """Return the rate that each of ``param_groups`` had at the last update, local ones too."""
         return [float(rate) for rate in self._rates.last]
+
+    def memory_report(self, *args: Any, **kwargs: Any) -> MemoryReport:
+        """Return what a training step holds, now and with all modules active; print it as a table.
+
+        Args:
+            *args: What the model is called with. Its costs are measured for such a batch.
+            **kwargs: As well. Without any, the report is on the batch that the `Budget` measured.
+
+        Raises:
+            RuntimeError: No batch is given and none has been measured, or the model is not in
+                training mode.
+            ValueError: The model has no blocks that can be told apart.
+        """
+        costs, plan = self._driver.current_costs(args, kwargs)
+        allocated = flatten(g for g in self.param_groups if g["name"] in self._allocation.updates)
+        return memory_report(
+            (costs, plan, self._driver.block_names),
+            weights=list(self._model.parameters()),
+            adapters=allocated,
+            trained=[p for p in flatten(self.param_groups) if p.requires_grad],
+            state=self.state,
+        )
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a param group, split per module group as those given at construction.
@@ -241,18 +382,25 @@ class DynamicAllocationOptimizer(LateBoundOptimizer):
         parameters = self._check_new(param_group)
         if hasattr(self, "_driver"):  # not while torch's constructor adds the first ones
             self._adopt_new_groups(parameters)
-        super().add_param_group(param_group)
+        super().add_param_group({**param_group, "params": parameters})
+        if fused := getattr(self, "_fused", None):
+            fused.attach(self.param_groups, self._update_one)
 
     def _adopt_new_groups(self, parameters: Sequence[Tensor]) -> None:
         found = find_groups(self._model, self._group_rule)
         index = ParameterIndex(self._model, found)
         index.check_belongs(parameters)
+        self._driver.check_same(index.groups_of(parameters))
         known = {group["name"] for group in self.param_groups}
-        new = [group for group in index.groups_of(parameters) if group.name not in known]
+        new = [
+            group
+            for group in index.groups_of(parameters)
+            if group.fate == "allocated" and group.name not in known
+        ]
         self._allocation.extend([g.name for g in new], order=[g.name for g in found])
         self._index = index
-        claim(self, (module for group in new for module in group.modules))
         self._driver.add(new)
+        claim(self, (module for group in new for module in group.modules))
         self._apply_allocation(probe=self._driver.is_probing)
 
     def close(self) -> None:
@@ -261,17 +409,23 @@ class DynamicAllocationOptimizer(LateBoundOptimizer):
         The record and the state stay readable; `step` raises from here on.
         """
         self._driver.close()
+        if self._fused:
+            self._fused.remove()
         release(self)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the torch state dict plus all that decides the future of the allocation.
 
-        It loads with ``torch.load(weights_only=True)``. What a resume needs are plain values in
+        It loads with ``torch.load(weights_only=True)``. What a resume needs is a string in each of
         ``param_groups``, which ``torch.distributed.checkpoint`` keeps; ``"record"`` is the history.
         """
+        self._idle_state.settle()
         packed: dict[str, Any] = super().state_dict()
-        add_placeholders(packed, self.param_groups, self.state)
-        pack(packed, self._state_values())
+        marks = add_placeholders(
+            packed, self.param_groups, self.state, provisional=self._is_provisional
+        )
+        values = zip(self._state_values(), marks, strict=True)
+        pack(packed, [{**value, **mark} for value, mark in values])
         packed["record"] = self.record.state_dict()
         return packed
 
@@ -284,9 +438,12 @@ class DynamicAllocationOptimizer(LateBoundOptimizer):
         }
         scores = self.tracker.state_dict()
         names = [group["name"] for group in self.param_groups]
+        costs = self._allocation.costs
+        once = {"costs": costs.state_dict() if costs else None}  # large: in the first group only
         return [
             {
                 **clock,
+                **(once if position == 0 else {}),
                 **self._allocation.group_state(name),
                 **scores.get(name, {}),
                 **self._rates.group_state(self._lines, position),
@@ -297,19 +454,57 @@ class DynamicAllocationOptimizer(LateBoundOptimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue where `state_dict` was taken, bit for bit, also in the middle of a period.
 
+        Of a plain optimizer's state dict, saved with the same parameters in the same groups as the
+        wrapped one was given, state and options are taken over, and the allocation begins anew.
+
         Raises:
-            ValueError: It was not saved by this class, or for other module groups. Nothing is
-                changed then.
+            ValueError: It is for other module groups, parameters or settings. Nothing is changed
+                then.
         """
-        lean, values = unpack(state_dict, self.param_groups)
-        self.tracker.check_description(values[0]["importance"])
-        self._rates.check_state(self._lines, values)
+        with damage_refused():
+            if is_plain(state_dict, self.param_groups):
+                self._load_plain(state_dict)
+                return
+            lean, values = unpack(state_dict, self.param_groups)
+            check_keys(lean)
+            record = state_dict.get("record", [])
+            by_name = dict(zip((g["name"] for g in self.param_groups), values, strict=True))
+            self.tracker.check_description(values[0]["importance"])
+            check_values(values, self._state_values(), record)
+            self.tracker.check_state(by_name)
+            self._allocation.check_state(values[0], by_name)
+            self._rates.check_state(self._lines, values)
         super().load_state_dict(lean)
-        by_name = dict(zip((g["name"] for g in self.param_groups), values, strict=True))
-        self._allocation.load_state(values[0], by_name, state_dict.get("record", []))
+        restore_dtypes(self.state, self.param_groups, lean)
+        self._is_provisional = False
+        self._allocation.load_state(values[0], by_name, record)
         self.tracker.load_state_dict(by_name, step=self._allocation.steps)
         self._rates.load_state(self._lines, values)
         self._apply_allocation(probe=values[0]["probing"])
+
+    def _load_plain(self, state_dict: dict[str, Any]) -> None:
+        packed = from_plain(state_dict, self.param_groups, self._lines, self._users)
+        super().load_state_dict(packed)
+        restore_dtypes(self.state, self.param_groups, packed)
+        self._is_provisional = False
+        self._allocation.restart()
+        self.tracker.restart()
+        self._rates.restart()
+        self._apply_allocation(probe=self.tracker.probe)
+
+    def plain_state_dict(self) -> dict[str, Any]:
+        """Return what the wrapped optimizer's own ``load_state_dict`` takes.
+
+        Its groups and their parameters are those that it was given, in that order. Modules that
+        were never active have no state in it, as parameters without a gradient have none.
+
+        Raises:
+            ValueError: Groups that were split from one of yours have come to differ in an option,
+                such as a rate that was set for one module.
+        """
+        self._idle_state.settle()
+        state = {} if self._is_provisional else self.state
+        return to_plain(self.param_groups, self._lines, self._users, state)
 
     def __repr__(self) -> str:
         return (
@@ -321,11 +516,11 @@ class DynamicAllocationOptimizer(LateBoundOptimizer):
     def _take_charge(self) -> None:
         """Claim what this object drives, and leave it free when this object is gone."""
         super()._take_charge()
+        if self._fused:
+            self._fused.attach(self.param_groups, self._update_one)
+            weakref.finalize(self, self._fused.remove).atexit = False
         claim(self, [self._rule.optimizer, *self._driver.modules()])
+        self._driver.attach()
         weakref.finalize(self, self._driver.close).atexit = False
         if self._driver.is_probing:  # a copy: its parameters came without the probe's hooks
             self._apply_allocation(probe=True)
-
-
-def _has_gradient(group: ParamGroup) -> bool:
-    return any(parameter.grad is not None for parameter in group["params"])

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 from torch import Tensor, nn
 
 from dynalora_optim._claims import is_claimed
-from dynalora_optim._groups import ModuleGroup
+from dynalora_optim._groups import ModuleGroup, plain_name
 
 ParamGroup: TypeAlias = "dict[str, Any]"
 
+PACKED = "dynalora"  # the key of a group for what a state dict saves with it; "" in a live one
 OUTSIDE = "always_active"  # the name of a param group whose parameters are in no module group
 
 
@@ -21,7 +22,7 @@ class ParameterIndex:
 
     def __init__(self, model: nn.Module, groups: Sequence[ModuleGroup]) -> None:
         self._groups = groups
-        self._names = {id(p): name for name, p in model.named_parameters()}
+        self._names = {id(p): plain_name(name) for name, p in model.named_parameters()}
         self._owners = {id(p): group.name for group in groups for p in group.parameters()}
 
     def split(self, group: Mapping[str, Any]) -> list[ParamGroup]:
@@ -42,11 +43,16 @@ class ParameterIndex:
                 **{k: v.clone() if isinstance(v, Tensor) else v for k, v in options.items()},
                 "params": parameters,
                 "name": name,
-                "param_names": [self._names[id(parameter)] for parameter in parameters],
+                "param_names": self.names_of(parameters),
+                PACKED: "",
             }
             for name, parameters in pieces.items()
             if parameters
         ]
+
+    def names_of(self, parameters: Iterable[Tensor]) -> list[str]:
+        """Return what the model calls ``parameters``."""
+        return [self._names[id(parameter)] for parameter in parameters]
 
     def groups_of(self, parameters: Iterable[Tensor]) -> list[ModuleGroup]:
         """Return the module groups that any of ``parameters`` belongs to, in forward order."""
@@ -71,14 +77,17 @@ class ParameterIndex:
                 "after adapters are injected and the model is on its device."
             )
 
-    def check_groups(self, parameters: Iterable[Tensor]) -> None:
+    def check_groups(self, parameters: Iterable[Tensor], named: Collection[str] = ()) -> None:
         """Raise unless an optimizer that holds ``parameters`` alone can train every module group.
+
+        Groups that are not allocated may be left out, unless they are among those ``named``.
 
         Raises:
             ValueError: The message names the groups.
         """
         held = {id(parameter) for parameter in parameters}
-        missing = [g.name for g in self._groups if held.isdisjoint(map(id, g.parameters()))]
+        groups = [g for g in self._groups if g.fate == "allocated" or g.name in named]
+        missing = [g.name for g in groups if held.isdisjoint(map(id, g.parameters()))]
         if missing:
             raise ValueError(
                 f"optimizer holds no parameter of {len(missing)} module group(s): "
@@ -86,13 +95,13 @@ class ParameterIndex:
                 "adapter parameters, frozen or not (model.parameters() will do), after "
                 "injecting; to leave modules out, pass groups=callable."
             )
-        taken = [g.name for g in self._groups if any(map(is_claimed, g.modules))]
+        taken = [g.name for g in groups if any(map(is_claimed, g.modules))]
         if taken:
             raise ValueError(
                 f"{len(taken)} module group(s) are driven by another DynamicAllocationOptimizer: "
                 f"{_some(taken)}. close() it first, or share the groups out with groups=callable."
             )
-        frozen = [g.name for g in self._groups if not any(p.requires_grad for p in g.parameters())]
+        frozen = [g.name for g in groups if not any(p.requires_grad for p in g.parameters())]
         if frozen:
             raise ValueError(
                 f"requires_grad is False for every parameter of {len(frozen)} module group(s): "
@@ -129,14 +138,14 @@ def match_always_active(patterns: Sequence[str], groups: Sequence[ModuleGroup]) 
     names = [group.name for group in groups]
     matched: set[str] = set()
     for pattern in patterns:
-        hits = fnmatch.filter(names, pattern)
+        hits = [g.name for g in groups if fnmatch.filter([g.name, *g.aliases], pattern)]
         if not hits:
             raise ValueError(
                 f"always_active={pattern!r} matches none of the {len(names)} module groups; pass "
                 f"a name or a pattern with *, such as {names[-1]!r}."
             )
         matched.update(hits)
-    if len(matched) == len(names):
+    if not any(group.fate == "allocated" and group.name not in matched for group in groups):
         raise ValueError(
             f"always_active={list(patterns)!r} matches all {len(names)} module groups and leaves "
             "none to allocate; use the wrapped optimizer as it is."

@@ -18,7 +18,11 @@ class Schedule(Protocol):
     """Decides after which optimizer steps the active set is chosen anew."""
 
     def due(self, step: int) -> bool:
-        """Return whether to reallocate now that ``step`` (>= 1) optimizer steps are done."""
+        """Return whether to reallocate now that ``step`` (>= 1) optimizer steps are done.
+
+        Ranks that train together must all return the same. One of your own is compared between them
+        at each step, which waits for the device; those here need no comparison.
+        """
         ...
 
 
@@ -56,6 +60,20 @@ class Once:
     def due(self, step: int) -> bool:
         """Return whether ``step`` is ``at``."""
         return step == self.at
+
+
+@dataclass(frozen=True)
+class Never:
+    """Do not reallocate."""
+
+    def due(self, step: int) -> bool:
+        """Return False."""
+        return False
+
+
+def is_function_of_step(schedule: Schedule) -> bool:
+    """Return whether ``schedule`` is one of those here, which look at nothing but the step."""
+    return isinstance(schedule, (Periodic, Once, Never))
 
 
 def as_schedule(period: int | Schedule) -> Schedule:

@@ -1,22 +1,24 @@
 """Optimizer state of modules that pause, or have not been active yet.
 
 Torch optimizers create a parameter's state at its first update. A checkpoint that lacks some states
-cannot be read by ``torch.distributed.checkpoint``, so each absent one is saved as zeros and marked,
-and a marked one is left out again when it is loaded: the resumed run creates it as the other would.
+cannot be read by ``torch.distributed.checkpoint``, so each absent value is saved as zeros, which
+take the room of one, and named; a named one is left out again when it is loaded, and the resumed
+run creates it as the other would.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, MutableMapping
+from collections.abc import Iterable, Mapping, MutableMapping, Sequence
 from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from dynalora_optim._param_groups import ParamGroup
+from dynalora_optim._param_groups import ParamGroup, flatten
+from dynalora_optim._ranks import is_sharded, largest, local_part, zeros_like
 
-MARK = "dynalora_unmaterialized"
+MARK = "unmaterialized"
 FIRST_MOMENTS = ("exp_avg", "momentum_buffer")  # of all of torch's optimizers
 
 OnActivate: TypeAlias = Literal["keep", "reset_momentum", "reset"]
@@ -57,48 +59,96 @@ def reset(
 
 
 def add_placeholders(
-    packed: dict[str, Any], groups: list[ParamGroup], state: Mapping[Tensor, Any]
-) -> None:
-    """Fill the gaps of a packed state dict, and mark their positions in its param groups."""
-    template = next(
-        ((p, state[p]) for group in groups for p in group["params"] if state.get(p)), None
-    )
+    packed: dict[str, Any],
+    groups: Sequence[ParamGroup],
+    state: Mapping[Tensor, Any],
+    *,
+    provisional: bool = False,
+) -> list[dict[str, Any]]:
+    """Fill the gaps of a packed state dict; return what in each group is not real, by parameter.
+
+    With ``provisional`` nothing is: it is there only because it was asked for (`is_rehearsal`).
+    """
+    held = [parameter for parameter in flatten(groups) if state.get(parameter)]
+    model = max(held, key=lambda parameter: len(state[parameter]), default=None)
+    marks = []
     for group, saved in zip(groups, packed["param_groups"], strict=True):
-        saved[MARK] = []
-        for position, (parameter, key) in enumerate(
-            zip(group["params"], saved["params"], strict=True)
+        unreal: dict[str, list[str]] = {}
+        for name, parameter, key in zip(
+            group["param_names"], group["params"], saved["params"], strict=True
         ):
-            if template is None or key in packed["state"] or not parameter.requires_grad:
-                continue
-            zeros = _zeros(parameter, *template)
-            if zeros is not None:
-                packed["state"][key] = zeros
-                saved[MARK].append(position)
+            values = packed["state"].get(key, {})
+            zeros = {}
+            if model is not None and parameter.requires_grad:
+                zeros = _zeros(parameter, model, state[model])
+            missing = {kind: zero for kind, zero in zeros.items() if kind not in values}
+            if missing:
+                packed["state"][key] = {**values, **missing}
+            if absent := list(packed["state"].get(key, {}) if provisional else missing):
+                unreal[name] = absent
+        marks.append({MARK: unreal})
+    return marks
 
 
-def drop_placeholders(packed: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the packed state dict without what `add_placeholders` added."""
-    marked = {
-        group["params"][position]
-        for group in packed["param_groups"]
-        for position in group.get(MARK, [])
-    }
-    return {
-        **packed,
-        "state": {key: value for key, value in packed["state"].items() if key not in marked},
-    }
+def drop_placeholders(
+    packed: Mapping[str, Any], marks: Sequence[Mapping[str, Any]]
+) -> dict[str, Any]:
+    """Return the packed state dict without what ``marks``, one per group, name.
+
+    Raises:
+        ValueError: States are missing that were saved.
+    """
+    state = dict(packed["state"])
+    for group, mark in zip(packed["param_groups"], marks, strict=True):
+        keys = dict(zip(group["param_names"], group["params"], strict=True))
+        for name, unreal in mark[MARK].items():
+            values = state.pop(keys[name], {})
+            if real := {kind: value for kind, value in values.items() if kind not in unreal}:
+                state[keys[name]] = real
+    empty = [key for key, value in state.items() if not value]
+    if 0 < len(empty) < len(state):
+        raise ValueError(
+            f"state_dict has empty states, such as for {empty[0]!r}. "
+            "torch.distributed.checkpoint with flatten_optimizer_state_dict=True leaves out what "
+            "the optimizer that loads has no state for yet; load into a newly built one, call "
+            "optimizer.state.clear() before, or do without that option."
+        )
+    return {**packed, "state": state}
 
 
-def _zeros(parameter: Tensor, model: Tensor, state: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Zeros shaped for ``parameter`` as ``state`` is for ``model``; None if that is unknown."""
+def is_rehearsal(groups: Sequence[ParamGroup], state: Mapping[Tensor, Any]) -> bool:
+    """Return whether a step trains nothing, but asks an optimizer without state to create it.
+
+    ``torch.distributed.checkpoint`` does so, to know what to read or write: all rates are 0, and
+    every parameter has a gradient of zeros. The gradients are read, which waits for the device,
+    only where all else fits: at most in the first step of a warm-up that begins at 0.
+    """
+    if any(state.values()) or not all(_is_zero_rate(group.get("lr", 0)) for group in groups):
+        return False
+    gradients = [p.grad for p in flatten(groups) if p.requires_grad]
+    if any(gradient is None or gradient.is_sparse for gradient in gradients):
+        return False
+    found = any(bool(local_part(gradient).any()) for gradient in gradients if gradient is not None)
+    if any(map(is_sharded, gradients)):
+        found = bool(largest(int(found), groups[0]["params"][0].device))
+    return not found
+
+
+def _is_zero_rate(rate: float | Tensor) -> bool:
+    # On another device it is the user's, for checkpointing makes a new one; do not wait for it.
+    return not (isinstance(rate, Tensor) and rate.device.type != "cpu") and float(rate) == 0
+
+
+def _zeros(parameter: Tensor, model: Tensor, state: Mapping[str, Any]) -> dict[str, Any]:
+    """Zeros shaped for ``parameter`` as ``state`` is for ``model``; empty if that is unknown."""
     zeros: dict[str, Any] = {}
-    for key, value in state.items():
+    for kind, value in state.items():
         if not isinstance(value, Tensor):
-            zeros[key] = type(value)(0) if isinstance(value, (int, float)) else value
-        elif value.shape == model.shape and value.ndim > 0:
-            zeros[key] = torch.zeros_like(parameter, dtype=value.dtype)
+            zeros[kind] = type(value)(0) if isinstance(value, (int, float)) else value
         elif value.ndim == 0:
-            zeros[key] = torch.zeros_like(value)
+            zeros[kind] = torch.zeros_like(value)
+        elif value.shape == model.shape:
+            zeros[kind] = zeros_like(parameter, value.dtype)
         else:
-            return None  # a factored state (Adafactor): its shape cannot be told from this one
+            return {}  # a factored state (Adafactor): its shape cannot be told from this one
     return zeros

@@ -14,35 +14,49 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from dynalora_optim._claims import is_claimed, is_owner
+from dynalora_optim._master_weights import MasterWeights
 from dynalora_optim._param_groups import ParameterIndex, ParamGroup, flatten, parameters_of
+from dynalora_optim._plain_state import UserGroup
 
 
 class UpdateRule:
     """Runs a torch optimizer over whichever groups it is given."""
 
-    def __init__(self, optimizer: Optimizer) -> None:
+    def __init__(self, optimizer: Optimizer, masters: MasterWeights) -> None:
         self.optimizer = optimizer
+        self._masters = masters
 
-    def step(self, groups: Iterable[ParamGroup], state: Any) -> None:
-        """Update the parameters of ``groups``, with their moments in ``state``."""
-        self._run(_unhooked_step(self.optimizer), groups, state)
+    def step(self, groups: Iterable[ParamGroup], state: Any) -> bool:
+        """Update the parameters of ``groups``, with their moments in ``state``.
+
+        Returns:
+            Whether the rule keeps numbers of its own in the groups, as schedule-free ones do.
+        """
+        return self._run(_unhooked_step(self.optimizer), groups, state)
 
     def switch_mode(self, mode: str, groups: Iterable[ParamGroup], state: Any) -> None:
         """Call ``train()`` or ``eval()`` of an optimizer that has them (schedule-free kinds)."""
         if callable(method := getattr(self.optimizer, mode, None)):
             self._run(method, groups, state)
 
-    def _run(self, method: Callable[[], Any], groups: Iterable[ParamGroup], state: Any) -> None:
+    def _run(self, method: Callable[[], Any], groups: Iterable[ParamGroup], state: Any) -> bool:
         merged = _coalesce(groups, state)
         before = [dict(one) for one, _ in merged]
         self.optimizer.param_groups = [one for one, _ in merged]
+        with self._masters.lent(self.optimizer.param_groups, state) as lent:
+            self.optimizer.state = lent  # type: ignore[assignment]
+            method()
         self.optimizer.state = state
-        method()
+        has_changed = False
         for (one, sources), old in zip(merged, before, strict=True):
             # Some rules keep numbers in the group (schedule-free's k, Prodigy's d).
-            changed = {k: v for k, v in one.items() if k not in old or v is not old[k]}
+            changed = {
+                k: v for k, v in one.items() if k != "params" and (k not in old or v is not old[k])
+            }
             for source in sources:
                 source.update(changed)
+            has_changed |= bool(changed)
+        return has_changed
 
 
 class LateBoundOptimizer(Optimizer):
@@ -56,10 +70,12 @@ class LateBoundOptimizer(Optimizer):
     # could do it, never sees the scaler.
     _step_supports_amp_scaling = False
 
-    def __init__(self, optimizer: Optimizer, index: ParameterIndex) -> None:
-        self._rule = UpdateRule(optimizer)
+    def __init__(self, optimizer: Optimizer, index: ParameterIndex, masters: MasterWeights) -> None:
+        self._rule = UpdateRule(optimizer, masters)
         self._index = index
         self._lines: list[int] = []  # per param group, the number of the user group it came from
+        self._users: list[UserGroup] = []
+        self._is_provisional = False  # the state was created for a checkpoint, not by training
         self.param_groups = []
         super().__init__(optimizer.param_groups, dict(optimizer.defaults))
         self.state.update(optimizer.state)
@@ -70,10 +86,29 @@ class LateBoundOptimizer(Optimizer):
         Raises:
             ValueError: A parameter is held already. Nothing is changed then.
         """
-        pieces = self._index.split({**param_group, "params": self._check_new(param_group)})
-        self._lines += [len(set(self._lines))] * len(pieces)
+        parameters = self._check_new(param_group)
+        pieces = self._index.split({**param_group, "params": parameters})
+        if pieces:
+            self._lines += [len(self._users)] * len(pieces)
+            names = tuple(self._index.names_of(parameters))
+            self._users.append(UserGroup(names, has_names="param_names" in param_group))
         for piece in pieces:
             super().add_param_group(piece)
+
+    def _rehearse(self) -> None:
+        """Create all state, and change nothing else."""
+        options = [dict(group) for group in self.param_groups]
+        self._rule.step(self.param_groups, self.state)
+        for group, before in zip(self.param_groups, options, strict=True):
+            group.clear()
+            group.update(before)
+        self._is_provisional = True
+
+    def _drop_provisional(self) -> None:
+        """Let training create the state that was only rehearsed."""
+        if self._is_provisional:
+            self.state.clear()
+            self._is_provisional = False
 
     def _check_new(self, param_group: dict[str, Any]) -> list[Tensor]:
         held = {id(parameter) for parameter in flatten(self.param_groups)}
@@ -164,12 +199,13 @@ def _coalesce(
     """Join groups of equal options, so that one fused or foreach call updates them all.
 
     Groups at their first update stay apart: torch's fused SGD refuses a mix of parameters with and
-    without a momentum buffer.
+    without a momentum buffer. So do those that are sharded otherwise: no foreach takes both.
     """
     alike: dict[Hashable, list[ParamGroup]] = {}
     for group in groups:
         has_state = any(state.get(parameter) for parameter in group["params"])
-        alike.setdefault((_options_key(group), has_state), []).append(group)
+        meshes = frozenset(getattr(p, "device_mesh", None) for p in group["params"])
+        alike.setdefault((_options_key(group), has_state, meshes), []).append(group)
     return [
         ({**sources[0], "params": [p for source in sources for p in source["params"]]}, sources)
         for sources in alike.values()

@@ -1,7 +1,9 @@
 """Over which passes a score is taken: one window per module group.
 
-A window collects scalars on their device (`add`) and never waits for it. The tracker copies what
-all windows hold (`tensors`) to the host at once, and each turns its values into a score.
+A window holds scalars on their device and never waits for it. The windows of a tracker are of one
+kind and take in a pass over the model together (`join`), in a few operations rather than in a few
+for each module. The tracker copies what all of them hold (`tensors`) to the host at once, and each
+turns its values into a score.
 """
 
 from __future__ import annotations
@@ -11,10 +13,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, TypeAlias
+from typing import Any, ClassVar, Literal, TypeAlias
 
 import torch
 from torch import Tensor
+
+from dynalora_optim._ranks import average, world_size
 
 
 @dataclass(frozen=True)
@@ -38,6 +42,8 @@ WindowSpec: TypeAlias = "Literal['run', 'period'] | Ema"
 class Window(ABC):
     """What one module group has collected."""
 
+    width: ClassVar[int] = 1  # of ``tensors``, once there are any
+
     def __init__(self) -> None:
         self.tensors: list[Tensor] = []
         self.count = 0  # passes collected
@@ -47,9 +53,18 @@ class Window(ABC):
         """Whether no pass was ever collected."""
         return self.count == 0
 
+    def first(self, value: Tensor) -> list[Tensor]:
+        """Return ``tensors`` after a first pass."""
+        return [value]
+
     @abstractmethod
-    def add(self, value: Tensor) -> None:
-        """Collect one pass."""
+    def join(self, columns: Sequence[list[Tensor]], values: list[Tensor]) -> list[list[Tensor]]:
+        """Return ``columns`` after one more pass of each of several windows like this one.
+
+        Args:
+            columns: Of each of their ``tensors``, those of all windows; on the device of the value.
+            values: What each window collects.
+        """
 
     @abstractmethod
     def score(self, values: Sequence[float]) -> float:
@@ -87,10 +102,9 @@ class SumWindow(Window):
         """Whether no pass was ever collected."""
         return self.count + self._closed_count == 0
 
-    def add(self, value: Tensor) -> None:
-        """Add to the open period's sum."""
-        self.tensors = [self.tensors[0].to(value.device) + value] if self.tensors else [value]
-        self.count += 1
+    def join(self, columns: Sequence[list[Tensor]], values: list[Tensor]) -> list[list[Tensor]]:
+        """Add to the open periods' sums."""
+        return [list(torch._foreach_add(columns[0], values))]
 
     def score(self, values: Sequence[float]) -> float:
         """Return the sum or mean; an empty period shows the last one."""
@@ -123,15 +137,6 @@ class SumWindow(Window):
 class SmoothingWindow(Window):
     """Smoothed pass by pass, whatever the period."""
 
-    @abstractmethod
-    def smooth(self, state: Sequence[Tensor], value: Tensor) -> list[Tensor]:
-        """Return the state after ``value``; it is empty before the first."""
-
-    def add(self, value: Tensor) -> None:
-        """Smooth one pass in."""
-        self.tensors = self.smooth([tensor.to(value.device) for tensor in self.tensors], value)
-        self.count += 1
-
     def roll(self, values: Sequence[float]) -> None:
         """Go on, unless an inf or nan got in: then begin anew."""
         if not all(map(math.isfinite, values)):
@@ -145,9 +150,9 @@ class EmaWindow(SmoothingWindow):
         super().__init__()
         self._decay = decay
 
-    def smooth(self, state: Sequence[Tensor], value: Tensor) -> list[Tensor]:
+    def join(self, columns: Sequence[list[Tensor]], values: list[Tensor]) -> list[list[Tensor]]:
         """Return [y]."""
-        return [self._decay * state[0] + (1 - self._decay) * value] if state else [value]
+        return [_mean(columns[0], values, self._decay)]
 
     def score(self, values: Sequence[float]) -> float:
         """Return y."""
@@ -157,20 +162,31 @@ class EmaWindow(SmoothingWindow):
 class SensitivityWindow(SmoothingWindow):
     """AdaLoRA's smoothing, with its uncertainty (arXiv 2303.10512, equations 9 to 11)."""
 
+    width = 2
+
     def __init__(self, beta1: float, beta2: float) -> None:
         super().__init__()
         self._beta1, self._beta2 = beta1, beta2
 
-    def smooth(self, state: Sequence[Tensor], value: Tensor) -> list[Tensor]:
+    def first(self, value: Tensor) -> list[Tensor]:
+        """Return [I, U], begun at zero."""
+        zeros = [torch.zeros_like(value)]
+        return [column[0] for column in self.join([zeros, zeros], [value])]
+
+    def join(self, columns: Sequence[list[Tensor]], values: list[Tensor]) -> list[list[Tensor]]:
         """Return [I, U]."""
-        I, U = state or (torch.zeros_like(value), torch.zeros_like(value))  # noqa: E741
-        I = self._beta1 * I + (1 - self._beta1) * value  # noqa: E741
-        U = self._beta2 * U + (1 - self._beta2) * (value - I).abs()
-        return [I, U]
+        I = _mean(columns[0], values, self._beta1)  # noqa: E741
+        off = torch._foreach_abs(torch._foreach_sub(values, I))
+        return [I, _mean(columns[1], list(off), self._beta2)]
 
     def score(self, values: Sequence[float]) -> float:
         """Return I * U."""
         return math.prod(values) if values else 0.0
+
+
+def _mean(means: list[Tensor], values: list[Tensor], decay: float) -> list[Tensor]:
+    """Return decay y + (1 - decay) v for each mean y and value v."""
+    return list(torch._foreach_add(torch._foreach_mul(means, decay), values, alpha=1 - decay))
 
 
 def window_maker(
@@ -193,6 +209,20 @@ def window_maker(
     if spec not in (None, "run", "period"):
         raise ValueError(f"window={spec!r} must be 'run', 'period' or Ema(decay).")
     return partial(SumWindow, run=spec != "period", mean=mean)
+
+
+def average_over_ranks(windows: Sequence[Window], device: torch.device) -> None:
+    """Replace what the windows hold by its mean over all ranks, without waiting for it."""
+    if world_size() == 1 or not windows:
+        return
+    empty = [torch.zeros(())] * max(window.width for window in windows)
+    rows = [(window.tensors or empty)[: window.width] for window in windows]
+    flat = torch.stack([scalar.to(device, torch.float32) for row in rows for scalar in row])
+    values = iter(average(flat).unbind())
+    for window in windows:
+        row = [next(values) for _ in range(window.width)]
+        if window.tensors:
+            window.tensors = row
 
 
 def to_host(scalars: Sequence[Tensor]) -> list[float]:
