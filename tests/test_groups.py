@@ -91,5 +91,5 @@ def test_a_model_without_adapters_is_refused_with_the_remedies():
 
 @pytest.mark.parametrize("rule", ["all", None, 3])
 def test_other_rules_are_refused(rule):
-    with pytest.raises(TypeError, match=r"groups=.*'auto', or a callable"):
+    with pytest.raises(TypeError, match=r"groups=.*'auto', 'blocks', .* or a callable"):
         find_groups(ToyModel(), rule)

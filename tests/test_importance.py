@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import logging
 import math
 
@@ -319,13 +320,15 @@ def test_the_first_tensor_of_a_tuple_or_dict_is_scored():
     assert list(tracker.scores().values()) == pytest.approx([12.0, 12.0])
 
 
-class Reads(TorchDispatchMode):
-    """Counts the operations for which the host waits for a number from the device."""
+class Count(TorchDispatchMode):
+    """Counts the operations, or those of one kind."""
 
-    count = 0
+    def __init__(self, kind=None):
+        super().__init__()
+        self.kind, self.count = kind, 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.count += func is torch.ops.aten._local_scalar_dense.default
+        self.count += self.kind in (None, func)
         return func(*args, **(kwargs or {}))
 
 
@@ -343,7 +346,7 @@ class Reads(TorchDispatchMode):
 def test_a_step_does_not_wait_for_the_device(options):
     def reads(optimizer, model):
         train(model, optimizer, 1)
-        with Reads() as mode:
+        with Count(torch.ops.aten._local_scalar_dense.default) as mode:  # the host waits for it
             for step in range(3):
                 optimizer_step(optimizer, model, step)
         return mode.count
@@ -367,6 +370,75 @@ def test_a_step_does_not_wait_for_the_device(options):
     assert expected == 0, "else the comparison would hide a read"
     assert reads(optimizer, model) == 0
     optimizer.tracker.scores()
+
+
+@pytest.mark.parametrize(
+    ("window", "together"), [("run", 1), (Ema(0.9), 2)], ids=["sum", "exponential mean"]
+)
+@pytest.mark.parametrize("micro_batches", [1, 3])
+def test_a_pass_costs_two_operations_a_module_and_a_few_for_all(window, together, micro_batches):
+    def operations(every):
+        model = ToyModel(layers=6)
+        tracker = ImportanceTracker(window=window, every=every)
+        optimizer = wrapped(model, importance=tracker, active=1.0, period=100)
+        train(model, optimizer, 1)
+        with Count() as mode:
+            for step in range(micro_batches):
+                backward(model, step)
+            optimizer.step()
+        return mode.count
+
+    assert operations(1) - operations(10**9) == micro_batches * (2 * 6 + together)
+
+
+@given(st.lists(st.booleans(), min_size=1, max_size=8), st.sampled_from(["run", Ema(0.3)]))
+def test_reading_in_between_changes_no_bit(reads, window):
+    model = ToyModel(layers=2)
+    left_alone, read = tracked(model, window=window), tracked(model, window=window)
+    for step, now in enumerate(reads):
+        model(batch(step))
+        if now:
+            read.scores()
+    assert read.state_dict() == left_alone.state_dict()
+
+
+def test_modules_that_run_a_different_number_of_times_add_up():
+    model = ToyModel(layers=3)
+    tracker, expected = tracked(model), dict.fromkeys(names(3), 0.0)
+    single = tracked(model, window="period")
+    for step, runs in enumerate([(1, 0, 2), (0, 3, 1), (2, 2, 0)]):
+        for name, layer, times in zip(expected, model.layers, runs, strict=True):
+            for _ in range(times):
+                layer(batch(step))
+                expected[name] += single.roll()[name]
+    assert tracker.scores() == pytest.approx(expected, rel=1e-5)
+
+
+def test_nothing_is_held_of_many_passes_without_a_step():
+    model = ToyModel(layers=2)
+    tracker = tracked(model)
+
+    def tensors():
+        gc.collect()
+        return sum(issubclass(type(thing), torch.Tensor) for thing in gc.get_objects())
+
+    model(batch())
+    model(batch())
+    before = tensors()
+    for _ in range(50):
+        model(batch())
+    assert tensors() == before
+    assert tracker.scores()["layers.0.0"] > 0
+
+
+def test_loaded_scores_are_not_joined_by_passes_of_before():
+    model = ToyModel(layers=2)
+    tracker = tracked(model)
+    model(batch(0))
+    saved = tracker.state_dict()
+    model(batch(1))
+    tracker.load_state_dict(saved, step=0)
+    assert tracker.state_dict() == saved
 
 
 def test_a_copy_of_the_model_carries_no_tracker_with_it():

@@ -7,6 +7,7 @@ example is set aside, and counted: no test may set aside more than a few.
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import numpy as np
@@ -147,8 +148,8 @@ class Subject:
     @property
     def updates(self) -> list[int]:
         groups = self.optimizer.state_dict()["param_groups"]
-        counted = {g["name"]: g["dynalora_updates"] for g in groups if "dynalora_updates" in g}
-        return [counted[name] for name in self.optimizer.groups]
+        saved = {group["name"]: json.loads(group["dynalora"]) for group in groups}
+        return [saved[name]["updates"] for name in self.optimizer.groups]
 
 
 def assert_equal(subject: Subject, twin: Twin) -> None:

@@ -2,11 +2,13 @@
 
 ``build(name, seed)`` returns a ``TinyModel``: random weights, no dropout, and a batch that gives a
 loss through ``model(**batch).loss``. Weights and batch depend on the seed only, and the global
-generator is left as it was. transformers is imported when a model of its is built.
+generator is left as it was. transformers is imported when a model of its is built. ``ROOMY`` sizes
+are for tests that count bytes: activations, not constants, are most of what they find.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -15,6 +17,21 @@ import torch
 from torch import Tensor, nn
 
 VOCABULARY, LENGTH, ROWS, CLASSES, WIDTH, BLOCKS = 64, 7, 4, 3, 32, 2
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How large a model and its batch are."""
+
+    length: int = LENGTH
+    rows: int = ROWS
+    width: int = WIDTH
+    blocks: int = BLOCKS
+    dropout: float = 0.0
+
+
+TINY = Sizes()
+ROOMY = Sizes(length=32, width=64, blocks=4)
 
 
 @dataclass
@@ -73,14 +90,17 @@ class Stack(nn.Module):
 class Encoder(nn.Module):
     """``nn.TransformerEncoder``, whose layers have an inference fast path, over embedded tokens."""
 
-    def __init__(self) -> None:
+    def __init__(self, sizes: Sizes = TINY) -> None:
         super().__init__()
-        self.embed = nn.Embedding(VOCABULARY, WIDTH)
-        layer = nn.TransformerEncoderLayer(WIDTH, 4, 2 * WIDTH, dropout=0.0, batch_first=True)
-        self.encoder = nn.TransformerEncoder(layer, BLOCKS)
+        width = sizes.width
+        self.embed = nn.Embedding(VOCABULARY, width)
+        layer = nn.TransformerEncoderLayer(
+            width, 4, 2 * width, dropout=sizes.dropout, batch_first=True
+        )
+        self.encoder = nn.TransformerEncoder(layer, sizes.blocks)
         for param in self.encoder.parameters():  # its layers are copies of one: make them differ
             nn.init.normal_(param, std=0.2)
-        self.head = nn.Linear(WIDTH, CLASSES)
+        self.head = nn.Linear(width, CLASSES)
 
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, labels: Tensor | None = None
@@ -91,11 +111,11 @@ class Encoder(nn.Module):
         return _classify(self.head(x[:, 0]), labels)
 
 
-def build(name: str, seed: int = 0) -> TinyModel:
-    """Build the model called ``name``, one of ``NAMES``, from a seed."""
+def build(name: str, seed: int = 0, sizes: Sizes = TINY) -> TinyModel:
+    """Build the model called ``name``, one of ``NAMES`` or ``"mpnet"``, from a seed."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        tiny = _BUILDERS[name]()
+        tiny = _BUILDERS[name](sizes)
     tiny.model.train()
     return tiny
 
@@ -104,116 +124,125 @@ def _classify(logits: Tensor, labels: Tensor | None) -> Output:
     return Output(None if labels is None else nn.functional.cross_entropy(logits, labels), logits)
 
 
-def _tokens() -> dict[str, Tensor]:
+def _tokens(sizes: Sizes) -> dict[str, Tensor]:
     """Token rows of which the last two are padded at the end."""
-    mask = torch.ones(ROWS, LENGTH, dtype=torch.long)
+    mask = torch.ones(sizes.rows, sizes.length, dtype=torch.long)
     mask[-2:, -2:] = 0
-    ids = torch.randint(2, VOCABULARY, (ROWS, LENGTH)) * mask
-    return {"input_ids": ids, "attention_mask": mask, "labels": _labels()}
+    ids = torch.randint(2, VOCABULARY, (sizes.rows, sizes.length)) * mask
+    return {"input_ids": ids, "attention_mask": mask, "labels": _labels(sizes)}
 
 
-def _labels() -> Tensor:
-    return torch.arange(ROWS) % CLASSES
+def _labels(sizes: Sizes) -> Tensor:
+    return torch.arange(sizes.rows) % CLASSES
 
 
-def _bert() -> TinyModel:
+def _bert(sizes: Sizes) -> TinyModel:
     from transformers import BertConfig, BertForSequenceClassification
 
-    model = BertForSequenceClassification(BertConfig(**_encoder_sizes()))
-    return TinyModel("bert", model, _tokens(), ["query", "value"], ["classifier"])
+    model = BertForSequenceClassification(BertConfig(**_encoder_sizes(sizes)))
+    return TinyModel("bert", model, _tokens(sizes), ["query", "value"], ["classifier"])
 
 
-def _roberta() -> TinyModel:
+def _roberta(sizes: Sizes) -> TinyModel:
     from transformers import RobertaConfig, RobertaForSequenceClassification
 
-    model = RobertaForSequenceClassification(RobertaConfig(**_encoder_sizes(), pad_token_id=0))
-    return TinyModel("roberta", model, _tokens(), ["query", "value"], ["classifier"])
+    model = RobertaForSequenceClassification(RobertaConfig(**_encoder_sizes(sizes), pad_token_id=0))
+    return TinyModel("roberta", model, _tokens(sizes), ["query", "value"], ["classifier"])
 
 
-def _encoder_sizes() -> dict[str, float]:
+def _mpnet(sizes: Sizes) -> TinyModel:
+    from transformers import MPNetConfig, MPNetForSequenceClassification
+
+    model = MPNetForSequenceClassification(MPNetConfig(**_encoder_sizes(sizes), pad_token_id=0))
+    return TinyModel("mpnet", model, _tokens(sizes), ["q", "v"], ["classifier"])
+
+
+def _encoder_sizes(sizes: Sizes) -> dict[str, float]:
     return {
         "vocab_size": VOCABULARY,
-        "hidden_size": WIDTH,
-        "num_hidden_layers": BLOCKS,
+        "hidden_size": sizes.width,
+        "num_hidden_layers": sizes.blocks,
         "num_attention_heads": 4,
-        "intermediate_size": 2 * WIDTH,
-        "max_position_embeddings": 2 * LENGTH,
-        "hidden_dropout_prob": 0.0,
-        "attention_probs_dropout_prob": 0.0,
+        "intermediate_size": 2 * sizes.width,
+        "max_position_embeddings": 2 * sizes.length,
+        "hidden_dropout_prob": sizes.dropout,
+        "attention_probs_dropout_prob": sizes.dropout,
         "num_labels": CLASSES,
     }
 
 
-def _gpt2() -> TinyModel:
+def _gpt2(sizes: Sizes) -> TinyModel:
     from transformers import GPT2Config, GPT2ForSequenceClassification
 
     config = GPT2Config(
         vocab_size=VOCABULARY,
-        n_positions=LENGTH,
-        n_embd=WIDTH,
-        n_layer=BLOCKS,
+        n_positions=sizes.length,
+        n_embd=sizes.width,
+        n_layer=sizes.blocks,
         n_head=4,
-        resid_pdrop=0.0,
-        embd_pdrop=0.0,
-        attn_pdrop=0.0,
+        resid_pdrop=sizes.dropout,
+        embd_pdrop=sizes.dropout,
+        attn_pdrop=sizes.dropout,
         num_labels=CLASSES,
         pad_token_id=0,
         bos_token_id=1,
         eos_token_id=1,
     )
     model = GPT2ForSequenceClassification(config)
-    return TinyModel("gpt2", model, _tokens(), ["c_attn"], ["score"])  # c_attn is a Conv1D
+    return TinyModel("gpt2", model, _tokens(sizes), ["c_attn"], ["score"])  # c_attn is a Conv1D
 
 
-def _llama() -> TinyModel:
+def _llama(sizes: Sizes) -> TinyModel:
     from transformers import LlamaConfig, LlamaForSequenceClassification
 
     config = LlamaConfig(
         vocab_size=VOCABULARY,
-        hidden_size=WIDTH,
-        intermediate_size=2 * WIDTH,
-        num_hidden_layers=BLOCKS,
+        hidden_size=sizes.width,
+        intermediate_size=2 * sizes.width,
+        num_hidden_layers=sizes.blocks,
         num_attention_heads=4,
         num_key_value_heads=2,  # grouped queries: v_proj is not square
-        max_position_embeddings=2 * LENGTH,
+        max_position_embeddings=2 * sizes.length,
         num_labels=CLASSES,
+        attention_dropout=sizes.dropout,
         pad_token_id=0,
     )
     model = LlamaForSequenceClassification(config)
-    return TinyModel("llama", model, _tokens(), ["q_proj", "v_proj"], ["score"])
+    return TinyModel("llama", model, _tokens(sizes), ["q_proj", "v_proj"], ["score"])
 
 
-def _vit() -> TinyModel:
+def _vit(sizes: Sizes) -> TinyModel:
     from transformers import ViTConfig, ViTForImageClassification
 
+    side = 8 * math.isqrt(sizes.length - 1)  # so many patches, and the class token
     config = ViTConfig(
-        hidden_size=WIDTH,
-        num_hidden_layers=BLOCKS,
+        hidden_size=sizes.width,
+        num_hidden_layers=sizes.blocks,
         num_attention_heads=4,
-        intermediate_size=2 * WIDTH,
-        image_size=16,
+        intermediate_size=2 * sizes.width,
+        image_size=side,
         patch_size=8,
-        hidden_dropout_prob=0.0,
-        attention_probs_dropout_prob=0.0,
+        hidden_dropout_prob=sizes.dropout,
+        attention_probs_dropout_prob=sizes.dropout,
         num_labels=CLASSES,
     )
     model = ViTForImageClassification(config)
-    batch = {"pixel_values": torch.randn(ROWS, 3, 16, 16), "labels": _labels()}
+    batch = {"pixel_values": torch.randn(sizes.rows, 3, side, side), "labels": _labels(sizes)}
     names = {name.rsplit(".", 1)[-1] for name, _ in model.named_modules()}
     targets = ["q_proj", "v_proj"] if "q_proj" in names else ["query", "value"]  # transformers 5.0
     return TinyModel("vit", model, batch, targets, ["classifier"])
 
 
-def _stack() -> TinyModel:
-    batch = {"x": torch.randn(ROWS, WIDTH), "labels": _labels()}
+def _stack(sizes: Sizes) -> TinyModel:
+    batch = {"x": torch.randn(sizes.rows, WIDTH), "labels": _labels(sizes)}
     return TinyModel("stack", Stack(), batch, ["0", "2"], ["head"])
 
 
-def _encoder() -> TinyModel:
-    return TinyModel("encoder", Encoder(), _tokens(), ["linear1", "linear2"], ["head"])
+def _encoder(sizes: Sizes) -> TinyModel:
+    return TinyModel("encoder", Encoder(sizes), _tokens(sizes), ["linear1", "linear2"], ["head"])
 
 
-_BUILDERS: dict[str, Callable[[], TinyModel]] = {
+_BUILDERS: dict[str, Callable[[Sizes], TinyModel]] = {
     "bert": _bert,
     "roberta": _roberta,
     "gpt2": _gpt2,
@@ -221,8 +250,9 @@ _BUILDERS: dict[str, Callable[[], TinyModel]] = {
     "vit": _vit,
     "stack": _stack,
     "encoder": _encoder,
+    "mpnet": _mpnet,
 }
-NAMES = tuple(_BUILDERS)
+NAMES = tuple(name for name in _BUILDERS if name != "mpnet")  # to adapters, it is a roberta
 TRANSFORMERS = NAMES[:5]
 
 

@@ -1,0 +1,272 @@
+"""Runs on a budget: no step exceeds it, a resume repeats it, a larger batch is fitted to it."""
+
+from __future__ import annotations
+
+import copy
+import io
+from dataclasses import replace
+
+import pytest
+import torch
+from budgets import (
+    MODELS,
+    adapted,
+    clear,
+    costs_of,
+    gradients,
+    measured,
+    on_budget,
+)
+from tiny_models import CLASSES, ROOMY, TINY, TinyModel
+from toy import ToyModel, batch, same, train, weights, wrapped
+
+from dynalora_adapters import LoRAConfig, inject
+from dynalora_optim import Budget, GradientNorm, ImportanceTracker
+from dynalora_optim._plans import least_peak
+
+SMALL = replace(TINY, blocks=4)
+TIGHT = Budget(memory=0.5, compute=0.8)
+
+
+@pytest.mark.parametrize(
+    ("name", "how", "base"),
+    [
+        *((name, "ours", "discounted") for name in MODELS),
+        ("bert", "ours", "topk"),
+        ("llama", "ours", "topk"),
+        ("gpt2", "peft", "discounted"),
+        ("llama", "peft", "discounted"),
+    ],
+)
+def test_no_step_of_a_run_exceeds_the_budget(name, how, base):
+    tiny = adapted(name, how)
+    budget = Budget(memory=0.55, compute=0.9, base=base)
+    optimizer = on_budget(tiny, budget, rule=torch.optim.AdamW, period=1)
+    tiny.loss()
+    limit = budget.limit(costs_of(optimizer))
+    for _ in range(13):
+        clear(tiny)
+        peak, _ = measured(tiny.loss)
+        assert peak <= limit
+        optimizer.step()
+    assert len(optimizer.record) == 14
+    if base == "discounted":
+        assert len({reallocation.chosen for reallocation in optimizer.record}) > 2
+
+
+def saved_and_loaded(*parts) -> list:
+    buffer = io.BytesIO()
+    torch.save([part.state_dict() for part in parts], buffer)
+    buffer.seek(0)
+    return torch.load(buffer, weights_only=True)
+
+
+def run(tiny: TinyModel, optimizer, steps: int) -> None:
+    for _ in range(steps):
+        tiny.loss().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("stop", [1, 5, 6])
+def test_a_resumed_run_goes_on_bit_for_bit_and_measures_nothing(stop, monkeypatch):
+    options = {"period": 3, "rule": torch.optim.AdamW}
+    whole = adapted("bert", sizes=SMALL)
+    optimizer = on_budget(whole, TIGHT, **options)
+    run(whole, optimizer, stop)
+    states = saved_and_loaded(whole.model, optimizer)
+    run(whole, optimizer, 12 - stop)
+
+    fresh = adapted("bert", sizes=SMALL, seed=3)
+    resumed = on_budget(fresh, TIGHT, **options)
+    fresh.batch = whole.batch
+    fresh.model.load_state_dict(states[0])
+    resumed.load_state_dict(states[1])
+    monkeypatch.setattr(resumed._driver, "measure", None)
+    run(fresh, resumed, 12 - stop)
+    assert same(weights(whole.model), weights(fresh.model))
+    assert list(resumed.record) == list(optimizer.record)
+    assert costs_of(resumed) == costs_of(optimizer)
+    assert resumed._allocation._compute == optimizer._allocation._compute > 0
+
+
+def test_a_copy_of_model_and_optimizer_goes_its_own_way():
+    tiny = adapted("llama", sizes=SMALL)
+    optimizer = on_budget(tiny, TIGHT, period=2)
+    run(tiny, optimizer, 3)
+    model, copied = copy.deepcopy((tiny.model, optimizer))
+    other = replace(tiny, model=model)
+    before = weights(tiny.model)
+    run(other, copied, 4)
+    assert same(before, weights(tiny.model))
+    run(tiny, optimizer, 4)
+    assert same(weights(tiny.model), weights(model))
+    copied.close()
+    assert (model.config.use_cache, tiny.model.config.use_cache) == (True, False)
+    run(tiny, optimizer, 1)
+
+
+def test_a_larger_batch_is_measured_and_the_choice_shrinks_until_it_fits():
+    tiny = adapted("bert", sizes=replace(ROOMY, blocks=10))
+    other = on_budget(tiny)
+    tiny.loss()
+    memory = least_peak(costs_of(other), 0, range(10))
+    other.close()
+    optimizer = on_budget(tiny, Budget(memory=memory, base="topk"), period=100)
+    run(tiny, optimizer, 1)
+    assert optimizer.active_groups == optimizer.groups
+    usual, elements = tiny.batch, costs_of(optimizer).batch
+    tiny.batch = {key: torch.cat([value, value[:1]]) for key, value in usual.items()}
+    tiny.loss()
+    assert costs_of(optimizer).batch == elements * 5 // 4
+    kept = optimizer.active_groups
+    assert kept == optimizer.groups[-len(kept) :] != optimizer.groups
+    clear(tiny)
+    peak, _ = measured(tiny.loss)
+    assert peak <= memory
+    tiny.batch = usual
+    run(tiny, optimizer, 1)  # a smaller one changes nothing
+    assert optimizer.active_groups == kept
+
+
+def test_a_larger_batch_that_can_never_fit_is_refused_and_changes_nothing():
+    tiny = adapted("bert", sizes=SMALL)
+    optimizer = on_budget(tiny, Budget(memory=400_000))
+    run(tiny, optimizer, 1)
+    costs, chosen, small = costs_of(optimizer), optimizer.active_groups, tiny.batch
+    tiny.batch = {key: torch.cat([value] * 64) for key, value in small.items()}
+    with pytest.raises(ValueError, match=r"Budget\(memory=400000\) cannot hold"):
+        tiny.loss()
+    assert costs_of(optimizer) is costs
+    assert optimizer.active_groups == chosen
+    tiny.batch = small
+    run(tiny, optimizer, 1)
+
+
+def test_a_step_before_any_forward_says_so():
+    optimizer = wrapped(ToyModel(), allocator=Budget(memory=1.0))
+    with pytest.raises(RuntimeError, match=r"measured nothing.*in train\(\) mode"):
+        optimizer.step()
+
+
+def test_evaluation_measures_nothing():
+    model = ToyModel()
+    optimizer = wrapped(model, allocator=Budget(memory=0.9))
+    with torch.no_grad():
+        model(batch())
+    model.eval()
+    model(batch())
+    assert optimizer._allocation.costs is None
+    model.train()
+    train(model, optimizer, 1)
+    costs = costs_of(optimizer)
+    with torch.no_grad():
+        model(batch(rows=64))
+    assert costs_of(optimizer) is costs
+
+
+def test_accumulation_neither_measures_nor_moves_the_clock_between_steps():
+    tiny = adapted("bert", sizes=SMALL)
+    optimizer = on_budget(tiny, TIGHT, period=1)
+    tiny.loss().backward()
+    costs, chosen = costs_of(optimizer), optimizer.active_groups
+    once = gradients(tiny)
+    for _ in range(2):
+        tiny.loss().backward()
+    assert costs_of(optimizer) is costs
+    assert optimizer.active_groups == chosen
+    for name, gradient in gradients(tiny).items():
+        torch.testing.assert_close(gradient, 3 * once[name])
+    optimizer.step()
+    assert optimizer.record[-1].step == 1
+
+
+@pytest.mark.parametrize("memory", [1.0, 0.6])
+def test_a_gradient_probe_stays_within_the_budget(memory):
+    tiny = adapted("bert")
+    importance = ImportanceTracker(GradientNorm(), probe=True)
+    optimizer = on_budget(tiny, Budget(memory=memory), importance=importance, period=3)
+    tiny.loss()
+    limit = optimizer._allocation._allocator.limit(costs_of(optimizer))
+    for _ in range(9):
+        peak, _ = measured(tiny.loss)
+        assert peak <= limit
+        held = {name for name, p in tiny.model.named_parameters() if p.grad is not None}
+        allowed = {
+            name
+            for group in optimizer.param_groups
+            if group["name"] in optimizer.active_groups or group["name"] not in optimizer.groups
+            for name in group["param_names"]
+        }
+        assert held <= allowed
+        optimizer.step()
+        optimizer.zero_grad()
+    assert all(score > 0 for score in optimizer.tracker.scores().values())
+
+
+def test_all_modules_warm_up_within_the_budget():
+    tiny = adapted("bert")
+    budget = Budget(memory=0.6)
+    optimizer = on_budget(tiny, budget, warmup=3, period=1)
+    tiny.loss()
+    limit = budget.limit(costs_of(optimizer))
+    for step in range(6):
+        assert (optimizer.active_groups == optimizer.groups) or step >= 3
+        peak, _ = measured(tiny.loss)
+        assert peak <= limit
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def encoder_decoder(name: str) -> TinyModel:
+    transformers = pytest.importorskip("transformers")
+    heads = {"encoder_attention_heads": 4, "decoder_attention_heads": 4}
+    widths = {"encoder_ffn_dim": 64, "decoder_ffn_dim": 64, "d_model": 32, "dropout": 0.0}
+    layers = {"encoder_layers": 3, "decoder_layers": 3}
+    tokens = {"vocab_size": 64, "pad_token_id": 0, "decoder_start_token_id": 2}
+    if name == "bart":
+        config = transformers.BartConfig(**heads, **widths, **layers, **tokens)
+        model, targets = transformers.BartForConditionalGeneration(config), ["q_proj", "v_proj"]
+    else:
+        config = transformers.T5Config(
+            d_model=32, d_kv=8, d_ff=64, num_layers=3, num_heads=4, dropout_rate=0.0, **tokens
+        )
+        model, targets = transformers.T5ForConditionalGeneration(config), ["q", "v"]
+    inject(model, LoRAConfig(rank=4, alpha=8, targets=targets))
+    ids = torch.randint(3, 60, (ROOMY.rows, 12))
+    tiny = TinyModel(name, model, {"input_ids": ids, "labels": ids}, targets, [])
+    tiny.model.train()
+    return tiny
+
+
+@pytest.mark.parametrize("name", ["bart", "t5"])
+def test_of_an_encoder_and_a_decoder_the_first_is_shaped_and_the_second_always_trains(name):
+    tiny = encoder_decoder(name)
+    budget = Budget(memory=0.9)
+    optimizer = on_budget(tiny, budget, period=1)
+    tiny.loss()
+    assert all(".encoder." in f".{b.name}" for b in optimizer._driver._shaper.blocks)
+    limit = budget.limit(costs_of(optimizer))
+    for _ in range(5):
+        clear(tiny)
+        peak, _ = measured(tiny.loss)
+        assert peak <= limit
+        assert {n for n in optimizer.groups if "decoder" in n} <= set(optimizer.active_groups)
+        optimizer.step()
+
+
+def test_tied_word_embeddings_are_no_obstacle():
+    transformers = pytest.importorskip("transformers")
+    config = transformers.GPT2Config(
+        vocab_size=CLASSES * 16, n_positions=16, n_embd=32, n_layer=4, n_head=4
+    )
+    model = transformers.GPT2LMHeadModel(config)
+    assert model.lm_head.weight is model.transformer.wte.weight
+    inject(model, LoRAConfig(rank=4, alpha=8, targets=["c_attn"]))
+    model.train()
+    ids = torch.randint(0, 48, (2, 8))
+    tiny = TinyModel("gpt2-lm", model, {"input_ids": ids, "labels": ids}, ["c_attn"], [])
+    optimizer = on_budget(tiny, Budget(memory=0.8), period=1)
+    run(tiny, optimizer, 3)
+    assert not costs_of(optimizer).prefix
+    optimizer.close()

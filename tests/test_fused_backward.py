@@ -1,0 +1,382 @@
+"""Updates within the backward pass: the same weights, one gradient at a time, refused elsewhere."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import io
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from kinds import hooks
+from language_model import LanguageModel, backward, train
+from processes import on_ranks
+from tiny_models import Sizes, build
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import SGD, AdamW
+from torch.optim.lr_scheduler import LambdaLR
+from toy import ToyModel, same, weights, wrapped
+from toy import train as train_toy
+
+from dynalora_optim import Blocks, DynamicAllocationOptimizer, LiveBytes, LocalLR
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "in turn": {"allocator": "round_robin"},
+    "scored": {"active": 2},
+    "all active": {"active": 1.0},
+    "frozen": {"groups": Blocks(2, "frozen")},
+    "groups outside": {"groups": Blocks(outside="allocated"), "active": 2},
+    "always active head": {"groups": Blocks(outside="frozen"), "always_active": ["lm_head"]},
+    "recomputed": {"checkpoint_idle": True, "allocator": "random"},
+    "warmed up": {"activation_warmup": 3, "allocator": "random", "period": 4},
+    "local": {"lr_time": "local", "allocator": "random"},
+    "local function": {"lr_time": LocalLR(lambda step: 1 / (1 + step)), "active": 2},
+    "dropped": {"idle_state": "drop", "allocator": "random"},
+    "reset": {"on_activate": "reset_momentum", "allocator": "random"},
+}
+RULES: dict[str, tuple[type[torch.optim.Optimizer], dict[str, Any]]] = {
+    "AdamW": (AdamW, {"weight_decay": 0.1}),
+    "AdamW foreach": (AdamW, {"foreach": True}),
+    "AdamW fused": (AdamW, {"fused": True}),
+    "SGD momentum": (SGD, {"momentum": 0.9, "weight_decay": 0.1}),
+    "SGD foreach": (SGD, {"momentum": 0.9, "nesterov": True, "foreach": True}),
+    "SGD fused": (SGD, {"momentum": 0.9, "fused": True}),
+    "RMSprop": (torch.optim.RMSprop, {}),
+    "Adagrad": (torch.optim.Adagrad, {}),
+}
+
+
+def by_blocks(
+    model: nn.Module, rule: Any = AdamW, inner: dict[str, Any] | None = None, **options: Any
+) -> DynamicAllocationOptimizer:
+    settings = {"groups": "blocks", "active": 1, "period": 2, "fused_backward": True, **options}
+    optimizer = rule(model.parameters(), lr=0.01, **(inner or {}))
+    return DynamicAllocationOptimizer(optimizer, model, **settings)
+
+
+def run(steps: int = 9, tied: bool = True, **options: Any) -> tuple[nn.Module, Any]:
+    """A run with a schedule, dropout, and checkpoints where asked for."""
+    model = LanguageModel(dropout=0.2, tied=tied)
+    optimizer = by_blocks(model, **options)
+    scheduler = LambdaLR(optimizer, lambda step: 1 / (1 + step))
+    for step in range(steps):
+        train(model, optimizer, 1, start=step)
+        scheduler.step()
+    return model, optimizer
+
+
+def assert_same_run(**options: Any) -> None:
+    fused, its = run(**options)
+    plain, other = run(fused_backward=False, **options)
+    assert same(weights(fused), weights(plain))
+    assert its.record.state_dict() == other.record.state_dict()
+    assert its._allocation.updates == other._allocation.updates
+    assert its.learning_rates() == other.learning_rates()
+
+
+# The same weights
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_a_fused_run_is_the_other_to_the_last_bit(options, tied):
+    assert_same_run(tied=tied, **options)
+
+
+@pytest.mark.parametrize(("rule", "inner"), RULES.values(), ids=RULES)
+def test_for_every_rule(rule, inner):
+    assert_same_run(rule=rule, inner=inner, allocator="random")
+
+
+@given(
+    size=st.integers(1, 4),
+    outside=st.sampled_from(["allocated", "always_active", "frozen"]),
+    period=st.integers(1, 3),
+    seed=st.integers(0, 99),
+    checkpoint_idle=st.booleans(),
+)
+def test_for_any_blocks(size, outside, **options):
+    assert_same_run(steps=5, groups=Blocks(size, outside), allocator="random", **options)
+
+
+def test_in_low_precision_on_copies():
+    ends = []
+    for fused_backward in (True, False):
+        model = LanguageModel().bfloat16()
+        optimizer = by_blocks(model, master_weights="stochastic", fused_backward=fused_backward)
+        train(model, optimizer, 7)
+        ends.append(weights(model))
+    assert same(*ends)
+
+
+def test_over_adapters():
+    ends = []
+    for fused_backward in (True, False):
+        model = ToyModel()
+        optimizer = wrapped(model, active=2, period=2, fused_backward=fused_backward)
+        train_toy(model, optimizer, 8)
+        ends.append(weights(model))
+    assert same(*ends)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "encoder"])
+def test_in_models_of_others(name):
+    ends = []
+    for fused_backward in (True, False):
+        tiny = build(name)
+        optimizer = by_blocks(tiny.model, fused_backward=fused_backward, checkpoint_idle=True)
+        for _ in range(4):
+            tiny.loss().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        ends.append(weights(tiny.model))
+    assert same(*ends)
+
+
+def test_a_closure_does_it_too():
+    ends = []
+    for fused_backward in (True, False):
+        model = LanguageModel()
+        optimizer = by_blocks(model, fused_backward=fused_backward)
+        for step in range(5):
+            optimizer.zero_grad()
+            optimizer.step(partial(backward, model, step))
+        ends.append(weights(model))
+    assert same(*ends)
+
+
+def test_what_has_no_hook_is_updated_by_the_step():
+    ends = []
+    for fused_backward in (True, False):
+        model = LanguageModel()
+        model.norm.requires_grad_(False)
+        optimizer = by_blocks(model, fused_backward=fused_backward)
+        train(model, optimizer, 2)
+        model.norm.requires_grad_(True)
+        before = model.norm.weight.detach().clone()
+        train(model, optimizer, 2, start=2)
+        assert not torch.equal(model.norm.weight, before)
+        ends.append(weights(model))
+    assert same(*ends)
+
+
+def test_a_weight_used_behind_its_modules_back_stays_and_is_not_counted():
+    model = LanguageModel()
+    optimizer = by_blocks(model, groups=Blocks(outside="frozen"), allocator="round_robin", period=9)
+    train(model, optimizer, 2)
+    idle = model.layers[3].up.weight
+    before = idle.detach().clone()
+    (backward(model, 2) + idle.square().sum()).backward()
+    assert idle.grad is None
+    optimizer.step()
+    assert torch.equal(idle, before)
+    assert optimizer._allocation.updates["layers.3"] == 0
+
+
+# One gradient at a time
+
+
+def test_at_most_one_gradient_is_alive():
+    model = LanguageModel()
+    optimizer = by_blocks(model)
+    alive: list[int] = []
+    for parameter in model.parameters():  # after the optimizer's own hooks, and before the next
+        parameter.register_post_accumulate_grad_hook(
+            lambda _: alive.append(sum(p.grad is not None for p in model.parameters()))
+        )
+        parameter.register_hook(
+            lambda _: alive.append(sum(p.grad is not None for p in model.parameters()))
+        )
+    backward(model)
+    assert max(alive) > 1, "the first step is an ordinary one"
+    optimizer.step()
+    optimizer.zero_grad()
+    for step in range(1, 4):
+        alive.clear()
+        backward(model, step)
+        assert set(alive) == {0}
+        optimizer.step()
+
+
+def test_the_memory_of_gradients_is_that_of_the_largest():
+    def peak_of_second_step(fused_backward: bool) -> tuple[int, int, int]:
+        tiny = build("llama", sizes=Sizes(length=2, rows=3, width=64, blocks=4))
+        optimizer = by_blocks(tiny.model, SGD, active=1.0, fused_backward=fused_backward)
+        tiny.loss().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        with LiveBytes() as memory:
+            loss = tiny.loss()
+            memory.restart()
+            loss.backward()
+        sizes = [p.nbytes for p in optimizer.active_parameters()]
+        return memory.peak, memory.live, max(sizes)
+
+    plain, left, largest = peak_of_second_step(False)
+    fused, nothing, _ = peak_of_second_step(True)
+    assert left > 10 * largest > 0
+    assert nothing < 64
+    assert fused < plain - left / 2
+
+
+# What it cannot be with
+
+
+def clipped(model: nn.Module, optimizer: Any) -> None:
+    backward(model)
+    nn.utils.clip_grad_norm_(model.parameters(), 1e9)
+    optimizer.step()
+
+
+def clipped_by_value(model: nn.Module, optimizer: Any) -> None:
+    backward(model)
+    nn.utils.clip_grad_value_(model.parameters(), 1e9)
+    optimizer.step()
+
+
+def accumulated(model: nn.Module, optimizer: Any) -> None:
+    backward(model, 0)
+    backward(model, 1)
+    optimizer.step()
+
+
+def scaled(model: nn.Module, optimizer: Any) -> None:
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
+    scaler.scale(model(torch.zeros(1, 5, dtype=torch.long)).square().mean()).backward()
+    scaler.step(optimizer)
+
+
+LOOPS = {
+    "clipping": (clipped, "gradients were changed between backward"),
+    "clipping by value": (clipped_by_value, "gradients were changed between backward"),
+    "accumulation": (accumulated, "accumulated over several backward passes"),
+    "GradScaler": (scaled, "gradients were changed between backward"),
+}
+
+
+@pytest.mark.parametrize(("loop", "reason"), LOOPS.values(), ids=LOOPS)
+def test_loops_that_need_all_gradients_are_refused_before_anything_moves(loop, reason):
+    model = LanguageModel()
+    optimizer = by_blocks(model)
+    before = weights(model)
+    with pytest.raises(RuntimeError, match=f"fused_backward=True .*{reason}.*fused_backward=False"):
+        loop(model, optimizer)
+    assert same(weights(model), before)
+    assert not optimizer.state
+
+
+def test_accumulation_that_begins_later_is_refused_before_the_second_pass_moves_anything():
+    model = LanguageModel()
+    optimizer = by_blocks(model)
+    train(model, optimizer, 2)
+    backward(model, 2)
+    before = weights(model)
+    with pytest.raises(RuntimeError, match="a second backward pass came before step"):
+        backward(model, 3)
+    assert same(weights(model), before)
+
+
+class Counting(SGD):
+    """Keeps the sum of all gradients' norms in its groups, as Prodigy keeps its distance."""
+
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            norms = [p.grad.norm().item() for p in group["params"] if p.grad is not None]
+            group["total"] = group.get("total", 0.0) + sum(norms)
+        super().step()
+
+
+def test_rules_that_add_up_over_all_parameters_are_refused_before_anything_moves():
+    model = LanguageModel()
+    optimizer = by_blocks(model, Counting)
+    before = weights(model)
+    backward(model)
+    with pytest.raises(RuntimeError, match="the wrapped optimizer adds up over all parameters"):
+        optimizer.step()
+    assert same(weights(model), before)
+    assert not any("total" in group for group in optimizer.param_groups)
+
+
+@pytest.mark.parametrize("importance", ["gradient", "sensitivity"])
+def test_measures_of_the_gradient_are_refused(importance):
+    with pytest.raises(ValueError, match="importance= measures gradients at step"):
+        by_blocks(LanguageModel(), importance=importance)
+
+
+def refused_on_rank(rank: int) -> tuple[str, bool]:
+    model = LanguageModel()
+    before = weights(model)
+    module = DistributedDataParallel(model)
+    optimizer = by_blocks(model)
+    backward(module, rank)
+    try:
+        optimizer.step()
+    except RuntimeError as error:
+        return str(error), same(weights(model), before)
+    return "", False
+
+
+def test_several_ranks_are_refused_before_anything_moves():
+    for message, unmoved in on_ranks(refused_on_rank):
+        assert "ranks average their gradients after the backward pass" in message
+        assert unmoved
+
+
+# The life of it
+
+
+@pytest.mark.parametrize("at", [1, 3, 4])
+def test_a_run_resumes(at):
+    model = LanguageModel()
+    optimizer = by_blocks(model, activation_warmup=2, allocator="random", period=3)
+    train(model, optimizer, at)
+    file = io.BytesIO()
+    torch.save([model.state_dict(), optimizer.state_dict()], file)
+    twin, its = copy.deepcopy((model, optimizer))
+    train(model, optimizer, 6, start=at)
+    again = LanguageModel(seed=2)
+    resumed = by_blocks(again, activation_warmup=2, allocator="random", period=3)
+    file.seek(0)
+    for thing, saved in zip((again, resumed), torch.load(file, weights_only=True), strict=True):
+        thing.load_state_dict(saved)
+    train(again, resumed, 6, start=at)
+    train(twin, its, 6, start=at)
+    assert same(weights(again), weights(model))
+    assert same(weights(twin), weights(model))
+
+
+def test_groups_added_later_are_fused_too():
+    model = LanguageModel(tied=False)
+    inner = AdamW([p for n, p in model.named_parameters() if "head" not in n], lr=0.01)
+    optimizer = DynamicAllocationOptimizer(
+        inner, model, groups="blocks", active=1, fused_backward=True
+    )
+    train(model, optimizer, 2)
+    optimizer.add_param_group({"params": model.lm_head.parameters()})
+    before = model.lm_head.weight.detach().clone()
+    optimizer.zero_grad()
+    backward(model, 2)
+    assert model.lm_head.weight.grad is None
+    assert not torch.equal(model.lm_head.weight, before)
+
+
+@pytest.mark.parametrize("how", ["close", "forget"])
+def test_at_the_end_gradients_stay(how):
+    model = LanguageModel()
+    optimizer = by_blocks(model)
+    train(model, optimizer, 3)
+    if how == "close":
+        optimizer.close()
+    else:
+        del optimizer
+        gc.collect()
+    assert hooks(model) == 0
+    before = weights(model)
+    backward(model, 3)
+    assert same(weights(model), before)
+    assert all(p.grad is not None for p in model.parameters())

@@ -1,0 +1,294 @@
+"""The optimizer state of inactive groups: kept, moved to the host and back, or deleted."""
+
+from __future__ import annotations
+
+import copy
+import io
+from collections import defaultdict
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from language_model import LanguageModel, backward, train
+from torch import Tensor, nn
+from torch.optim import SGD, AdamW
+from toy import ToyModel, same, weights, wrapped
+from toy import train as train_toy
+
+from dynalora_optim import DynamicAllocationOptimizer
+from dynalora_optim._idle_state import Offload
+
+KINDS = ["keep", "offload", "drop"]
+cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+def by_blocks(model: nn.Module, rule: Any = AdamW, **options: Any) -> DynamicAllocationOptimizer:
+    settings = {"groups": "blocks", "active": 1, "period": 2, "allocator": "random"}
+    return wrapped(model, rule, **{**settings, **options})
+
+
+def with_state(optimizer: DynamicAllocationOptimizer) -> set[str]:
+    """The groups some of whose parameters have a state."""
+    held = {parameter for parameter, values in optimizer.state.items() if values}
+    return {g["name"] for g in optimizer.param_groups if not held.isdisjoint(g["params"])}
+
+
+# On any machine
+
+
+@given(
+    kind=st.sampled_from(KINDS),
+    active=st.integers(1, 4),
+    period=st.integers(1, 3),
+    seed=st.integers(0, 99),
+)
+def test_state_appears_with_the_first_activation_and_goes_as_asked(kind, active, period, seed):
+    model = LanguageModel()
+    optimizer = by_blocks(model, idle_state=kind, active=active, period=period, seed=seed)
+    seen = set()
+    for step in range(6):
+        backward(model, step)
+        seen |= set(optimizer.active_groups)
+        updated = set(optimizer.active_groups)
+        optimizer.step()
+        optimizer.zero_grad()
+        outside = {"position", "embed_tokens", "norm"}
+        left = seen if kind != "drop" else updated & set(optimizer.active_groups)
+        assert with_state(optimizer) == outside | left
+
+
+def test_a_dropped_state_is_as_if_it_had_been_reset():
+    ends = []
+    for options in ({"idle_state": "drop"}, {"on_activate": "reset"}, {}):
+        model = LanguageModel()
+        train(model, by_blocks(model, allocator="round_robin", period=1, **options), 8)
+        ends.append(weights(model))
+    assert same(ends[0], ends[1])
+    assert not same(ends[0], ends[2])
+
+
+def test_dropping_equals_a_new_optimizer_for_every_period():
+    model, twin = LanguageModel(), LanguageModel()
+    optimizer = by_blocks(model, idle_state="drop")
+    rest = AdamW([p for n, p in twin.named_parameters() if "layers" not in n], lr=0.05)
+    names = [f"layers.{i}" for i in range(4)]
+    before = ""
+    for period in range(6):
+        (name,) = optimizer.active_groups
+        if name != before:
+            block = AdamW(twin.get_submodule(name).parameters(), lr=0.05)
+        before = name
+        for other in names:
+            twin.get_submodule(other).requires_grad_(other == name)
+        train(model, optimizer, 2, start=2 * period)
+        for step in range(2 * period, 2 * period + 2):
+            backward(twin, step)
+            for one in (rest, block):
+                one.step()
+                one.zero_grad()
+    assert same(weights(model), weights(twin))
+    assert len(set(optimizer.record.counts().values())) > 1, "some block came back at once"
+
+
+@pytest.mark.parametrize("rule", [AdamW, SGD, torch.optim.RMSprop, torch.optim.NAdam])
+def test_offload_is_keep_to_the_last_bit(rule):
+    ends = []
+    for kind in ("keep", "offload"):
+        model = LanguageModel()
+        train(model, by_blocks(model, rule, idle_state=kind, lr=0.01), 10)
+        ends.append(weights(model))
+    assert same(*ends)
+
+
+@pytest.mark.parametrize("at", [3, 4])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_run_resumes_whatever_becomes_of_idle_state(kind, at):
+    model = LanguageModel()
+    optimizer = by_blocks(model, idle_state=kind)
+    train(model, optimizer, at)
+    file = io.BytesIO()
+    torch.save([model.state_dict(), optimizer.state_dict()], file)
+    twin, its = copy.deepcopy((model, optimizer))
+    train(model, optimizer, 6, start=at)
+    file.seek(0)
+    again = LanguageModel(seed=3)
+    resumed = by_blocks(again, idle_state=kind)
+    for thing, saved in zip((again, resumed), torch.load(file, weights_only=True), strict=True):
+        thing.load_state_dict(saved)
+    train(again, resumed, 6, start=at)
+    train(twin, its, 6, start=at)
+    assert same(weights(again), weights(model))
+    assert same(weights(twin), weights(model))
+
+
+def test_adapters_too():
+    ends = []
+    for kind in ("keep", "offload"):
+        model = ToyModel()
+        train_toy(model, wrapped(model, active=2, period=1, idle_state=kind), 8)
+        ends.append(weights(model))
+    assert same(*ends)
+    model = ToyModel()
+    optimizer = wrapped(model, active=2, period=1, idle_state="drop")
+    train_toy(model, optimizer, 8)
+    assert with_state(optimizer) <= {"always_active", *optimizer.active_groups}
+
+
+class Averaging(AdamW):
+    """Has modes, as schedule-free optimizers do."""
+
+    def train(self) -> None: ...
+
+    def eval(self) -> None: ...
+
+
+class Lazy(SGD):
+    """Holds the iterate, which shows only in its state."""
+
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    self.state[parameter].setdefault("z", parameter.detach().clone())
+
+
+@pytest.mark.parametrize("rule", [torch.optim.ASGD, torch.optim.Adagrad, Averaging])
+def test_what_cannot_be_made_anew_is_not_dropped(rule):
+    model = LanguageModel()
+    with pytest.raises(ValueError, match=rf"idle_state='drop' would delete what {rule.__name__}"):
+        by_blocks(model, rule, idle_state="drop")
+    by_blocks(model, rule, idle_state="offload").close()
+
+
+def test_an_iterate_that_shows_late_is_not_dropped_either():
+    model = LanguageModel()
+    optimizer = by_blocks(model, Lazy, idle_state="drop", period=1, allocator="round_robin")
+    backward(model)
+    with pytest.raises(ValueError, match="an optimizer whose state has 'z'"):
+        optimizer.step()
+    assert with_state(optimizer) >= {"layers.0"}
+
+
+def test_other_settings_are_refused():
+    with pytest.raises(ValueError, match="idle_state='disk'"):
+        by_blocks(LanguageModel(), idle_state="disk")
+    with pytest.raises(TypeError, match="idle_state=3"):
+        by_blocks(LanguageModel(), idle_state=3)
+
+
+# With devices that are not there
+
+
+class Elsewhere(Tensor):
+    """A tensor that is on this machine's CPU and says that it is on another device."""
+
+    @property
+    def device(self) -> torch.device:  # type: ignore[override]
+        return torch.device("xpu", 0)
+
+    def cpu(self) -> Tensor:  # type: ignore[override]
+        return self.as_subclass(Tensor).clone()
+
+
+def elsewhere(*values: float) -> Tensor:
+    return torch.tensor(values).as_subclass(Elsewhere)
+
+
+def test_offload_moves_what_is_on_a_device_and_nothing_else():
+    one, other = nn.Parameter(torch.zeros(2)), nn.Parameter(torch.zeros(2))
+    state: dict[Tensor, dict[str, Any]] = defaultdict(dict)
+    count, here = torch.tensor(3.0).as_subclass(Elsewhere), torch.ones(2)
+    state[one] = {"step": count, "exp_avg": elsewhere(1, 2), "here": here, "name": "adam"}
+    state[other] = {"exp_avg": elsewhere(3, 4)}
+    Offload().release(state, [one, nn.Parameter(torch.zeros(1))])
+    assert state[one]["step"] is count, "what torch may keep on the host stays where it is"
+    assert state[one]["here"] is here
+    assert state[one]["name"] == "adam"
+    assert type(state[one]["exp_avg"]) is Tensor
+    assert state[one]["exp_avg"].tolist() == [1, 2]
+    assert type(state[other]["exp_avg"]) is Elsewhere
+    assert set(state) == {one, other}, "no state was made by looking"
+
+
+def test_offload_brings_everything_to_where_its_parameter_is():
+    parameter = nn.Parameter(torch.zeros(2, device="meta"))
+    count = torch.tensor(3.0)
+    state = {parameter: {"step": count, "exp_avg": torch.ones(2), "low": torch.ones(2).bfloat16()}}
+    Offload().restore(state, [parameter, nn.Parameter(torch.zeros(1))])
+    values = state[parameter]
+    assert values["step"] is count
+    assert (values["exp_avg"].device.type, values["exp_avg"].dtype) == ("meta", torch.float32)
+    assert (values["low"].device.type, values["low"].dtype) == ("meta", torch.bfloat16)
+
+
+@pytest.mark.parametrize("what", ["state_dict", "plain_state_dict", "copy"])
+def test_whoever_reads_the_state_waits_for_the_copies(what, monkeypatch):
+    class Copied:
+        waits = 0
+
+        def synchronize(self) -> None:
+            self.waits += 1
+
+    model = LanguageModel()
+    optimizer = by_blocks(model, idle_state="offload")
+    event = Copied()
+    monkeypatch.setitem(optimizer._idle_state._copied, torch.device("cuda", 0), event)
+    if what == "copy":
+        twin = copy.deepcopy(optimizer)
+        assert twin._idle_state._copied == {}, "an event cannot be copied, nor need it be"
+    else:
+        getattr(optimizer, what)()
+    assert event.waits == 1
+
+
+# With a GPU
+
+
+def on_gpu(kind: str, steps: int) -> tuple[nn.Module, DynamicAllocationOptimizer]:
+    model = LanguageModel().cuda()
+    optimizer = by_blocks(model, idle_state=kind)
+    for _ in range(steps):
+        model(torch.randint(11, (3, 5), device="cuda")).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model, optimizer
+
+
+@cuda
+def test_on_a_gpu_offload_is_keep_and_the_idle_state_is_pinned():
+    ends = []
+    for kind in ("keep", "offload"):
+        torch.manual_seed(0)
+        model, optimizer = on_gpu(kind, 9)
+        ends.append(weights(model))
+    assert same(*ends)
+    idle = set(optimizer.groups) - set(optimizer.active_groups)
+    moved = 0
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            for value in optimizer.state.get(parameter, {}).values():
+                if value.ndim:
+                    assert value.is_cuda == (group["name"] not in idle)
+                    assert value.is_cuda or value.is_pinned()
+                    moved += not value.is_cuda
+    assert moved
+
+
+@cuda
+def test_on_a_gpu_a_state_dict_is_whole_while_copies_are_in_flight():
+    model = nn.ModuleList(nn.Linear(2048, 2048) for _ in range(3)).cuda()
+    parameters = list(model.parameters())
+    state = {p: {"exp_avg": torch.randn_like(p)} for p in parameters}
+    expected = [state[p]["exp_avg"].clone() for p in parameters]
+    offload = Offload()
+    for _ in range(5):
+        torch.cuda._sleep(10_000_000)  # the copies have to wait
+        offload.release(state, parameters)
+        offload.settle()
+        for parameter, value in zip(parameters, expected, strict=True):
+            assert torch.equal(state[parameter]["exp_avg"], value.cpu())
+        offload.restore(state, parameters)
+        for parameter, value in zip(parameters, expected, strict=True):
+            assert torch.equal(state[parameter]["exp_avg"], value)
