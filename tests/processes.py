@@ -1,0 +1,104 @@
+"""Real processes that train together: a test's function in several, and scripts that are killed."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+
+TIMEOUT = timedelta(seconds=60)
+
+
+def on_ranks(function: Callable[..., Any], *arguments: Any, ranks: int = 2) -> list[Any]:
+    """Return what ``function(rank, *arguments)`` returns, or the exception it raises, by rank."""
+    with tempfile.TemporaryDirectory() as folder:
+        torch.multiprocessing.spawn(_run, (folder, ranks, function, arguments), nprocs=ranks)
+        return [pickle.loads(Path(folder, f"{rank}").read_bytes()) for rank in range(ranks)]
+
+
+def _run(rank: int, folder: str, ranks: int, function: Callable[..., Any], arguments: Any) -> None:
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group(
+        "gloo",
+        init_method=f"file://{folder}/rendezvous",
+        rank=rank,
+        world_size=ranks,
+        timeout=TIMEOUT,
+    )
+    try:
+        assert torch.distributed.get_world_size() == ranks
+        result: Any = function(rank, *arguments)
+    except Exception as error:
+        traceback.print_exc()
+        result = type(error)(str(error))
+    Path(folder, f"{rank}").write_bytes(pickle.dumps(result))
+    torch.distributed.destroy_process_group()
+
+
+def accelerate_launch(
+    script: Path, *arguments: object, processes: int = 1
+) -> subprocess.Popen[str]:
+    """Start ``script`` as a user would, on the CPU, by itself or under ``accelerate launch``."""
+    command = [sys.executable]
+    if processes > 1:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        # `--cpu --num_processes 2` alone silently runs a single process (accelerate 1.15).
+        command += [
+            *("-m", "accelerate.commands.launch", "--multi_gpu"),
+            *("--num_processes", str(processes), "--num_machines", "1"),
+            *("--mixed_precision", "no", "--dynamo_backend", "no"),
+            *("--main_process_ip", "127.0.0.1", "--main_process_port", str(port)),
+        ]
+    return subprocess.Popen(
+        [*command, *map(str, (script, *arguments))],
+        env={
+            **os.environ,
+            "OMP_NUM_THREADS": "1",
+            "HF_HUB_OFFLINE": "1",
+            "ACCELERATE_USE_CPU": "true",
+            "GLOO_SOCKET_IFNAME": "lo",
+        },
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def finished(process: subprocess.Popen[str]) -> str:
+    """Return what ``process`` printed, when it has succeeded."""
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+    return output
+
+
+def kill_when(ready: Callable[[], bool], process: subprocess.Popen[str]) -> None:
+    """SIGKILL ``process`` and all that it started as soon as ``ready()``."""
+    import psutil
+
+    end = time.monotonic() + 120
+    while not ready():
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < end
+        time.sleep(0.005)
+    launcher = psutil.Process(process.pid)
+    workers = launcher.children(recursive=True)  # in sessions of their own: killed one by one
+    for victim in [launcher, *workers]:
+        victim.send_signal(signal.SIGKILL)
+    psutil.wait_procs(workers, timeout=30)
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
