@@ -15,21 +15,32 @@ from torch.utils._python_dispatch import TorchDispatchMode
 Step = Callable[[], object]
 
 
-def median_seconds(steps: Mapping[str, Step], *, rounds: int, warm_up: int = 3) -> dict[str, float]:
+def median_seconds(
+    steps: Mapping[str, Step],
+    *,
+    rounds: int,
+    warm_up: int = 3,
+    every: Mapping[str, int] | None = None,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, float]:
     """Time each step once a round, all side by side, and return the medians.
 
-    The order turns from round to round, so that none is always the one after a slow one.
+    The order turns from round to round, so that none is always the one after a slow one. A step
+    named in ``every`` is taken in every so many rounds only.
     """
+    every = every or {}
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     names = list(steps)
     for turn in range(-warm_up, rounds):
         for name in names[turn % len(names) :] + names[: turn % len(names)]:
+            if turn >= 0 and turn % every.get(name, 1):
+                continue
             synchronize()
-            start = time.perf_counter()
+            start = clock()
             steps[name]()
             synchronize()
             if turn >= 0:
-                seconds[name].append(time.perf_counter() - start)
+                seconds[name].append(clock() - start)
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 

@@ -1,0 +1,132 @@
+"""What was promised of each row, computed from the numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+
+from _fronts import Point, worst_point, worst_ratio
+from _rows import ALL_ACTIVE, PEER_FRONT, UNWRAPPED, budget_name
+
+
+@dataclass
+class Result:
+    """The numbers of one row; ratios are to peft LoRA.
+
+    Attributes:
+        peak: The largest peak of its draws.
+        peak_mean: The mean peak.
+        saved: The largest saved bytes.
+        saved_mean: The mean.
+        forward: Mean FLOPs of the forward.
+        backward: Mean FLOPs of the backward.
+        ops: Mean dispatched operations.
+        added: Of these, beyond the frozen model without adapters; a ratio too.
+        time: Median step time.
+        draws: Reallocations counted.
+        distinct: Different choices among them.
+        tokens: Tokens per second.
+        resident: Peak resident bytes above the weights in a process of its own, if taken; on a GPU
+            the largest peak, in bytes, that CUDA's allocator saw.
+        idle: Modules that were never active in the draws.
+        least_probability: The smallest chance of being active that any module had.
+    """
+
+    peak: float
+    peak_mean: float
+    saved: float
+    saved_mean: float
+    forward: float
+    backward: float
+    ops: float
+    added: float
+    time: float
+    draws: int
+    distinct: int
+    tokens: float = 0.0
+    resident: int | None = None
+    idle: list[str] = field(default_factory=list)
+    least_probability: float | None = None
+
+
+@dataclass(frozen=True)
+class Bar:
+    """A value and its limit.
+
+    A value that may not exceed its limit is compared as it is printed, to three decimals; one that
+    must (``above``) as it is.
+    """
+
+    name: str
+    value: float
+    limit: float
+    above: bool = False
+
+    @property
+    def is_met(self) -> bool:
+        if self.above:
+            return self.value > self.limit
+        return round(self.value, 3) <= round(self.limit, 3)
+
+    def line(self) -> list[str]:
+        sign, verdict = ">" if self.above else "<=", "ok" if self.is_met else "MISSED"
+        value = f"{self.value:.5f}" if self.above else f"{self.value:.3f}"
+        return [self.name, value, f"{sign} {self.limit:.3f}", verdict]
+
+
+def bars(results: Mapping[str, Result], slack: float) -> list[Bar]:
+    """Return every bar whose rows are there."""
+    found = [*_all_active(results), *_budgets(results), *_fronts(results)]
+    return [bar if not bar.limit else Bar(bar.name, bar.value, bar.limit + slack) for bar in found]
+
+
+def _all_active(results: Mapping[str, Result]) -> Iterator[Bar]:
+    row = results.get(ALL_ACTIVE)
+    if row:
+        yield Bar("all active: peak", row.peak, 1.0)
+        yield Bar("all active: saved", row.saved, 1.0)
+        yield Bar("all active: operations that the adapters add", row.added, 0.5)
+        yield Bar("all active: median time", row.time, 0.95)
+    if UNWRAPPED in results:
+        added = results[UNWRAPPED].added
+        yield Bar("the same without the wrapper: operations that the adapters add", added, 0.5)
+
+
+_LIMITS = {  # budget -> (backward FLOPs, median time)
+    (0.75, 1.0): (1.02, None),
+    (0.40, 1.0): (1.02, 1.0),
+    (0.40, 0.6): (0.62, 0.85),
+    (0.175, 1.0): (1.02, None),
+}
+
+
+def _budgets(results: Mapping[str, Result]) -> Iterator[Bar]:
+    for (memory, compute), (backward, time) in _LIMITS.items():
+        name = budget_name(memory, compute)
+        row = results.get(name)
+        if not row:
+            continue
+        yield Bar(f"{name}: largest peak", row.peak, memory)
+        yield Bar(f"{name}: mean backward FLOPs", row.backward, backward)
+        if time is not None:
+            yield Bar(f"{name}: median time", row.time, time)
+        if memory == 0.40:
+            assert row.least_probability is not None
+            chance = row.least_probability
+            yield Bar(f"{name}: modules never active in {row.draws}", len(row.idle), 0)
+            yield Bar(f"{name}: least probability of a module", chance, 0, above=True)
+
+
+def _fronts(results: Mapping[str, Result]) -> Iterator[Bar]:
+    if not {*PEER_FRONT, ALL_ACTIVE} <= results.keys():
+        return
+    for cost in ("backward", "time"):
+        ours = [point(row, cost) for name, row in results.items() if name.startswith("ours")]
+        peers = [point(results[name], cost) for name in PEER_FRONT]
+        what = "mean backward FLOPs" if cost == "backward" else "median time"
+        yield Bar(f"front, {what}: worst ratio at equal memory", worst_ratio(ours, peers), 1.0)
+        yield Bar(f"front, {what}: our worst point", worst_point(ours, peers), 1.0)
+
+
+def point(row: Result, cost: str) -> Point:
+    return row.peak, getattr(row, cost)

@@ -1,0 +1,162 @@
+"""The rows of `full_parameter.py`: who trains all weights how, and each as an optimizer's maker."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Iterator
+from contextlib import redirect_stdout
+from dataclasses import dataclass, field
+from functools import partial
+from io import StringIO
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils.checkpoint import checkpoint
+
+from dynalora_optim import AllocationContext, badam, lisa
+
+ADAMW = "AdamW"
+PACKAGE = "badam package"
+PACKAGE_CHECKPOINTED = "badam package, every block checkpointed"
+OURS = "ours, badam (drop)"
+OFFLOAD = "ours, badam, offload"
+KEEP = "ours, badam, keep"
+FUSED = "ours, badam, fused_backward"
+IDLE = "ours, badam, checkpoint_idle"
+CHECKPOINTED = "ours, badam, every block checkpointed"
+LISA_DROP = "ours, LISA, drop"
+LISA_KEEP = "ours, LISA, keep"
+LORA = "peft LoRA"
+LISA_LAYERS = 2
+STEPS_EACH = 2  # at a position: the first creates the state that the second holds
+
+
+def adamw(model: nn.Module) -> Optimizer:
+    return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5)
+
+
+def blocks(model: nn.Module) -> nn.ModuleList:
+    lists = (module for module in model.modules() if isinstance(module, nn.ModuleList))
+    return max(lists, key=len)
+
+
+@dataclass(frozen=True)
+class Listed:
+    """An allocator that makes one block after another of a list active."""
+
+    positions: tuple[int, ...]
+
+    def select(self, context: AllocationContext) -> list[int]:
+        return [self.positions[context.reallocation % len(self.positions)]]
+
+
+class Package:
+    """The badam package's optimizer, with its state where a torch optimizer has it."""
+
+    def __init__(self, model: nn.Module, position: int) -> None:
+        package = importlib.import_module("badam")  # a peer, that nothing here depends on
+        named = list(model.named_parameters())
+        with redirect_stdout(StringIO()):  # it names the block, whatever ``verbose`` says
+            self.inner: Any = package.BlockOptimizer(
+            adamw(model), named, switch_block_every=10**9, switch_mode="fixed",
+            start_block=position, verbose=0,
+        )  # fmt: skip
+        self.step, self.zero_grad = self.inner.step, self.inner.zero_grad
+
+    @property
+    def state(self) -> dict[Tensor, dict[str, Tensor]]:
+        state = self.inner.base_optimizer.state
+        copies = self.inner.param_idx2hp.values()
+        return {copy: {**state.get(copy, {}), "master_weight": copy} for copy in copies}
+
+
+@dataclass(frozen=True)
+class Row:
+    """A way of training.
+
+    Attributes:
+        optimizers: Yields, for a model and the positions to visit, each position and the optimizer
+            that trains there for the next `STEPS_EACH` steps; None where there is none.
+        active: Blocks that train at a time; None if all do, or none whole.
+        has_outside: Whether what lies outside the blocks trains too.
+        prepare: What is done to the model first.
+    """
+
+    optimizers: Callable[[nn.Module, tuple[int, ...]], Iterator[tuple[int | None, Any]]]
+    active: int | None = None
+    has_outside: bool = False
+    prepare: Callable[[nn.Module], nn.Module] = field(default=lambda model: model)
+
+
+def _plain(model: nn.Module, positions: tuple[int, ...]) -> Iterator[tuple[None, Optimizer]]:
+    yield None, adamw(model)
+
+
+def _package(model: nn.Module, positions: tuple[int, ...]) -> Iterator[tuple[int, Package]]:
+    for position in positions:
+        yield position, Package(model, position)
+    model.requires_grad_(True)
+
+
+def _badam(
+    model: nn.Module, positions: tuple[int, ...], **options: Any
+) -> Iterator[tuple[int, Optimizer]]:
+    allocator = Listed(positions)
+    optimizer = badam(model, adamw(model), allocator=allocator, period=STEPS_EACH, **options)
+    for position in positions:
+        yield position, optimizer
+    optimizer.close()
+
+
+def _lisa(
+    model: nn.Module, positions: tuple[int, ...], **options: Any
+) -> Iterator[tuple[None, Optimizer]]:
+    optimizer = lisa(model, adamw(model), layers=LISA_LAYERS, period=STEPS_EACH, **options)
+    for _ in positions:
+        yield None, optimizer
+    optimizer.close()
+
+
+def with_lora(model: nn.Module) -> nn.Module:
+    import peft
+
+    config = peft.LoraConfig(r=16, lora_alpha=32, target_modules="all-linear")
+    adapted: nn.Module = peft.get_peft_model(model, config)
+    return adapted
+
+
+def checkpointed(model: nn.Module) -> nn.Module:
+    """Checkpoint every block, as ``gradient_checkpointing_enable`` does, non-reentrant."""
+    for block in blocks(model):
+        block.gradient_checkpointing = True  # type: ignore[assignment]
+        block._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)  # type: ignore[assignment]
+    return model
+
+
+ROWS = {
+    ADAMW: Row(_plain),
+    LISA_KEEP: Row(partial(_lisa, idle_state="keep"), active=LISA_LAYERS, has_outside=True),
+    LISA_DROP: Row(partial(_lisa, idle_state="drop"), active=LISA_LAYERS, has_outside=True),
+    PACKAGE: Row(_package, active=1),
+    OURS: Row(_badam, active=1),
+    KEEP: Row(partial(_badam, idle_state="keep"), active=1),
+    OFFLOAD: Row(partial(_badam, idle_state="offload"), active=1),
+    FUSED: Row(partial(_badam, fused_backward=True), active=1),
+    IDLE: Row(partial(_badam, checkpoint_idle=True), active=1),
+    PACKAGE_CHECKPOINTED: Row(_package, active=1, prepare=checkpointed),
+    CHECKPOINTED: Row(_badam, active=1, prepare=checkpointed),
+    LORA: Row(_plain, prepare=with_lora),
+}
+
+
+def active_state(optimizer: Any) -> int:
+    """Return the bytes of the state of what is active now: with "offload" no other is on a GPU."""
+    active = getattr(optimizer, "active_parameters", optimizer.state.keys)()
+    return sum(_state_bytes(optimizer.state.get(parameter, {})) for parameter in active)
+
+
+def _state_bytes(values: dict[str, Any]) -> int:
+    tensors = [v for k, v in values.items() if isinstance(v, Tensor) and k != "master_weight"]
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)

@@ -1,0 +1,156 @@
+"""The rows of `memory.py`: who trains how, each with its model and optimizer."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import peft
+import torch
+from _count import count
+from _runs import Run, Watched
+from _shapes import Shape, copy_sharing
+from torch import nn
+from torch.optim import Optimizer
+from torch.utils.checkpoint import checkpoint
+
+from dynalora_adapters import LoRAConfig, inject
+from dynalora_optim import DynamicAllocationOptimizer
+
+FULL = "full fine-tuning"
+REFERENCE = "peft LoRA"
+ALL_ACTIVE = "ours, all active"
+UNWRAPPED = "our LoRA, plain AdamW"
+CHECKPOINTED = "peft, every block checkpointed"
+RANDOM = "peft, random 2/3 of the modules"
+PEER_FRONT = (
+    REFERENCE,
+    "peft, every 4th block checkpointed",
+    "peft, every 2nd block checkpointed",
+    CHECKPOINTED,
+)
+
+
+def _adamw(model: nn.Module) -> Optimizer:
+    return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
+
+
+def _blocks(model: nn.Module) -> nn.ModuleList:
+    lists = (module for module in model.modules() if isinstance(module, nn.ModuleList))
+    return max(lists, key=len)
+
+
+def full(shape: Shape, bare: nn.Module) -> Run:
+    model = shape.bare()  # whose weights no other row sees move
+    return Run(model, _adamw(model), shape.batch(model))
+
+
+def pefts(shape: Shape, bare: nn.Module, *, every: int = 0) -> Run:
+    """Lay peft's LoRA over it; every so many blocks, if any, are checkpointed.
+
+    Non-reentrant, and the inputs require no gradients: transformers' own switch would have it so,
+    which takes the backward pass through all of the lowest block, for nothing.
+    """
+    model: Any = copy_sharing(bare, shape.head)
+    config = peft.LoraConfig(
+        r=shape.rank,
+        lora_alpha=2 * shape.rank,
+        target_modules=shape.targets,
+        modules_to_save=[shape.head] if shape.head else None,
+    )
+    model = peft.get_peft_model(model, config).train()
+    for position, block in enumerate(_blocks(model)):
+        if every and position % every == 0:
+            block.gradient_checkpointing = True  # type: ignore[assignment]
+            block._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)  # type: ignore[assignment]
+    return Run(model, _adamw(model), shape.batch(bare))
+
+
+def random_pefts(shape: Shape, bare: nn.Module) -> Run:
+    """Freeze a third of peft's modules, drawn anew after each step: the paper's setting."""
+    run = pefts(shape, bare)
+    layers = [m for m in run.model.modules() if len(getattr(m, "lora_A", ()))]
+    generator = random.Random(0)
+
+    def redraw() -> None:
+        active = set(generator.sample(range(len(layers)), round(len(layers) * 2 / 3)))
+        for position, layer in enumerate(layers):
+            for part in (layer.lora_A, layer.lora_B):
+                part.requires_grad_(position in active)
+
+    redraw()
+    run.redraw, run.draws = redraw, shape.control_draws
+    return run
+
+
+def _injected(shape: Shape, bare: nn.Module) -> nn.Module:
+    config = LoRAConfig(
+        rank=shape.rank,
+        alpha=2 * shape.rank,
+        targets=shape.targets,
+        trainable=[shape.head] if shape.head else [],
+    )
+    return inject(copy_sharing(bare, shape.head), config).train()
+
+
+def unwrapped(shape: Shape, bare: nn.Module) -> Run:
+    """Train our adapters without the wrapper: what it and its measure add shows beside it."""
+    model = _injected(shape, bare)
+    return Run(model, _adamw(model), shape.batch(bare))
+
+
+def all_active(shape: Shape, bare: nn.Module) -> Run:
+    model = _injected(shape, bare)
+    optimizer = DynamicAllocationOptimizer(_adamw(model), model, active=1.0)
+    return Run(model, optimizer, shape.batch(bare))
+
+
+def budgeted(shape: Shape, bare: nn.Module, *, memory: float, compute: float) -> Run:
+    """Keep a budget, choosing anew after each step."""
+    model = _injected(shape, bare)
+    budget = Watched(memory=memory, compute=compute)
+    optimizer = DynamicAllocationOptimizer(_adamw(model), model, allocator=budget, period=1)
+    draws = shape.draws if compute == 1 else round(shape.draws * 5 / 3)  # 40 for 24: a mean
+    return Run(model, optimizer, shape.batch(bare), draws=draws, budget=budget)
+
+
+def budget_name(memory: float, compute: float) -> str:
+    return f"ours, Budget({memory:g}, {compute:g})"
+
+
+Build = Callable[[Shape, nn.Module], Run]
+
+PEERS: dict[str, Build] = {
+    FULL: full,
+    REFERENCE: pefts,
+    RANDOM: random_pefts,
+    **{
+        name: partial(pefts, every=every)
+        for name, every in zip(PEER_FRONT[1:], (4, 2, 1), strict=True)
+    },
+}
+
+
+def rows(shape: Shape) -> dict[str, Build]:
+    """Return every row of a shape, by name; on a GPU without full fine-tuning, which fits none."""
+    budgets = {
+        budget_name(memory, compute): partial(budgeted, memory=memory, compute=compute)
+        for memory, compute in shape.budgets
+    }
+    peers = {name: row for name, row in PEERS.items() if name != FULL or shape.device == "cpu"}
+    return {**peers, UNWRAPPED: unwrapped, ALL_ACTIVE: all_active, **budgets}
+
+
+def ops_without_adapters(shape: Shape, bare: nn.Module) -> int:
+    """Count a step of the frozen model in which the gradient passes through all blocks.
+
+    The adapters need that pass but do not add it: what their step has beyond is their own.
+    """
+    model: Any = copy_sharing(bare, shape.head).requires_grad_(False)
+    if shape.head:
+        model.get_submodule(shape.head).requires_grad_(True)
+    model.enable_input_require_grads()
+    batch = shape.batch(bare)
+    return count(lambda: model(**batch).loss, model).ops

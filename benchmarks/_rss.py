@@ -1,0 +1,43 @@
+"""The resident memory of one row, in a process of its own."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+from _rows import rows
+from _shapes import Shape
+
+STEPS = 2
+
+
+def measured_here(shape: Shape, name: str) -> int:
+    """Return the most resident bytes of two steps above those before: the weights and torch."""
+    run = rows(shape)[name](shape, shape.bare())
+    Path("/proc/self/clear_refs").write_text("5")  # forget the peak of building the model
+    before = _status("VmRSS")
+    for _ in range(STEPS):
+        run.step()
+    return _status("VmHWM") - before
+
+
+def measured_apart(name: str, *arguments: str) -> int | None:
+    """Return what a fresh process measures for the row; None where there is no /proc."""
+    if not Path("/proc/self/clear_refs").exists():
+        return None
+    script = Path(__file__).with_name("memory.py")
+    command = [sys.executable, str(script), "--rss-of", name, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        print(f"peak RSS of {name}: {done.stderr.strip().splitlines()[-1]}", file=sys.stderr)
+        return None
+    return int(done.stdout.split()[-1])
+
+
+def _status(key: str) -> int:
+    text = Path("/proc/self/status").read_text()
+    match = re.search(rf"^{key}:\s+(\d+) kB$", text, flags=re.M)
+    assert match
+    return int(match[1]) * 1024

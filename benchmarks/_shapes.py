@@ -1,0 +1,170 @@
+"""The models and batches that `memory.py` measures: random weights of known shapes."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    RobertaConfig,
+    RobertaForSequenceClassification,
+)
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A model with random weights, its batch, and how LoRA is laid over it.
+
+    Attributes:
+        model: Builds the bare model of a config.
+        config: Builds the config.
+        rows: Sequences in the batch.
+        length: Tokens in a sequence.
+        rank: LoRA's rank; alpha is twice that.
+        targets: The adapted layers.
+        budgets: Our rows: shares of the memory and of the backward FLOPs.
+        head: The part that trains whole, if any.
+        device: Where it runs.
+        dtype: Of the weights.
+        slack: What every bar is eased by.
+        draws: Reallocations counted of a row that keeps a budget.
+        control_draws: Of the row whose modules are frozen at random: no two draws are equal.
+    """
+
+    name: str
+    model: Callable[[Any], nn.Module]
+    config: Callable[..., Any]
+    rows: int
+    length: int
+    rank: int
+    targets: list[str] | str
+    budgets: tuple[tuple[float, float], ...]
+    head: str | None = None
+    device: str = "cpu"
+    dtype: torch.dtype = torch.float32
+    slack: float = 0.0
+    draws: int = 24
+    control_draws: int = 12
+
+    def bare(self) -> nn.Module:
+        torch.manual_seed(0)
+        with _default(self.dtype), torch.device(self.device):
+            model: Any = self.model(self.config()).train()
+        model.config.use_cache = False  # a training step has no use for keys and values
+        return model  # type: ignore[no-any-return]
+
+    def batch(self, model: Any) -> dict[str, Tensor]:
+        """Random tokens without padding, and labels."""
+        generator = torch.Generator().manual_seed(1)
+        vocabulary = model.config.vocab_size
+        ids = torch.randint(5, vocabulary, (self.rows, self.length), generator=generator)
+        labels = torch.randint(2, (self.rows,), generator=generator) if self.head else ids
+        batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+        return {name: tensor.to(self.device) for name, tensor in batch.items()}
+
+
+@contextmanager
+def _default(dtype: torch.dtype) -> Iterator[None]:
+    former = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(former)
+
+
+def copy_sharing(model: nn.Module, own: str | None) -> nn.Module:
+    """Copy a model whose frozen weights may be shared; those of the part ``own`` may not."""
+    shared = {
+        id(p): p for name, p in model.named_parameters() if not own or own not in name.split(".")
+    }
+    return copy.deepcopy(model, shared)
+
+
+ROBERTA = Shape(
+    "roberta",
+    RobertaForSequenceClassification,
+    partial(RobertaConfig, vocab_size=50265, num_labels=2, attn_implementation="eager"),
+    rows=16,
+    length=128,
+    rank=8,
+    targets=["query", "value"],
+    budgets=(
+        *((0.75, 1.0), (0.55, 1.0), (0.4, 1.0), (0.175, 1.0)),
+        *((0.4, 0.6), (0.175, 0.6)),
+    ),
+    head="classifier",
+)
+LLAMA = Shape(
+    "llama",
+    LlamaForCausalLM,
+    partial(
+        LlamaConfig,
+        vocab_size=8192,
+        hidden_size=1024,
+        intermediate_size=2816,
+        num_hidden_layers=16,
+        num_attention_heads=16,
+        num_key_value_heads=4,
+        attn_implementation="eager",
+    ),
+    rows=4,
+    length=512,
+    rank=16,
+    targets="all-linear",
+    budgets=((0.75, 1.0), (0.4, 1.0), (0.175, 1.0), (0.1, 1.0), (0.4, 0.6)),
+    slack=0.03,
+    control_draws=4,  # of 112 modules: they differ little
+)
+
+
+def _on_cuda(name: str, **sizes: Any) -> Shape:
+    """A published Llama 3 of these sizes, 2,048 tokens, attention as it is trained."""
+    config = partial(
+        LlamaConfig,
+        vocab_size=128256,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        max_position_embeddings=8192,
+        rope_parameters={"rope_type": "default", "rope_theta": 500000.0},
+        attn_implementation="sdpa",
+        **sizes,
+    )
+    weights: Any = {"device": "cuda", "dtype": torch.bfloat16}
+    return replace(LLAMA, name=name, config=config, rows=1, length=2048, **weights)
+
+
+LARGE = (
+    _on_cuda(
+        "llama-3.2-1b",
+        hidden_size=2048,
+        intermediate_size=8192,
+        num_hidden_layers=16,
+        tie_word_embeddings=True,
+    ),
+    _on_cuda(
+        "llama-3.1-8b",
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_hidden_layers=32,
+        tie_word_embeddings=False,
+    ),
+)
+
+
+def quick(shape: Shape) -> Shape:
+    """The same in small: every row within a second."""
+    sizes = {"hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 12}
+    heads = {"num_attention_heads": 4}
+    if not shape.head:
+        heads["num_key_value_heads"] = 2
+    config = partial(shape.config, vocab_size=100, **sizes, **heads)
+    return replace(shape, config=config, rows=4, length=32, rank=4, draws=3, control_draws=2)
