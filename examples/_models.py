@@ -1,16 +1,19 @@
-"""Pretrained classifiers and the places where adapters go."""
+"""Pretrained models and the places where adapters go."""
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 from typing import Any
 
 import torch
-from _assets import minilm_folder
+from _assets import minilm_folder, smollm2_folder
 from _hub import explained
 from torch import nn
 
 DEFAULT_MODEL = "all-MiniLM-L6-v2"
+DEFAULT_CAUSAL_LM = "SmolLM2-135M-Instruct"
+PINNED = (DEFAULT_MODEL, DEFAULT_CAUSAL_LM)  # had without the hub
 
 # The query and value projections, by transformers' ``config.model_type``. GPT-2 fuses them.
 TARGETS = {
@@ -33,13 +36,38 @@ TARGETS = {
 
 
 def needs_hub(model: str) -> bool:
-    """Whether ``model`` is a hub id: neither the default nor a local folder."""
-    return model != DEFAULT_MODEL and not Path(model).is_dir()
+    """Whether ``model`` is a hub id: neither a pinned one nor a local folder."""
+    return model not in PINNED and not Path(model).is_dir()
 
 
 def locate(model: str) -> str:
-    """Return what ``from_pretrained`` takes: the default model's folder, or the name as it is."""
+    """Return what ``from_pretrained`` takes: a pinned model's folder, or the name as it is."""
+    if model == DEFAULT_CAUSAL_LM:
+        return str(smollm2_folder(convert_gguf))
     return str(minilm_folder()) if model == DEFAULT_MODEL else model
+
+
+def convert_gguf(file: Path, folder: Path) -> None:
+    """Write the causal LM in a GGUF file, and its tokenizer, as a Hugging Face folder.
+
+    Raises:
+        OSError: The package gguf is not installed.
+    """
+    import transformers
+
+    if importlib.util.find_spec("gguf") is None:
+        raise OSError(f'{file.name} takes the package gguf: pip install "dynalora-optim[examples]"')
+    quiet_transformers()
+    # Where it exists, it keeps the weights from staying packed, which cannot be trained.
+    dense = getattr(transformers, "GgufConfig", None)
+    options = {"quantization_config": dense(dequantize=True)} if dense else {}
+    source = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
+    tokenizer = transformers.AutoTokenizer.from_pretrained(**source)
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        **source, dtype=torch.float32, **options
+    )
+    model.half().save_pretrained(folder)  # 16 bits, for what comes from 4
+    tokenizer.save_pretrained(folder)
 
 
 def load_tokenizer(source: str) -> Any:
@@ -64,10 +92,9 @@ def load_classifier(
         pad_token_id: The tokenizer's; decoders look for it to find a row's last token.
         layers: Keep only the first so many transformer blocks.
     """
-    from transformers import AutoModelForSequenceClassification, logging
+    from transformers import AutoModelForSequenceClassification
 
-    logging.set_verbosity_error()  # the head is new: we know
-    logging.disable_progress_bar()
+    quiet_transformers()  # the head is new: we know
     cut = {} if layers is None else {"num_hidden_layers": layers}
     with _explained(source):
         model = AutoModelForSequenceClassification.from_pretrained(
@@ -79,6 +106,25 @@ def load_classifier(
         )
     assert isinstance(model, nn.Module)
     return model
+
+
+def load_causal_lm(source: str, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """Load a causal LM from a folder or a hub id, its weights in ``dtype``."""
+    from transformers import AutoModelForCausalLM
+
+    quiet_transformers()
+    with _explained(source):
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
+    assert isinstance(model, nn.Module)
+    return model
+
+
+def quiet_transformers() -> None:
+    """Keep transformers to errors, and its progress bars off."""
+    from transformers import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
 
 
 def lora_targets(model: nn.Module) -> list[str]:
@@ -106,4 +152,6 @@ def head_modules(model: nn.Module) -> list[str]:
 
 
 def _explained(source: str) -> Any:
-    return explained(f"the model {source}", f"Without the hub: --model FOLDER or {DEFAULT_MODEL}.")
+    return explained(
+        f"the model {source}", f"Without the hub: --model FOLDER or {' or '.join(PINNED)}."
+    )

@@ -6,17 +6,19 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import saved_tensors_hooks
 from torch.optim import Optimizer
 from tqdm.auto import tqdm
 
+from dynalora_optim import LiveBytes
+
 EVALUATIONS = 5  # on the held-out rows, over a run
+WEIGHED = 10  # one step in so many is weighed
 
 
 @torch.no_grad()
@@ -32,30 +34,6 @@ def accuracy(model: nn.Module, batches: Iterable[Mapping[str, Tensor]]) -> float
     return right / total
 
 
-class SavedBytes:
-    """The bytes that autograd keeps for the backward: distinct storages, parameters left out."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self._left_out = {
-            parameter.untyped_storage().data_ptr() for parameter in model.parameters()
-        }
-        self._storages: dict[int, int] = {}
-
-    @property
-    def total(self) -> int:
-        return sum(self._storages.values())
-
-    def counting(self) -> AbstractContextManager[None]:
-        """Count what is saved inside this context; the tensors themselves pass unchanged."""
-        return saved_tensors_hooks(self._pack, lambda tensor: tensor)
-
-    def _pack(self, tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in self._left_out:
-            self._storages[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-
 @dataclass
 class Measurements:
     """What a run was like, step by step."""
@@ -64,7 +42,7 @@ class Measurements:
     accuracy: dict[int, float] = field(default_factory=dict)  # steps done -> on the held-out rows
     seconds: list[float] = field(default_factory=list)  # of the steps that were only timed
     updated: list[int] = field(default_factory=list)  # parameters that the step had a gradient for
-    saved: list[int] = field(default_factory=list)  # bytes kept at the end of the forward
+    peaks: list[int] = field(default_factory=list)  # most bytes alive, of the steps weighed
 
     @property
     def final_accuracy(self) -> float:
@@ -79,15 +57,15 @@ class Measurements:
         return statistics.fmean(self.updated)
 
     @property
-    def mean_saved(self) -> float:
-        return statistics.fmean(self.saved)
+    def peak(self) -> int:
+        return max(self.peaks)
 
 
 class Monitor:
     """Watches a training loop through the batches it draws and through hooks.
 
-    What the loop does with a batch is one step. The first step of each active set is weighed (its
-    saved bytes are counted) and not timed; every other step is timed and not weighed.
+    What the loop does with a batch is one step. Every tenth step is weighed (the bytes alive in it
+    are counted) and not timed; every other step is timed and not weighed.
 
     Args:
         model: Its forward returns ``loss`` and ``logits``.
@@ -103,7 +81,6 @@ class Monitor:
         self._model, self._optimizer = model, optimizer
         self._evaluate, self._steps = evaluate, steps
         self._modules = sum(hasattr(module, "adapter_params") for module in model.modules())
-        self._weights: dict[tuple[str, ...], int] = {}  # active set -> saved bytes
         self._right: list[float] = []  # training accuracy per step
 
     def watch(
@@ -116,40 +93,22 @@ class Monitor:
         progress = tqdm(batches, total=self._steps, desc=label, mininterval=seconds)
         with self._hooks(), progress as bar:
             for step, batch in enumerate(bar, start=1):
-                yield from self._one_step(batch)
+                yield from self._one_step(batch, weigh=step % WEIGHED == 1)
                 bar.set_postfix(self._postfix(), refresh=False)
                 if step % every == 0 or step == self._steps:
                     self.measured.accuracy[step] = self._evaluate()
 
-    def _one_step(self, batch: Mapping[str, Tensor]) -> Iterator[Mapping[str, Tensor]]:
-        active = self._active()
-        weigh = active not in self._weights
-        counter = SavedBytes(self._model)
-        start = time.perf_counter()
-        with self._weighing(counter) if weigh else ExitStack():
-            yield batch
+    def _one_step(
+        self, batch: Mapping[str, Tensor], *, weigh: bool
+    ) -> Iterator[Mapping[str, Tensor]]:
         if weigh:
-            self._weights[active] = counter.total
+            with LiveBytes() as memory:
+                yield batch
+            self.measured.peaks.append(memory.peak)
         else:
+            start = time.perf_counter()
+            yield batch
             self.measured.seconds.append(time.perf_counter() - start)
-        self.measured.saved.append(self._weights[active])
-
-    @contextmanager
-    def _weighing(self, counter: SavedBytes) -> Iterator[None]:
-        """Count during the model's forward, and not before or after it."""
-        stack = ExitStack()
-
-        def enter(module: nn.Module, args: object) -> None:
-            stack.enter_context(counter.counting())
-
-        def leave(module: nn.Module, args: object, output: object) -> None:
-            stack.close()
-
-        with (
-            self._model.register_forward_pre_hook(enter),
-            self._model.register_forward_hook(leave, always_call=True),
-        ):
-            yield
 
     @contextmanager
     def _hooks(self) -> Iterator[None]:

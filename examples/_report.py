@@ -27,7 +27,7 @@ def table(runs: Mapping[str, Measurements]) -> str:
         "held-out accuracy after": [f"{run.final_accuracy:.3f}" for run in runs.values()],
         "active trainable parameters": [f"{run.mean_updated:,.0f}" for run in runs.values()],
         "seconds per step (median)": [f"{run.median_seconds:.3f}" for run in runs.values()],
-        "saved activations (MiB)": [f"{run.mean_saved / 2**20:.1f}" for run in runs.values()],
+        "peak memory of a step (MiB)": [f"{run.peak / 2**20:.1f}" for run in runs.values()],
     }
     return "\n".join(
         f"{label:<28}" + "".join(f"{cell:>12}" for cell in cells) for label, cells in rows.items()
@@ -42,8 +42,35 @@ def summary(runs: Mapping[str, Measurements]) -> dict[str, float]:
         numbers[f"accuracy_{key}"] = run.final_accuracy
         numbers[f"active_parameters_{key}"] = run.mean_updated
         numbers[f"seconds_per_step_{key}"] = run.median_seconds
-        numbers[f"saved_bytes_{key}"] = run.mean_saved
+        numbers[f"peak_bytes_{key}"] = run.peak
     return numbers
+
+
+def loss_numbers(before: float, after: float) -> dict[str, float]:
+    """Return the held-out losses of a language model, and its perplexities, by flat keys."""
+    # Of a loss beyond 709 math.exp would raise.
+    perplexities = torch.tensor([before, after], dtype=torch.float64).exp().tolist()
+    return {
+        "loss_before": before,
+        "loss_after": after,
+        "perplexity_before": perplexities[0],
+        "perplexity_after": perplexities[1],
+    }
+
+
+def loss_cells(numbers: Mapping[str, float]) -> dict[str, str]:
+    """Return the rows of a table that show `loss_numbers`."""
+    return {
+        "held-out loss before": f"{numbers['loss_before']:.3f}",
+        "held-out loss after": f"{numbers['loss_after']:.3f}",
+        "held-out perplexity before": f"{numbers['perplexity_before']:.1f}",
+        "held-out perplexity after": f"{numbers['perplexity_after']:.1f}",
+    }
+
+
+def column(cells: Mapping[str, str]) -> str:
+    """Lay out the table of a single run, a line each."""
+    return "\n".join(f"{label:<32}{cell:>14}" for label, cell in cells.items())
 
 
 def versions() -> dict[str, str | int]:

@@ -1,10 +1,10 @@
-"""Fine-tune a small classifier twice, with LoRA and with DynaLoRA, and compare.
+"""Fine-tune a small classifier with LoRA, with DynaLoRA, and on a budget, and compare.
 
     python examples/quickstart.py                        # all-MiniLM-L6-v2 on Rotten Tomatoes
     python examples/quickstart.py --model roberta-base --task sst2 --max-length 128 --lr 5e-4
     python examples/quickstart.py --model my-folder --data my-texts.csv
 
-The training loop is `train`. All that DynaLoRA changes in it is one line.
+The training loop is `train`. All that the methods change in it is one line.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
+from typing import Any
 
 import torch
 from _models import head_modules, lora_targets
@@ -23,7 +24,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from dynalora_adapters import LoRAConfig, inject, save_adapter
-from dynalora_optim import DynamicAllocationOptimizer
+from dynalora_optim import Budget, DynamicAllocationOptimizer
 
 TOLERANCE = 1e-5  # between peft's logits and ours
 
@@ -40,14 +41,21 @@ def adapted(work: Work) -> torch.nn.Module:
     return inject(model, config)
 
 
-def train(model: torch.nn.Module, work: Work, *, dynamic: bool) -> tuple[Measurements, Optimizer]:
-    """Train ``model`` in place; DynaLoRA differs from LoRA in one line."""
+def methods(work: Work) -> dict[str, dict[str, Any] | None]:
+    """What each run passes to DynamicAllocationOptimizer; plain LoRA does without."""
+    settings = work.settings
+    budget = Budget(memory=settings.memory, compute=settings.compute)
+    return {"LoRA": None, "DynaLoRA": {"active": settings.active}, "Budget": {"allocator": budget}}
+
+
+def train(model: torch.nn.Module, work: Work, method: str) -> tuple[Measurements, Optimizer]:
+    """Train ``model`` in place; the methods differ in one line."""
     settings = work.settings
     optimizer: Optimizer = torch.optim.AdamW(model.parameters(), lr=settings.lr)
-    if dynamic:
+    if (options := methods(work)[method]) is not None:
         # The one line: the wrapper takes the optimizer's place, and nothing below knows of it.
         optimizer = DynamicAllocationOptimizer(
-            optimizer, model, active=settings.active, period=settings.period, seed=settings.seed
+            optimizer, model, period=settings.period, seed=settings.seed, **options
         )
 
     scheduler = linear_schedule(optimizer, settings.steps)
@@ -55,7 +63,7 @@ def train(model: torch.nn.Module, work: Work, *, dynamic: bool) -> tuple[Measure
         model, optimizer, lambda: accuracy(model, work.held_out), steps=settings.steps
     )
     model.train()
-    for batch in monitor.watch(work.batches(), label="DynaLoRA" if dynamic else "LoRA"):
+    for batch in monitor.watch(work.batches(), label=method):
         loss = model(**batch).loss
         loss.backward()
         optimizer.step()
@@ -75,16 +83,15 @@ def linear_schedule(optimizer: Optimizer, steps: int, warm_up: float = 0.1) -> L
 
 
 def compare(work: Work) -> tuple[dict[str, Measurements], torch.nn.Module]:
-    """Train with LoRA, then with DynaLoRA from the same start; return DynaLoRA's model too."""
-    output = work.settings.output
-    lora, _ = train(adapted(work), work, dynamic=False)
-
-    model = adapted(work)
-    dynalora, optimizer = train(model, work, dynamic=True)
-    assert isinstance(optimizer, DynamicAllocationOptimizer)
-    optimizer.record.plot(output / "allocation.png")
-    optimizer.close()
-    return {"LoRA": lora, "DynaLoRA": dynalora}, model
+    """Train with each method from the same start; return the last one's model too."""
+    runs = {}
+    for method in methods(work):
+        model = adapted(work)
+        runs[method], optimizer = train(model, work, method)
+        if isinstance(optimizer, DynamicAllocationOptimizer):
+            optimizer.record.plot(work.settings.output / f"allocation-{method.lower()}.png")
+            optimizer.close()
+    return runs, model
 
 
 def check_with_peft(model: torch.nn.Module, work: Work) -> tuple[float | None, bool]:

@@ -50,7 +50,30 @@ def test_every_pin_is_read():
         for line in _assets.PINS.read_text("utf-8").splitlines()
         if line and not line.startswith("#")
     ]
-    assert [pin.requirement for pin in _assets.pins().values()] == lines
+    pins = _assets.pins().values()
+    sources = [f"--no-binary {pin.name}" for pin in pins if pin.is_source]
+    assert sources == ["--no-binary vaderSentiment"]
+    assert sorted(lines) == sorted(sources + [pin.requirement for pin in pins])
+
+
+@pytest.mark.parametrize(
+    ("is_source", "option", "file"),
+    [
+        (False, "--only-binary=:all:", "some_thing-1.0-py3-none-any.whl"),
+        (True, "--no-binary=some-thing", "some-thing-1.0.tar.gz"),
+    ],
+)
+def test_pip_is_asked_for_the_kind_of_archive_that_is_pinned(
+    is_source, option, file, cache, monkeypatch
+):
+    def pip(command, **options):
+        assert option in command
+        Path(command[-1], file).write_bytes(b"archive")
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.setattr(_assets.subprocess, "run", pip)
+    pin = _assets.Pin("some-thing", "1.0", hashlib.sha256(b"archive").hexdigest(), is_source)
+    assert _assets.archive(pin) == cache / file
 
 
 @pytest.mark.parametrize(

