@@ -139,8 +139,8 @@ def pins(path: Path = PINS) -> dict[str, Pin]:
     text = path.read_text("utf-8")
     line = re.compile(r"^([\w.-]+)==(\S+) --hash=sha256:([0-9a-f]{64})$", re.MULTILINE)
     sources = set(re.findall(r"^--no-binary (\S+)$", text, re.MULTILINE))
-    found = (match.groups() for match in line.finditer(text))
-    return {name: Pin(name, *rest, is_source=name in sources) for name, *rest in found}
+    found = [match.groups() for match in line.finditer(text)]
+    return {name: Pin(name, version, sha, name in sources) for name, version, sha in found}
 
 
 def archive(pin: Pin) -> Path:

@@ -47,6 +47,8 @@ class Settings(TextSettings):
     def __post_init__(self) -> None:
         if self.steps < 2:
             raise ValueError(f"--steps {self.steps} must be 2 at least: one is timed, one weighed")
+        if self.length < 2:
+            raise ValueError(f"--length {self.length} must be 2 at least: a token to predict one")
         if refused := sorted(self._given().keys() - TAKES[self.method]):
             raise ValueError(f"--method {self.method} takes no --{refused[0].replace('_', '-')}")
         if self.rounding is not None and self.dtype != "bfloat16":

@@ -1,4 +1,4 @@
-"""Train all parameters of a causal language model, block by block, in a plain PyTorch loop.
+"""Full-parameter training of a causal language model by blocks, in a plain PyTorch loop.
 
     python examples/full_finetune.py                      # SmolLM2-135M on movie reviews, by BAdam
     python examples/full_finetune.py --method adamw       # everything in every step, to compare

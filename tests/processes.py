@@ -49,17 +49,17 @@ def _run(rank: int, folder: str, ranks: int, function: Callable[..., Any], argum
 
 
 def accelerate_launch(
-    script: Path, *arguments: object, processes: int = 1
+    script: Path, *arguments: object, processes: int | None = None
 ) -> subprocess.Popen[str]:
-    """Start ``script`` as a user would, on the CPU, by itself or under ``accelerate launch``."""
+    """Start ``script`` on the CPU by ``accelerate launch``; without ``processes`` by itself."""
     command = [sys.executable]
-    if processes > 1:
+    if processes:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         # `--cpu --num_processes 2` alone silently runs a single process (accelerate 1.15).
         command += [
-            *("-m", "accelerate.commands.launch", "--multi_gpu"),
+            *("-m", "accelerate.commands.launch", "--multi_gpu" if processes > 1 else "--cpu"),
             *("--num_processes", str(processes), "--num_machines", "1"),
             *("--mixed_precision", "no", "--dynamo_backend", "no"),
             *("--main_process_ip", "127.0.0.1", "--main_process_port", str(port)),

@@ -60,8 +60,16 @@ class Skipping(ToyModel):
         return self.head(x)
 
 
+class Parallel(ToyModel):
+    """Its layers know nothing of each other: the output of an idle one has no gradient."""
+
+    def forward(self, x):
+        return self.head(sum(layer(x) for layer in self.layers))
+
+
 MODELS = {
     "plain": ToyModel,
+    "parallel": Parallel,
     "checkpointed": Checkpointed,
     "reentrant": Reentrant,
     "skipping": Skipping,
@@ -106,6 +114,7 @@ CASES = {
     **{f"options-{options}": Case(options=options) for options in OPTIONS},
     "accumulation and no_sync": Case(accumulate=3),
     "accumulation and no_sync, scored": Case(options="scored", accumulate=2),
+    "parallel layers": Case("parallel"),
     "checkpointed": Case("checkpointed"),
     "reentrant checkpoints": Case("reentrant"),
     "bucket views": Case(ddp={"gradient_as_bucket_view": True}),

@@ -17,7 +17,9 @@ pytest.importorskip("tqdm")
 
 pytestmark = pytest.mark.distributed
 SCRIPT = Path(__file__).parents[1] / "examples" / "accelerate_finetune.py"
-STEPS, SAVE_EVERY, PERIOD = 61, 3, 4  # killed after a checkpoint in the middle of a period
+STEPS, SAVE_EVERY, PERIOD = 61, 7, 9
+CHECKPOINTS = range(SAVE_EVERY, STEPS, SAVE_EVERY)
+assert all(step % PERIOD for step in CHECKPOINTS), "each is in the middle of a period"
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +31,7 @@ def folder(tmp_path_factory):
 
 
 def launch(folder: Path, output: Path, *options: str, processes: int = 1) -> subprocess.Popen[str]:
-    """Start the script as a user would."""
+    """Start the script as a user would, by ``accelerate launch``."""
     arguments = [
         *("--model", folder, "--data", folder / "texts.csv", "--output", output),
         *("--steps", STEPS, "--period", PERIOD, "--batch-size", "4", "--max-length", "8"),
@@ -51,8 +53,12 @@ def check(folder: Path, tmp_path: Path, *options: str, processes: int = 1) -> No
     process = launch(folder, broken, *options, processes=processes)
     kill_when(lambda: any(broken.glob("step-*")), process)
     assert not (broken / "adapter").exists(), "it was killed too late to say anything"
+    half = broken / f".step-{STEPS - 1}.tmp"  # as a kill in the middle of save() leaves it
+    half.mkdir()
+    (half / "optimizer.bin").write_bytes(b"half")
     said = finished(launch(folder, broken, *options, processes=processes))
-    assert any(f"{processes} processes, from step {step}" in said for step in range(3, STEPS, 3))
+    assert any(f"{processes} processes, from step {step}\n" in said for step in CHECKPOINTS)
+    assert not half.exists()
     assert weights(broken) == weights(straight)
     assert (broken / "record.json").read_bytes() == (straight / "record.json").read_bytes()
 

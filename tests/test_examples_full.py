@@ -73,13 +73,21 @@ def test_a_method_learns_and_holds_what_it_promises(method, trained, state, argu
     assert found["master_weights_bytes"] == 0
 
 
-@pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
-def test_bfloat16_weights_train_on_float32_copies_of_one_block(rounding, arguments, tmp_path):
-    low = ["--dtype", "bfloat16", "--rounding", rounding, "--steps", "40"]
+@pytest.mark.parametrize(
+    ("options", "copied"),
+    [
+        ("--rounding nearest", BLOCK),
+        ("--rounding stochastic", BLOCK),
+        ("--rounding stochastic --fused-backward", BLOCK),
+        ("--method adamw", WHOLE),
+    ],
+)
+def test_bfloat16_weights_train_on_float32_copies(options, copied, arguments, tmp_path):
+    low = ["--dtype", "bfloat16", "--steps", "40", *options.split()]
     assert full_finetune.main([*arguments, *low]) == 0
     found = summary(tmp_path / "run")
     assert found["loss_after"] < found["loss_before"] - 0.05
-    assert found["master_weights_bytes"] == 4 * BLOCK
+    assert found["master_weights_bytes"] == 4 * copied
     assert found["weights_bytes"] == pytest.approx(2 * WHOLE, rel=0.02)
     saved = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model")
     assert {p.dtype for p in saved.parameters()} == {torch.bfloat16}
@@ -163,6 +171,10 @@ def test_killed_and_started_again_it_ends_bit_for_bit_alike(
         ("--rounding nearest", "pass --dtype bfloat16 as well"),
         ("--method blocks --layers 9", "active=9 exceeds the 3"),
         ("--steps 1", "--steps 1 must be 2 at least"),
+        ("--length 1", "--length 1 must be 2 at least"),
+        ("--length 100000", "do not fill 100000 tokens"),
+        ("--batch-size 1000", "batch_size=1000 exceeds"),
+        ("--lr -1", "learning rate: -1"),
     ],
 )
 def test_bad_input_ends_in_one_sentence(options, message, arguments, monkeypatch):

@@ -23,6 +23,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.nn.parallel import DistributedDataParallel
 from toy import ToyAdapter, ToyModel, batch, same, wrapped
 
 from dynalora_optim import Budget, DynamicAllocationOptimizer
@@ -190,6 +191,62 @@ def test_mixed_precision_is_the_plain_optimizer_without_the_inactive_gradients(p
         (found, losses, _), (expected, expected_losses, _) = rank[policy]
         assert losses == expected_losses
         assert same(found, expected)
+
+
+class Rounded(nn.Module):
+    """Computes with bfloat16 copies of its weights, as FSDP2 does in mixed precision."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, x: Tensor) -> Tensor:
+        copies = {name: p.bfloat16() for name, p in self.module.named_parameters()}
+        return torch.func.functional_call(self.module, copies, x.bfloat16())
+
+
+def reduced_in_bfloat16(state, bucket):  # torch's own hook of this kind needs NCCL
+    """A communication hook of DDP."""
+    rounded = bucket.buffer().bfloat16() / dist.get_world_size()
+    dist.all_reduce(rounded)
+    done: torch.futures.Future[Tensor] = torch.futures.Future()
+    done.set_result(bucket.buffer().copy_(rounded))
+    return done
+
+
+def losses(policy: str, rank: int, *, sharded: bool) -> list[float]:
+    """The losses of this rank, in FSDP2 or in DDP without flags."""
+    model: nn.Module = build()
+    optimizer = None
+    if sharded:
+        shard(model, "blocks", **MIXED.get(policy, {}))
+    else:
+        optimizer = make(model, "random")
+        model = DistributedDataParallel(Rounded(model) if policy in MIXED else model)
+        if policy == "bfloat16":
+            model.register_comm_hook(None, reduced_in_bfloat16)
+    optimizer = optimizer or make(model, "random")
+    found = []
+    for step in range(STEPS):
+        loss = model(rows(step, rank).float()).float().square().mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        found.append(loss.item())
+    return found
+
+
+def losses_of_both(policy: str, rank: int) -> tuple[list[float], list[float]]:
+    return losses(policy, rank, sharded=True), losses(policy, rank, sharded=False)
+
+
+@pytest.mark.parametrize("policy", ["float32", *MIXED])
+def test_the_losses_are_those_of_ddp(policy, ranks):
+    curves = [rank[f"losses, {policy}"] for rank in ranks]
+    for sharded, ddp in curves:
+        assert sharded == pytest.approx(ddp, abs=1e-6)
+        assert len(set(ddp)) == STEPS
+    assert curves[0] != curves[1], "the ranks have batches of their own"
 
 
 # What is sent
@@ -386,6 +443,7 @@ def everything(rank: int, two: str, one: str) -> dict[str, Any]:
     return {
         **{case: run(case, rank) for case in CASES},
         **{policy: both_mixed(policy, rank) for policy in MIXED},
+        **{f"losses, {policy}": losses_of_both(policy, rank) for policy in ("float32", *MIXED)},
         **{f"reduced, {active} active": count_reduced(rank, active) for active in (1, 2, 6)},
         **{f"resumed, {kind}": resume_in_memory(rank, kind) for kind in STATES},
         "folders": save_and_load(rank, two, one),

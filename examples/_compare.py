@@ -1,0 +1,184 @@
+"""Reading a sweep: each method's runs at its best rate, and paired differences between methods."""
+
+from __future__ import annotations
+
+import statistics
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import numpy as np
+from _suite import METRICS, recipe
+
+Result = dict[str, Any]
+DRAWS = 1000
+SHARED = ("suite", "model", "steps", "batch_size", "max_length", "layers")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A method on a task: its runs at the rate that suits it best, one a seed, in their order."""
+
+    runs: tuple[Result, ...]
+
+    @property
+    def lr(self) -> float:
+        return float(self.runs[0]["settings"]["lr"])
+
+    @property
+    def metric(self) -> str:
+        """The name of the metric that decides."""
+        return str(next(iter(self.runs[0]["test"])))
+
+    @property
+    def scores(self) -> list[float]:
+        return [run["test"][self.metric] for run in self.runs]
+
+    @property
+    def mean(self) -> float:
+        return statistics.fmean(self.scores)
+
+    @property
+    def deviation(self) -> float:
+        """Over the seeds; nan of a single one."""
+        return statistics.stdev(self.scores) if len(self.runs) > 1 else float("nan")
+
+    def largest(self, what: str) -> float:
+        """The most of a number over the runs."""
+        return float(max(run[what] for run in self.runs))
+
+    def average(self, what: str) -> float:
+        """The mean of a number over the runs."""
+        return statistics.fmean(run[what] for run in self.runs)
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How far one method is above another, with a 95% interval; in the metric's units."""
+
+    value: float
+    low: float
+    high: float
+    tasks: tuple[str, ...]
+
+
+class Sweep:
+    """The finished runs of a sweep, by method and task.
+
+    Raises:
+        ValueError: There are none, or those of a task are not comparable.
+    """
+
+    def __init__(self, lines: Iterable[Result]) -> None:
+        runs: dict[tuple[str, str], list[Result]] = defaultdict(list)
+        kinds: dict[str, dict[str, Any]] = {}
+        for line in lines:
+            settings = line["settings"]
+            kind = {name: settings[name] for name in SHARED}
+            first = kinds.setdefault(settings["task"], kind)
+            if kind != first:
+                raise ValueError(
+                    f"runs of {settings['task']} differ in more than method, rate and seed: "
+                    f"{first} and {kind}; keep them in folders of their own"
+                )
+            runs[settings["method"], settings["task"]].append(line)
+        if not runs:
+            raise ValueError("there are no finished runs; python examples/glue.py makes some")
+        self.suite = next(iter(kinds.values()))["suite"]
+        self.tasks = list(kinds)
+        self.cells = {key: at_best_rate(found) for key, found in runs.items()}
+        self.methods = list(dict.fromkeys(name for name, _ in self.cells))
+
+    def shared(self, *methods: str) -> tuple[str, ...]:
+        """The tasks that all of ``methods`` have runs of."""
+        return tuple(t for t in self.tasks if all((m, t) in self.cells for m in methods))
+
+    def average(self, method: str, tasks: Sequence[str]) -> float:
+        """The mean over ``tasks`` of the mean over seeds."""
+        return statistics.fmean(self.cells[method, task].mean for task in tasks)
+
+    def difference(self, method: str, reference: str, *, seed: int = 0) -> Difference:
+        """Compare two methods by a paired bootstrap, on the tasks and seeds that both have.
+
+        In each draw the seeds are drawn anew, and the test rows, the same for both methods.
+
+        Raises:
+            ValueError: They share none.
+        """
+        tasks = self.shared(method, reference)
+        if not tasks:
+            raise ValueError(f"{method} and {reference} have no task in common")
+        generator = np.random.default_rng(seed)
+        drawn, values = np.zeros(DRAWS), []
+        for task in tasks:
+            mine, theirs = paired(self.cells[method, task], self.cells[reference, task])
+            values.append(
+                statistics.fmean(run["test"][self.cells[method, task].metric] for run in mine)
+                - statistics.fmean(run["test"][self.cells[method, task].metric] for run in theirs)
+            )
+            truth = labels(self.suite, task)
+            drawn += bootstrap(truth, mine, theirs, generator) / len(tasks)
+        low, high = np.percentile(drawn, [2.5, 97.5])
+        return Difference(statistics.fmean(values), float(low), float(high), tasks)
+
+
+def at_best_rate(runs: Sequence[Result]) -> Cell:
+    """Return the runs at the rate that did best on validation rows with the first seed."""
+    first = min(run["settings"]["seed"] for run in runs)
+    tuned = best(run for run in runs if run["settings"]["seed"] == first)
+    lr = tuned["settings"]["lr"]
+    chosen = [run for run in runs if run["settings"]["lr"] == lr]
+    return Cell(tuple(sorted(chosen, key=lambda run: run["settings"]["seed"])))
+
+
+def best(runs: Iterable[Result]) -> Result:
+    """Return the run that is best by the metric on validation rows, then by their loss."""
+
+    def worth(run: Result) -> tuple[float, float]:
+        return next(iter(run["validation"].values())), -run["validation_loss"]
+
+    return max(runs, key=worth)
+
+
+def paired(mine: Cell, theirs: Cell) -> tuple[list[Result], list[Result]]:
+    """Return the runs with the seeds that both have, in one order.
+
+    Raises:
+        ValueError: They share no seed.
+    """
+    ours, others = ({run["settings"]["seed"]: run for run in c.runs} for c in (mine, theirs))
+    if not (seeds := sorted(ours.keys() & others.keys())):
+        raise ValueError("two methods share no seed; run both with the same --seeds")
+    return [ours[seed] for seed in seeds], [others[seed] for seed in seeds]
+
+
+def bootstrap(
+    truth: np.ndarray,
+    mine: Sequence[Result],
+    theirs: Sequence[Result],
+    generator: np.random.Generator,
+) -> np.ndarray:
+    """Return the difference of a task's metric in each draw of seeds and rows, (DRAWS,)."""
+    metric = METRICS[next(iter(mine[0]["test"]))]
+    predictions = [
+        (np.array(a["predictions"]), np.array(b["predictions"]))
+        for a, b in zip(mine, theirs, strict=True)
+    ]
+
+    def draw() -> float:
+        rows = generator.integers(len(truth), size=len(truth))
+        seeds = generator.integers(len(predictions), size=len(predictions))
+        pairs = [predictions[seed] for seed in seeds]
+        return statistics.fmean(
+            metric(truth[rows], a[rows]) - metric(truth[rows], b[rows]) for a, b in pairs
+        )
+
+    return np.array([draw() for _ in range(DRAWS)])
+
+
+@cache
+def labels(suite: str, task: str) -> np.ndarray:
+    """The labels of a task's test rows, in the order of a run's predictions."""
+    return np.array([row.label for row in recipe(suite, task).load().test])

@@ -1,0 +1,219 @@
+"""The methods of the sweep: what each adapts, and how its optimizer is built.
+
+A method is a name, such as ``forward``, and may carry options after an @, such as
+``forward@active=4,period=10`` or ``budget-0.40@activation_warmup=0``: those of
+`DynamicAllocationOptimizer`, those of `Budget` (memory, compute, base, floor), and for ``static``
+the share of the blocks that it trains (top).
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from _importances import ExpectedDecrease, UpperConfidence
+from _models import head_modules, lora_targets
+from torch import nn
+from torch.optim import Optimizer
+
+from dynalora_adapters import LoRAConfig, VeRAConfig, inject
+from dynalora_optim import (
+    Budget,
+    DynamicAllocationOptimizer,
+    Ema,
+    ImportanceTracker,
+    badam,
+    lisa,
+)
+
+LORA_RANK, VERA_RANK = 8, 128
+PERIOD, WARM_UP = (
+    20,
+    10,
+)  # steps between reallocations; steps over which a returning module's rate rises
+
+# The rate of what is adapted, in units of the head's, which all methods share. VeRA trains scales,
+# which want a larger rate; the pretrained weights want a smaller one.
+SCALES = {"lora": 1.0, "vera": 10.0, "bitfit": 1.0, "full": 0.05}
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way to fine-tune.
+
+    Attributes:
+        adapts: One of `SCALES`, or the same by peft: ``"lora-peft"``, ``"vera-peft"``.
+        allocation: Options of `DynamicAllocationOptimizer`; None for the plain optimizer.
+        top: The share of the blocks, from the top, that get an adapter.
+        preset: In place of `DynamicAllocationOptimizer` itself: `lisa` or `badam`.
+    """
+
+    adapts: str
+    allocation: Mapping[str, Any] | None = None
+    top: float = 1.0
+    preset: Callable[..., DynamicAllocationOptimizer] | None = None
+
+    @property
+    def scale(self) -> float:
+        """The rate of what is adapted, in units of the head's."""
+        return SCALES[self.adapts.removesuffix("-peft")]
+
+
+def _dynamic(adapts: str = "lora", **options: Any) -> Method:
+    usual = {"active": 2 / 3, "period": PERIOD, "activation_warmup": WARM_UP}
+    return Method(adapts, {**usual, **options})
+
+
+def _decrease(allocator: Any) -> Method:
+    return _dynamic(importance="decrease", allocator=allocator)
+
+
+METHODS: dict[str, Method] = {
+    "full": Method("full"),
+    "bitfit": Method("bitfit"),
+    "lora": Method("lora"),
+    "lora-peft": Method("lora-peft"),
+    "static": Method("lora", top=1 / 3),
+    "random": _dynamic(allocator="random"),
+    "forward": _dynamic(importance="forward"),
+    "gradient": _dynamic(importance="gradient"),
+    "decrease": _decrease("stochastic"),
+    "bandit": _decrease("bandit"),
+    "vera": Method("vera"),
+    "vera-peft": Method("vera-peft"),
+    "dynavera": _dynamic("vera", importance="forward"),
+    "budget-0.40": _dynamic(memory=0.40, compute=0.6),
+    "budget-0.75": _dynamic(memory=0.75, compute=1.0),
+    "lisa": Method("full", {"layers": 2, "period": PERIOD}, preset=lisa),
+    "badam": Method("full", {"period": PERIOD}, preset=badam),
+}
+
+
+def method(name: str) -> Method:
+    """Return the method of this name, with the options that follow an @.
+
+    Raises:
+        ValueError: No such method, or an option that is not ``key=value``.
+    """
+    base, _, options = name.partition("@")
+    if base not in METHODS:
+        raise ValueError(f"no method {base!r}; there are {[*METHODS]}")
+    found = METHODS[base]
+    given = dict(map(_option, filter(None, options.split(","))))
+    found = replace(found, top=given.pop("top", found.top))
+    if given and found.allocation is None:
+        raise ValueError(f"{base} allocates nothing: {name!r} may only set top=")
+    return replace(found, allocation={**found.allocation, **given}) if found.allocation else found
+
+
+def _option(text: str) -> tuple[str, Any]:
+    key, equals, value = text.partition("=")
+    if not (equals and key.isidentifier()):
+        raise ValueError(f"{text!r} is not an option such as active=4")
+    if re.fullmatch(r"\d+/\d+", value):
+        over, under = map(int, value.split("/"))
+        return key, over / under
+    try:
+        return key, ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+        return key, value
+
+
+def adapt(model: nn.Module, adapts: str, top: float = 1.0) -> nn.Module:
+    """Make trainable what a method trains; return the model, which peft wraps."""
+    kind, heads = adapts, head_modules(model)
+    if kind == "full":
+        return model
+    if kind == "bitfit":
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name.endswith("bias") or name.split(".")[0] in heads)
+        return model
+    targets = top_targets(model, top)
+    if kind == "lora":
+        config = LoRAConfig(rank=LORA_RANK, alpha=2 * LORA_RANK, targets=targets, trainable=heads)
+        return inject(model, config)
+    if kind == "vera":
+        return inject(model, VeRAConfig(rank=VERA_RANK, targets=targets, trainable=heads))
+    return _adapted_by_peft(model, kind, targets, heads)
+
+
+def _adapted_by_peft(
+    model: nn.Module, kind: str, targets: list[str], heads: list[str]
+) -> nn.Module:
+    import peft
+
+    common = {"target_modules": targets, "modules_to_save": heads}
+    config: Any
+    if kind == "lora-peft":
+        config = peft.LoraConfig(r=LORA_RANK, lora_alpha=2 * LORA_RANK, **common)
+    else:
+        config = peft.VeraConfig(r=VERA_RANK, projection_prng_key=0, **common)
+    adapted: nn.Module = peft.get_peft_model(model, config)
+    return adapted
+
+
+def top_targets(model: nn.Module, top: float) -> list[str]:
+    """Return the layers to adapt in the top share of the blocks: full names, unless in all."""
+    targets = lora_targets(model)
+    if top >= 1:
+        return targets
+    places = [re.search(r"\.(\d+)\.", name) for name, _ in model.named_modules()]
+    blocks = 1 + max(int(place[1]) for place in places if place)
+    lowest = blocks - max(1, round(top * blocks))
+    return [
+        name
+        for name, _ in model.named_modules()
+        if name.rpartition(".")[2] in targets
+        and (place := re.search(r"\.(\d+)\.", name))
+        and int(place[1]) >= lowest
+    ]
+
+
+def build(model: nn.Module, chosen: Method, *, lr: float, seed: int) -> Optimizer:
+    """Return the optimizer of a method over an adapted model.
+
+    Args:
+        model: As `adapt` returned it.
+        chosen: The method.
+        lr: The head's rate; what is adapted has ``chosen.scale`` of it.
+        seed: Of the allocation.
+    """
+    heads = head_names(model)
+    adapted: list[nn.Parameter] = []
+    head: list[nn.Parameter] = []
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            (head if name.startswith(tuple(heads)) else adapted).append(parameter)
+    groups = [{"params": adapted, "lr": lr * chosen.scale}, {"params": head, "lr": lr}]
+    optimizer = torch.optim.AdamW(groups)
+    if chosen.allocation is None:
+        return optimizer
+    options = {"seed": seed, **_allocation(chosen.allocation)}
+    if chosen.preset is not None:
+        return chosen.preset(model, optimizer, always_active=heads, **options)
+    return DynamicAllocationOptimizer(optimizer, model, **options)
+
+
+def head_names(model: nn.Module) -> list[str]:
+    """Return the heads' dotted paths, in a peft model as well."""
+    inner = getattr(model, "base_model", None)
+    if type(model).__name__.startswith("Peft"):
+        return [f"base_model.model.{name}" for name in head_modules(inner.model)]  # type: ignore[union-attr]
+    return head_modules(model)
+
+
+def _allocation(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Turn names into the objects that they stand for."""
+    plain = dict(options)
+    shares = {key: plain.pop(key) for key in ("memory", "compute", "base", "floor") if key in plain}
+    if shares:
+        plain["allocator"] = Budget(**shares)
+    if plain.get("allocator") == "bandit":
+        plain["allocator"] = UpperConfidence()
+    if plain.get("importance") == "decrease":
+        plain["importance"] = ImportanceTracker(ExpectedDecrease(), window=Ema(0.9), probe=True)
+    return plain

@@ -1,0 +1,206 @@
+"""The tasks of the sweep: GLUE, and an offline suite of real sentences that is not GLUE.
+
+Every task has rows to train on, rows to choose a learning rate by, and rows to report on. Where an
+official test split exists and is public it is reported on; where none does, a share of the rows
+chosen by a hash of the text is held out, the same ones for ever.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from _assets import bbc_news, orange_texts, rotten_tomatoes, vader_ratings
+from _data import GLUE_COLUMNS, Row, load_glue, read_csv, split_tenth
+
+Metric = Callable[[np.ndarray, np.ndarray], float]  # labels, predictions
+
+
+@dataclass(frozen=True)
+class SuiteTask:
+    """What a task trains on, chooses by, and reports on."""
+
+    train: Sequence[Row]
+    validation: Sequence[Row]
+    test: Sequence[Row]
+    is_regression: bool = False
+
+    @property
+    def num_labels(self) -> int:
+        """Outputs of the head: one for a rating, else one a class."""
+        return 1 if self.is_regression else 1 + max(int(row.label) for row in self.train)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a task is trained and judged, whatever the method.
+
+    Attributes:
+        load: Returns its rows.
+        metrics: Of `METRICS`; the first one decides.
+        steps: Optimizer steps in which LoRA has converged with the default model.
+        max_length: Tokens a row.
+    """
+
+    load: Callable[[], SuiteTask]
+    metrics: tuple[str, ...]
+    steps: int
+    max_length: int
+
+
+def _accuracy(labels: np.ndarray, predictions: np.ndarray) -> float:
+    return float(np.mean(labels == predictions))
+
+
+def _matthews(labels: np.ndarray, predictions: np.ndarray) -> float:
+    from sklearn.metrics import matthews_corrcoef
+
+    return float(matthews_corrcoef(labels, predictions))
+
+
+def _f1(labels: np.ndarray, predictions: np.ndarray) -> float:
+    from sklearn.metrics import f1_score
+
+    return float(f1_score(labels, predictions))
+
+
+def _spearman(labels: np.ndarray, predictions: np.ndarray) -> float:
+    from scipy.stats import rankdata
+
+    return _pearson(rankdata(labels), rankdata(predictions))
+
+
+def _pearson(labels: np.ndarray, predictions: np.ndarray) -> float:
+    """0 where one of them is constant, as a model that has learned nothing predicts."""
+    if np.ptp(labels) == 0 or np.ptp(predictions) == 0:
+        return 0.0
+    return float(np.corrcoef(labels, predictions)[0, 1])
+
+
+METRICS: dict[str, Metric] = {
+    "accuracy": _accuracy,
+    "Matthews correlation": _matthews,
+    "F1": _f1,
+    "Pearson": _pearson,
+    "Spearman": _spearman,
+}
+
+
+def _rotten_tomatoes() -> SuiteTask:
+    """Its train split; reported on VADER's movie snippets that are not among it."""
+    train, validation = split_tenth([Row(text, label) for text, label in rotten_tomatoes()])
+    seen = {_letters(row.text) for row in (*train, *validation)}
+    test = [
+        Row(text, int(rating > 0))
+        for text, rating in vader_ratings("movieReviewSnippets")
+        if _letters(text) not in seen and rating
+    ]
+    return SuiteTask(train, validation, _distinct(test))
+
+
+def _vader_tweets() -> SuiteTask:
+    rows = _distinct(Row(text, rating) for text, rating in vader_ratings("tweets"))
+    return SuiteTask(*split_by_hash(rows), is_regression=True)
+
+
+def _bbc_news() -> SuiteTask:
+    return SuiteTask(*split_by_hash(_distinct(_classes(bbc_news()))))
+
+
+def _own(path: Path) -> SuiteTask:
+    """A user's own texts; a tenth for validation, another one to report on."""
+    rest, test = split_tenth(_distinct(read_csv(path)))
+    return SuiteTask(*split_tenth(rest), test)
+
+
+def _official(name: str) -> SuiteTask:
+    """A corpus with a public test split; a tenth of the rest is for validation."""
+    train = _classes(orange_texts(name, "train"))
+    test = _classes(orange_texts(name, "test"))
+    seen = {row.text for row in test}
+    return SuiteTask(*split_tenth([row for row in _distinct(train) if row.text not in seen]), test)
+
+
+def _glue(name: str) -> SuiteTask:
+    """Official validation rows, for GLUE's test labels are not public."""
+    task = load_glue(name)
+    is_regression = name in REGRESSIONS
+    split = split_by_hash if is_regression else split_tenth
+    train, validation, *rest = split(task.train)
+    train = [*train, *(row for rows in rest for row in rows)]
+    return SuiteTask(train, validation[:1000], task.held_out, is_regression)
+
+
+REGRESSIONS = {"stsb"}
+_GLUE_METRICS = {
+    "cola": ("Matthews correlation",),
+    "mrpc": ("F1", "accuracy"),
+    "stsb": ("Pearson", "Spearman"),
+}
+
+SUITES: dict[str, dict[str, Recipe]] = {
+    "offline": {
+        "rotten_tomatoes": Recipe(_rotten_tomatoes, ("accuracy",), 200, 40),
+        "vader_tweets": Recipe(_vader_tweets, ("Pearson",), 150, 32),
+        "r8": Recipe(lambda: _official("reuters-r8"), ("accuracy",), 160, 32),
+        "bbc": Recipe(_bbc_news, ("accuracy",), 80, 32),
+        "20newsgroups": Recipe(lambda: _official("20newsgroups"), ("accuracy",), 300, 64),
+    },
+    "glue": {
+        name: Recipe(
+            lambda name=name: _glue(name),  # type: ignore[misc]
+            _GLUE_METRICS.get(name, ("accuracy",)),
+            steps,
+            128,
+        )
+        for name, steps in zip(
+            ("sst2", "cola", "mrpc", "qnli", "rte", "stsb"),
+            (10_000, 5_000, 2_500, 10_000, 2_500, 4_000),
+            strict=True,
+        )
+    },
+}
+assert SUITES["glue"].keys() == GLUE_COLUMNS.keys()
+
+
+def recipe(suite: str, task: str) -> Recipe:
+    """Return the recipe of a task: one of the suite, or a CSV file with the columns text,label.
+
+    Raises:
+        ValueError: The suite has no such task.
+    """
+    if task.endswith(".csv"):
+        return Recipe(lambda: _own(Path(task)), ("accuracy",), 200, 64)
+    if task not in SUITES[suite]:
+        raise ValueError(
+            f"the suite {suite} has no task {task!r}; it has {[*SUITES[suite]]}, and a task may be "
+            "a file such as my-texts.csv"
+        )
+    return SUITES[suite][task]
+
+
+def split_by_hash(rows: Sequence[Row]) -> tuple[list[Row], list[Row], list[Row]]:
+    """Split into six tenths, one and three, by a hash of the text alone."""
+    rows = sorted(rows, key=lambda row: hashlib.sha256(row.text.encode()).digest())
+    first, second = round(0.6 * len(rows)), round(0.7 * len(rows))
+    return list(rows[:first]), list(rows[first:second]), list(rows[second:])
+
+
+def _classes(pairs: Iterable[tuple[str, str]]) -> list[Row]:
+    """Number the classes in sorted order."""
+    found = list(pairs)
+    names = sorted({name for _, name in found})
+    return [Row(text, names.index(name)) for text, name in found]
+
+
+def _distinct(rows: Iterable[Row]) -> list[Row]:
+    """Leave out later rows with the text of an earlier one."""
+    return list({row.text: row for row in reversed(list(rows))}.values())[::-1]
+
+
+def _letters(text: str) -> str:
+    return re.sub(r"[^a-z0-9]", "", text.lower())

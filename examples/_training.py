@@ -1,0 +1,288 @@
+"""One run of the sweep: train with a method on a task, evaluate, and say what it took."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import statistics
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from _data import Batch, batched, encode, length_grouped_batches, without_padding
+from _methods import adapt, build, method
+from _models import load_classifier, load_tokenizer, locate
+from _report import versions
+from _suite import METRICS, SuiteTask, recipe
+from quickstart import linear_schedule
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from dynalora_optim import DynamicAllocationOptimizer, LiveBytes
+
+EVALUATIONS = 4  # on the first validation rows, over a run
+QUICK = 128  # validation rows of those but the last
+WEIGHED = 20  # one step in so many is weighed
+
+
+@dataclass(frozen=True)
+class Settings:
+    """All that decides a run; two runs with equal settings are the same run."""
+
+    suite: str
+    task: str
+    method: str
+    lr: float
+    seed: int
+    model: str
+    steps: int
+    batch_size: int
+    max_length: int
+    layers: int | None = None
+
+    @property
+    def key(self) -> str:
+        """A short name of all of it."""
+        return hashlib.sha256(json.dumps(asdict(self)).encode()).hexdigest()[:16]
+
+
+@dataclass
+class Work:
+    """A task as a model takes it."""
+
+    source: str
+    pad_token_id: int
+    task: SuiteTask
+    train: list[Batch]
+    validation: list[Batch]
+    test: list[Batch]
+
+
+@lru_cache(maxsize=4)
+def prepare(suite: str, name: str, model: str, max_length: int) -> Work:
+    """Load and tokenize a task."""
+    source = locate(model)
+    tokenizer = load_tokenizer(source)
+    task = recipe(suite, name).load()
+
+    def encoded(rows: Sequence[Any]) -> list[Batch]:
+        return encode(tokenizer, rows, max_length)
+
+    return Work(
+        source,
+        tokenizer.pad_token_id,
+        task,
+        encoded(task.train),
+        encoded(task.validation),
+        encoded(task.test),
+    )
+
+
+def run(settings: Settings) -> dict[str, Any]:
+    """Train and evaluate.
+
+    Returns:
+        ``key``, ``settings``, ``versions``; ``evaluations``: a list of step, loss and metrics on
+        validation rows; ``validation`` and ``test``: the metrics on all rows at the end;
+        ``predictions``: on the test rows, in their order; ``peak_bytes`` and ``saved_bytes``: the
+        most of the steps weighed; ``active_parameters``: those with a gradient, in the mean;
+        ``trainable_parameters``; ``counts``: module -> steps it was active; ``seconds``.
+    """
+    start = time.perf_counter()
+    work = prepare(settings.suite, settings.task, settings.model, settings.max_length)
+    model, optimizer = _start(settings, work)
+    loop = Loop(model, optimizer, settings, work)
+    loop.train()
+    validation, test = loop.judge(work.validation), loop.judge(work.test)
+    loop.close()
+    return {
+        "key": settings.key,
+        "settings": asdict(settings),
+        "versions": versions(),
+        "processes": loop.accelerator.num_processes,
+        "evaluations": loop.evaluations,
+        "validation": validation.metrics,
+        "validation_loss": validation.loss,
+        "test": test.metrics,
+        "predictions": test.predictions,
+        **loop.used(),
+        "seconds": time.perf_counter() - start,
+    }
+
+
+def _start(settings: Settings, work: Work) -> tuple[nn.Module, Optimizer]:
+    """The same head for every method, and the same adapters for every one that has them."""
+    torch.manual_seed(settings.seed)
+    model = load_classifier(
+        work.source,
+        num_labels=work.task.num_labels,
+        pad_token_id=work.pad_token_id,
+        layers=settings.layers,
+    )
+    chosen = method(settings.method)
+    model = adapt(model, chosen.adapts, chosen.top)
+    return model, build(model, chosen, lr=settings.lr, seed=settings.seed)
+
+
+@dataclass(frozen=True)
+class Judged:
+    """What a model is worth on some rows."""
+
+    loss: float
+    metrics: dict[str, float]
+    predictions: list[float]
+
+
+class Loop:
+    """A training loop under Accelerate, on one process or several."""
+
+    def __init__(
+        self, model: nn.Module, optimizer: Optimizer, settings: Settings, work: Work
+    ) -> None:
+        from accelerate import Accelerator
+
+        self.accelerator = Accelerator()
+        self._settings, self._work = settings, work
+        self._bare, self._inner = model, optimizer
+        processes = self.accelerator.num_processes
+        # Accelerate moves the scheduler once for every process.
+        scheduler = linear_schedule(optimizer, settings.steps * processes)
+        self._model, self._optimizer, self._scheduler = self.accelerator.prepare(
+            model, optimizer, scheduler
+        )
+        self.evaluations: list[dict[str, float]] = []
+        self._updated: list[int] = []
+        self._peaks = [0]
+        self._saved = [0]
+        self._seconds: list[float] = []
+
+    def train(self) -> None:
+        """Take all steps, and evaluate now and then."""
+        steps = self._settings.steps
+        every = max(1, steps // EVALUATIONS)
+        quick = self._work.validation[:QUICK]
+        self._model.train()
+        for step, batch in enumerate(self._batches(), start=1):
+            if step % WEIGHED == 2:  # not the first: the optimizer's state is made in it
+                with LiveBytes() as memory:
+                    self._step(batch, memory)
+                self._peaks.append(memory.peak)
+            else:
+                start = time.perf_counter()
+                self._step(batch)
+                self._seconds.append(time.perf_counter() - start)
+            if step % every == 0:
+                judged = self.judge(quick)
+                self.evaluations.append({"step": step, "loss": judged.loss, **judged.metrics})
+
+    def _batches(self) -> Iterator[Batch]:
+        """This process's share of the batches, the same for every method."""
+        processes, place = self.accelerator.num_processes, self.accelerator.process_index
+        size = self._settings.batch_size
+        whole = length_grouped_batches(
+            self._work.train,
+            batch_size=size * processes,
+            steps=self._settings.steps,
+            seed=self._settings.seed,
+        )
+        for batch in whole:
+            mine = {name: field[place * size : (place + 1) * size] for name, field in batch.items()}
+            yield self._placed(without_padding(mine))
+
+    def _placed(self, batch: Batch) -> Batch:
+        return {name: field.to(self.accelerator.device) for name, field in batch.items()}
+
+    def _step(self, batch: Batch, memory: LiveBytes | None = None) -> None:
+        if isinstance(self._inner, DynamicAllocationOptimizer):
+            self._inner.tracker.attention_mask = batch["attention_mask"]
+        with self.accelerator.autocast():
+            loss = self._model(**batch).loss
+        if memory is not None:
+            self._saved.append(memory.live)
+        self.accelerator.backward(loss)
+        parameters = [p for group in self._inner.param_groups for p in group["params"]]
+        self._updated.append(sum(p.numel() for p in parameters if p.grad is not None))
+        self._optimizer.step()
+        self._scheduler.step()
+        self._optimizer.zero_grad()
+
+    @torch.no_grad()
+    def judge(self, rows: list[Batch]) -> Judged:
+        """Evaluate on the rows, shared out among the processes."""
+        from accelerate.utils import gather_object
+
+        self._bare.eval()
+        places = range(self.accelerator.process_index, len(rows), self.accelerator.num_processes)
+        numbered = [{**rows[i], "place": torch.tensor(i)} for i in places]
+        found: list[tuple[int, float, float]] = []  # place, prediction, loss
+        for batch in batched(numbered):
+            place = batch.pop("place").tolist()
+            predicted, losses = self._predict(self._placed(batch))
+            found += zip(place, predicted.tolist(), losses.tolist(), strict=True)
+        self._bare.train()
+        in_order = sorted(gather_object(found))
+        labels = np.array([row["labels"].item() for row in rows])
+        predictions = np.array([prediction for _, prediction, _ in in_order])
+        names = recipe(self._settings.suite, self._settings.task).metrics
+        return Judged(
+            statistics.fmean(loss for *_, loss in in_order),
+            {name: METRICS[name](labels, predictions) for name in names},
+            np.round(predictions, 4).tolist(),
+        )
+
+    def _predict(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Predictions (rows,), classes or ratings, and the loss of each."""
+        labels = batch.pop("labels")
+        logits = self._bare(**batch).logits.float()
+        if self._work.task.is_regression:
+            ratings = logits.squeeze(-1)
+            return ratings, (ratings - labels) ** 2
+        return logits.argmax(-1), nn.functional.cross_entropy(logits, labels, reduction="none")
+
+    def close(self) -> None:
+        """Let go of the model: Accelerate keeps what it has prepared."""
+        if isinstance(self._inner, DynamicAllocationOptimizer):
+            self._inner.close()
+        self.accelerator.free_memory()
+
+    def used(self) -> dict[str, Any]:
+        """What the run took."""
+        parameters = [p for p in self._bare.parameters() if p.requires_grad]
+        dynamic = isinstance(self._inner, DynamicAllocationOptimizer)
+        return {
+            "peak_bytes": max(self._peaks),
+            "saved_bytes": max(self._saved),
+            "active_parameters": statistics.fmean(self._updated),
+            "trainable_parameters": sum(p.numel() for p in parameters),
+            "seconds_per_step": statistics.median(self._seconds),
+            "counts": self._inner.record.counts() if dynamic else {},  # type: ignore[attr-defined]
+        }
+
+
+def append(path: Path, line: dict[str, Any]) -> None:
+    """Add a finished run to a file of JSON lines; after this it survives a kill.
+
+    A line that a kill has cut short is cut off first.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("ab+") as file:
+        file.seek(0)
+        whole = file.read().rfind(b"\n") + 1
+        file.truncate(whole)
+        file.write(json.dumps(line).encode() + b"\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def finished(path: Path) -> list[dict[str, Any]]:
+    """Read the finished runs; a last line that a kill has cut short is none."""
+    if not path.exists():
+        return []
+    text = path.read_text("utf-8")
+    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]

@@ -1,0 +1,232 @@
+"""Fine-tune with many methods on many tasks and seeds, each at its own best learning rate.
+
+    python examples/glue.py --tasks rotten_tomatoes --methods lora,random --seeds 1 --steps 60
+    python examples/glue.py --suite offline --seeds 3 --jobs 2
+    accelerate launch --num_processes 8 examples/glue.py --suite glue --model roberta-base
+
+The offline suite is of real sentences and is not GLUE; --suite glue is, from the hub or its cache.
+A method is tuned on validation rows, over the rates of --lrs, with the first seed; then it runs at
+its best rate with the other seeds. Each finished run is one line of runs.jsonl: a sweep that is
+killed goes on where it was, and no run is done twice. `report.py` makes tables and figures of it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import os
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
+from itertools import product
+from pathlib import Path
+
+import torch
+from _compare import Result, best
+from _hub import go_offline_unless_reachable
+from _methods import METHODS, method
+from _models import DEFAULT_MODEL, needs_hub
+from _setup import positive
+from _suite import SUITES, recipe
+from _training import Settings, append, finished, prepare, run
+from tqdm import tqdm
+
+LRS = (1e-3, 2e-3, 5e-3, 1e-2)  # of the head; a method's own rate is a fixed multiple of it
+DEFAULT_METHODS = (
+    "full,bitfit,lora,static,random,forward,gradient,vera,dynavera,budget-0.40,budget-0.75,"
+    "lisa,badam"
+)
+
+
+class Sweep:
+    """Runs what is not finished yet.
+
+    Args:
+        path: The file of finished runs.
+        jobs: Processes at a time; 1 runs in this one.
+        threads: Of each process.
+    """
+
+    def __init__(self, path: Path, *, jobs: int, threads: int) -> None:
+        self._path, self._jobs, self._threads = path, jobs, threads
+        self._done: dict[str, Result] = {line["key"]: line for line in finished(path)}
+
+    def results(self, wanted: Sequence[Settings], label: str) -> list[Result]:
+        """Return the result of every run, done now or before."""
+        left = [settings for settings in wanted if settings.key not in self._done]
+        with tqdm(total=len(left), desc=label, unit="run", disable=not left) as bar:
+            for line in self._run(left):
+                if is_main():
+                    append(self._path, line)
+                self._done[line["key"]] = line
+                bar.set_postfix_str(describe(line), refresh=False)
+                bar.update()
+        return [self._done[settings.key] for settings in wanted]
+
+    def _run(self, left: Sequence[Settings]) -> Iterator[Result]:
+        if self._jobs == 1 or len(left) < 2:
+            torch.set_num_threads(self._threads)
+            yield from map(run, left)
+            return
+        with (
+            ProcessPoolExecutor(
+                self._jobs,
+                mp_context=multiprocessing.get_context("spawn"),
+                initializer=torch.set_num_threads,
+                initargs=(self._threads,),
+            ) as pool,
+            _cancelled(pool),
+        ):
+            for future in as_completed([pool.submit(run, settings) for settings in left]):
+                yield future.result()
+
+
+@contextmanager
+def _cancelled(pool: ProcessPoolExecutor) -> Iterator[None]:
+    """Start no further run after an error or an interruption."""
+    try:
+        yield
+    except BaseException:
+        pool.shutdown(wait=False, cancel_futures=True)
+        raise
+
+
+def is_main() -> bool:
+    """Whether this process writes, where several train together."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def describe(line: Result) -> str:
+    """Say in a few words what a run came to."""
+    settings, (name, value) = line["settings"], next(iter(line["validation"].items()))
+    return f"{settings['task']} {settings['method']} lr {settings['lr']:g}: {name} {value:.3f}"
+
+
+def sweep(options: argparse.Namespace) -> list[Result]:
+    """Tune every method on every task, then run the other seeds at the best rate."""
+    runner = Sweep(options.output / "runs.jsonl", jobs=options.jobs, threads=options.threads)
+    chosen = []
+    pairs = list(product(options.tasks, options.methods))
+    grid = {
+        (task, name): [settings(options, task, name, lr, seed=0) for lr in options.lrs]
+        for task, name in pairs
+    }
+    runner.results([one for ones in grid.values() for one in ones], "tuning")
+    rest = []
+    for task, name in pairs:
+        tuned = best(runner.results(grid[task, name], ""))
+        chosen.append(tuned)
+        rest += [
+            settings(options, task, name, tuned["settings"]["lr"], seed=seed)
+            for seed in range(1, options.seeds)
+        ]
+    return chosen + runner.results(rest, "seeds")
+
+
+def settings(
+    options: argparse.Namespace, task: str, name: str, lr: float, *, seed: int
+) -> Settings:
+    """Return the settings of one run."""
+    usual = recipe(options.suite, task)
+    return Settings(
+        suite=options.suite,
+        task=task,
+        method=name,
+        lr=lr,
+        seed=seed,
+        model=options.model,
+        steps=options.steps or usual.steps,
+        batch_size=options.batch_size,
+        max_length=options.max_length or usual.max_length,
+        layers=options.layers,
+    )
+
+
+def table(results: Iterable[Result]) -> str:
+    """Lay the results out, a line a run."""
+    lines = [f"{'task':<16} {'method':<32} {'lr':>7} {'seed':>4}  on test rows"]
+    for line in results:
+        s = line["settings"]
+        metrics = ", ".join(f"{name} {value:.4f}" for name, value in line["test"].items())
+        lines.append(f"{s['task']:<16} {s['method']:<32} {s['lr']:>7g} {s['seed']:>4}  {metrics}")
+    return "\n".join(lines)
+
+
+def names(text: str) -> list[str]:
+    """Read names with commas between them; those in an option's value belong to it."""
+    found: list[str] = []
+    for part in text.split(","):
+        if "=" in part and "@" not in part and found:
+            found[-1] += f",{part}"
+        else:
+            found.append(part)
+    return found
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(
+        description=(__doc__ or "").splitlines()[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        epilog=f"methods: {', '.join(METHODS)}; options after an @, as in forward@active=4",
+    )
+    add = parser.add_argument
+    add("--suite", choices=SUITES, default="offline", help="of real sentences, or GLUE")
+    add("--tasks", type=names, help="names with commas, or CSV files; None: all of the suite")
+    add("--methods", type=names, default=DEFAULT_METHODS, help="names with commas")
+    add("--seeds", type=positive, default=3, help="runs of a method on a task")
+    add("--lrs", type=_rates, default=LRS, help="learning rates to choose from, with commas")
+    add("--model", default=DEFAULT_MODEL, help="hub id or local folder")
+    add("--steps", type=positive, help="optimizer steps; None: those of the task")
+    add("--batch-size", type=positive, default=16, help="rows a step and process")
+    add("--max-length", type=positive, help="tokens a row; None: those of the task")
+    add("--layers", type=positive, help="keep the first so many blocks only, for a quick look")
+    add("--jobs", type=positive, default=1, help="runs at a time")
+    add("--threads", type=positive, default=1, help="of each run, on a CPU")
+    add("--output", type=Path, default=Path("runs/glue"), help="folder for the finished runs")
+    options = parser.parse_args(arguments)
+    options.tasks = options.tasks or list(SUITES[options.suite])
+    return options
+
+
+def _rates(text: str) -> tuple[float, ...]:
+    return tuple(map(float, text.split(",")))
+
+
+def check(options: argparse.Namespace) -> None:
+    """Look at all that is asked for before the first run.
+
+    Raises:
+        OSError: It cannot be had.
+        ValueError: There is no such thing.
+    """
+    for name in options.methods:
+        method(name)
+    for task in options.tasks:
+        recipe(options.suite, task)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and options.jobs > 1:
+        raise ValueError(f"--jobs {options.jobs}: processes that train together do one run a time")
+    if options.suite == "glue" or needs_hub(options.model):
+        go_offline_unless_reachable()
+    for task in options.tasks:  # fetched and cached here, not in every job
+        one = settings(options, task, options.methods[0], options.lrs[0], seed=0)
+        prepare(one.suite, one.task, one.model, one.max_length)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the sweep and print a line a run."""
+    options = parse(arguments)
+    try:
+        check(options)
+    except (OSError, ValueError) as error:
+        sys.exit(f"glue: {error}")
+    results = sweep(options)
+    if is_main():
+        print(table(results))
+        print(f"results in {options.output}/; next: python examples/report.py {options.output}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

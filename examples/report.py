@@ -1,0 +1,154 @@
+"""Make tables and figures of a sweep that `glue.py` has run.
+
+    python examples/report.py runs/glue
+    python examples/report.py runs/glue --pairs forward:random budget-0.40:static
+
+Every method stands at the learning rate that suits it best on validation rows; differences are
+paired (the same test rows, the same seeds) with a 95% interval by bootstrap.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from _compare import Difference, Sweep
+from _figures import FIGURES, save
+from _training import finished
+
+
+def main_table(sweep: Sweep, reference: str) -> str:
+    """One row a method: quality by task, what it took, and its difference to the reference."""
+    head = [
+        *("method", *sweep.tasks, "mean", "active parameters", "peak", "after forward"),
+        f"difference to {reference}",
+    ]
+    return markdown(head, [_row(sweep, name, reference) for name in sweep.methods])
+
+
+def _row(sweep: Sweep, name: str, reference: str) -> list[str]:
+    shared = sweep.shared(name, reference)
+    partial = "" if len(shared) == len(sweep.tasks) else "†"
+    cells = [sweep.cells[name, task] for task in sweep.shared(name)]
+    row = [name, *_qualities(sweep, name)]
+    row.append(f"{100 * sweep.average(name, shared):.1f}{partial}" if shared else "-")
+    row.append(f"{statistics.fmean(cell.average('active_parameters') for cell in cells):,.0f}")
+    for size in ("peak_bytes", "saved_bytes"):
+        row.append(f"{_ratio(sweep, name, reference, size):.2f}" if shared else "-")
+    compared = name != reference and shared
+    row.append(interval(sweep.difference(name, reference)) + partial if compared else "-")
+    return row
+
+
+def _qualities(sweep: Sweep, name: str) -> Iterator[str]:
+    for task in sweep.tasks:
+        cell = sweep.cells.get((name, task))
+        spread = f" ± {100 * cell.deviation:.1f}" if cell and len(cell.runs) > 1 else ""
+        yield f"{100 * cell.mean:.1f}{spread}" if cell else "-"
+
+
+def _ratio(sweep: Sweep, name: str, reference: str, size: str) -> float:
+    return statistics.fmean(
+        sweep.cells[name, task].largest(size) / sweep.cells[reference, task].largest(size)
+        for task in sweep.shared(name, reference)
+    )
+
+
+def interval(difference: Difference) -> str:
+    """Write a difference in hundredths, and its interval."""
+    value, low, high = (100 * x for x in (difference.value, difference.low, difference.high))
+    return f"{value:+.1f} [{low:+.1f}, {high:+.1f}]"
+
+
+def rates(sweep: Sweep) -> str:
+    """The rate that each method was tuned to."""
+    rows = [
+        [name, *(f"{c.lr:g}" if (c := sweep.cells.get((name, t))) else "-" for t in sweep.tasks)]
+        for name in sweep.methods
+    ]
+    return markdown(["learning rate of the head", *sweep.tasks], rows)
+
+
+def pairs_table(sweep: Sweep, pairs: Sequence[str]) -> str:
+    """Paired differences between any two methods, ``a:b`` for a less b.
+
+    Raises:
+        ValueError: A method has no runs.
+    """
+    rows = []
+    for pair in pairs:
+        mine, _, theirs = pair.partition(":")
+        found = sweep.difference(mine, theirs)
+        rows.append([mine, theirs, interval(found), ", ".join(found.tasks)])
+    return markdown(["method", "less", "difference x 100", "tasks"], rows)
+
+
+def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Lay a table out."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def report(sweep: Sweep, reference: str, pairs: Sequence[str], folder: Path) -> str:
+    """Draw the figures into ``folder`` and return the report."""
+    metrics = {sweep.cells[name, task].metric for name, task in sweep.cells}
+    seeds = max(len(cell.runs) for cell in sweep.cells.values())
+    parts = [
+        f"# The sweep on the suite {sweep.suite}",
+        f"Test metric x 100 ({', '.join(sorted(metrics))}), mean ± standard deviation over up to "
+        f"{seeds} seeds. *Peak*: most bytes alive in a step above what existed before it; *after "
+        f"forward*: bytes alive between forward and backward; both in units of {reference}'s. "
+        "Differences are paired, with 95% intervals over test rows and seeds. †: over the tasks "
+        f"that {reference} has as well.",
+        main_table(sweep, reference),
+        rates(sweep),
+    ]
+    if pairs:
+        parts.append(pairs_table(sweep, pairs))
+    for figure in FIGURES:
+        path = save(figure, sweep, reference, folder)
+        if path:
+            parts.append(f"![{figure.title}]({path.name})")
+        else:
+            parts.append(
+                f"{figure.title}: no runs; `python examples/glue.py --methods {figure.methods}` "
+                "makes them."
+            )
+    return "\n\n".join(parts) + "\n"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Write report.md and the figures; print the main table."""
+    parser = argparse.ArgumentParser(
+        description=(__doc__ or "").splitlines()[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("folder", type=Path, help="what glue.py wrote to")
+    parser.add_argument("--output", type=Path, help="folder of the report; None: the same")
+    parser.add_argument("--reference", default="lora", help="the method to compare with")
+    parser.add_argument("--pairs", nargs="+", default=[], metavar="A:B", help="more to compare")
+    options = parser.parse_args(arguments)
+    folder = options.output or options.folder
+    try:
+        sweep = Sweep(finished(options.folder / "runs.jsonl"))
+        for name in [options.reference, *(m for pair in options.pairs for m in pair.split(":"))]:
+            if name not in sweep.methods:
+                raise ValueError(f"there are no runs of {name}; there are of {sweep.methods}")
+        folder.mkdir(parents=True, exist_ok=True)
+        text = report(sweep, options.reference, options.pairs, folder)
+    except (OSError, ValueError) as error:
+        sys.exit(f"report: {error}")
+    beside = folder / f".report.md.{os.getpid()}"
+    beside.write_text(text, "utf-8")
+    beside.replace(folder / "report.md")
+    print(main_table(sweep, options.reference))
+    print(f"report and figures in {folder}/")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,198 @@
+"""The report of a sweep: rates, means, paired intervals and figures, of runs known by hand."""
+
+import importlib
+import json
+import re
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+pytest.importorskip("transformers")
+pytest.importorskip("matplotlib")
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+sys.path.insert(0, str(EXAMPLES))  # where Python puts it for a script there
+_compare = importlib.import_module("_compare")
+_data = importlib.import_module("_data")
+_suite = importlib.import_module("_suite")
+report = importlib.import_module("report")
+
+ROWS = 400
+LABELS = [i % 2 for i in range(ROWS)]
+
+
+@pytest.fixture(autouse=True)
+def tasks(monkeypatch):
+    """Two tasks whose test rows have the labels above."""
+    rows = [_data.Row(str(i), label) for i, label in enumerate(LABELS)]
+    task = _suite.Recipe(lambda: _suite.SuiteTask([], [], rows), ("accuracy",), 4, 8)
+    monkeypatch.setitem(_suite.SUITES, "offline", {"easy": task, "hard": task})
+    _compare.labels.cache_clear()
+    yield
+    _compare.labels.cache_clear()
+
+
+def line(method="lora", task="easy", lr=1e-3, seed=0, *, wrong=(), validation=0.5, **other):
+    """A finished run that errs on the test rows in ``wrong``."""
+    predictions = [float(1 - y if i in wrong else y) for i, y in enumerate(LABELS)]
+    settings = {
+        **{"suite": "offline", "task": task, "method": method, "lr": lr, "seed": seed},
+        **{"model": "m", "steps": 4, "batch_size": 2, "max_length": 8, "layers": None},
+    }
+    found = {
+        "settings": settings,
+        "evaluations": [{"step": s, "loss": 1 / s, "accuracy": 0.5} for s in (2, 4)],
+        "validation": {"accuracy": validation},
+        "validation_loss": 0.5,
+        "test": {"accuracy": 1 - len(wrong) / ROWS},
+        "predictions": predictions,
+        "peak_bytes": 100,
+        "saved_bytes": 80,
+        "active_parameters": 10.0,
+        "counts": {},
+    }
+    return {**found, **other}
+
+
+def test_a_method_stands_at_the_rate_that_validation_rows_chose():
+    lines = [
+        line(lr=1e-3, wrong=range(40), validation=0.8),
+        line(lr=2e-3, wrong=range(80), validation=0.9),
+        line(lr=5e-3, wrong=range(0), validation=0.9, validation_loss=0.6),
+        line(lr=2e-3, seed=1, wrong=range(120)),
+        line(lr=1e-3, seed=1, validation=1.0),  # of another sweep; the first seed decides
+    ]
+    cell = _compare.Sweep(lines).cells["lora", "easy"]
+    assert cell.lr == 2e-3
+    assert cell.scores == pytest.approx([0.8, 0.7])
+    assert cell.mean == pytest.approx(0.75)
+    assert cell.deviation == pytest.approx(0.1 / 2**0.5)
+
+
+def test_equal_predictions_differ_by_exactly_nothing():
+    both = [line(name, wrong=range(50), seed=seed) for name in ("a", "b") for seed in range(3)]
+    difference = _compare.Sweep(both).difference("a", "b")
+    assert (difference.value, difference.low, difference.high) == (0, 0, 0)
+
+
+def test_the_interval_is_that_of_the_paired_rows():
+    """b errs where a does and on d rows more: the difference has the variance of d among n."""
+    extra = 60
+    lines = [
+        line("a", wrong=range(50)),
+        line("b", wrong=range(50 + extra)),
+    ]
+    difference = _compare.Sweep(lines).difference("a", "b")
+    share = extra / ROWS
+    half = 1.96 * (share * (1 - share) / ROWS) ** 0.5
+    assert difference.value == pytest.approx(share)
+    assert difference.low == pytest.approx(share - half, abs=half / 5)
+    assert difference.high == pytest.approx(share + half, abs=half / 5)
+
+
+def test_seeds_are_drawn_too_and_only_those_of_both():
+    lines = [line("a", seed=seed) for seed in range(3)]
+    lines += [line("b", seed=seed, wrong=range(100 * seed)) for seed in (0, 1, 2, 3)]
+    difference = _compare.Sweep(lines).difference("a", "b")
+    assert difference.value == pytest.approx(0.25)  # seeds 0, 1, 2: 0, 0.25, 0.5
+    assert difference.low < 0.1  # by rows alone it would be 0.22
+    assert difference.high > 0.4
+
+
+def test_a_method_without_a_task_is_compared_over_those_it_has():
+    lines = [line("lora", task) for task in ("easy", "hard")]
+    lines.append(line("vera", "easy", wrong=range(4)))
+    sweep = _compare.Sweep(lines)
+    assert sweep.difference("vera", "lora").tasks == ("easy",)
+    rows = report.main_table(sweep, "lora").splitlines()
+    assert rows[2].split(" | ")[1:4] == ["100.0", "100.0", "100.0"]
+    cells = rows[3].strip("| ").split(" | ")
+    assert cells[:4] == ["vera", "99.0", "-", "99.0†"]
+    assert cells[-1].startswith("-1.0 [")
+    assert cells[-1].endswith("†")
+
+
+def test_sizes_are_in_units_of_the_references():
+    lines = [line("lora"), line("static", peak_bytes=40, saved_bytes=20)]
+    row = report.main_table(_compare.Sweep(lines), "lora").splitlines()[-1]
+    assert "| 0.40 | 0.25 |" in row
+
+
+def test_runs_of_other_settings_are_not_thrown_together():
+    other = line(seed=1)
+    other["settings"]["steps"] = 8
+    with pytest.raises(ValueError, match=r"easy differ.*'steps': 4.*'steps': 8.*folders"):
+        _compare.Sweep([line(), other])
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(_compare, "DRAWS", 100)
+    counts = {f"encoder.layer.{i}.attention.self.{kind}": i for i in range(4) for kind in "qv"}
+    names = [
+        "lora",
+        "static",
+        "forward",
+        "forward@active=2",
+        "forward@active=4",
+        "forward@period=5",
+    ]
+    names.append("forward@allocator=topk,active=2")
+    lines = [
+        line(name, task, seed=seed, wrong=range(i), counts=counts if "@" not in name else {})
+        for i, name in enumerate(names)
+        for task in ("easy", "hard")
+        for seed in range(2)
+    ]
+    text = "".join(json.dumps(found) + "\n" for found in lines)
+    (tmp_path / "runs.jsonl").write_text(text + text[:100], "utf-8")  # half a last line
+    return tmp_path
+
+
+def test_all_tables_and_figures_are_written(folder, capsys):
+    assert report.main([str(folder), "--pairs", "forward:static"]) == 0
+    text = (folder / "report.md").read_text("utf-8")
+    assert {path.name for path in folder.iterdir()} == {
+        *("runs.jsonl", "report.md", *(f"figure{i}.png" for i in range(1, 6)))
+    }
+    for i in range(1, 6):
+        assert f"](figure{i}.png)" in text
+        assert (folder / f"figure{i}.png").read_bytes()[:4] == b"\x89PNG"
+    assert re.search(r"\| forward \| static \| -0\.[23] \[", text)  # -0.25
+    assert "| learning rate of the head | easy | hard |" in text
+    assert "| forward@active=4 |" in capsys.readouterr().out
+
+
+def test_a_figure_without_runs_says_how_to_make_them(tmp_path):
+    (tmp_path / "runs.jsonl").write_text(json.dumps(line()) + "\n", "utf-8")
+    assert report.main([str(tmp_path), "--output", str(tmp_path / "out")]) == 0
+    text = (tmp_path / "out" / "report.md").read_text("utf-8")
+    assert "Periods: no runs; `python examples/glue.py --methods forward@period=10" in text
+    assert [path.name for path in (tmp_path / "out").glob("*.png")] == ["figure1.png"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nowhere"], "there are no finished runs"),
+        (["", "--reference", "vera"], r"there are no runs of vera; there are of \['lora'"),
+        (["", "--pairs", "lora:vera"], "there are no runs of vera"),
+    ],
+)
+def test_bad_input_ends_in_one_sentence(arguments, message, folder):
+    where, *more = arguments
+    with pytest.raises(SystemExit, match=f"^report: {message}"):
+        report.main([str(folder / where), *more])
+
+
+def test_bootstrap_of_a_correlation_takes_rows_of_both_together():
+    truth = np.linspace(0, 1, 50)
+    noise = np.random.default_rng(0).normal(size=50)
+    runs = [{"test": {"Pearson": 0}, "predictions": (truth + s * noise).tolist()} for s in (0, 1)]
+    drawn = _compare.bootstrap(truth, runs[:1], runs[1:], np.random.default_rng(0))
+    assert drawn.shape == (1000,)
+    assert (drawn > 0).all()
+    expected = 1 - np.corrcoef(truth, truth + noise)[0, 1]
+    assert drawn.mean() == pytest.approx(expected, abs=0.05)
