@@ -120,7 +120,7 @@ LLAMA = Shape(
     length=512,
     rank=16,
     targets="all-linear",
-    budgets=((0.75, 1.0), (0.4, 1.0), (0.175, 1.0), (0.1, 1.0), (0.4, 0.6)),
+    budgets=((0.75, 1.0), (0.4, 1.0), (0.175, 1.0), (0.11, 1.0), (0.4, 0.6)),
     slack=0.03,
     control_draws=4,  # of 112 modules: they differ little
 )

@@ -87,18 +87,25 @@ def finished(process: subprocess.Popen[str]) -> str:
 
 
 def kill_when(ready: Callable[[], bool], process: subprocess.Popen[str]) -> None:
-    """SIGKILL ``process`` and all that it started as soon as ``ready()``."""
+    """SIGKILL ``process`` and all that it started as soon as ``ready()``, or when time is up."""
+    end = time.monotonic() + 300
+    try:
+        while not ready():
+            assert process.poll() is None, process.communicate()[0]
+            assert time.monotonic() < end, "it is not ready after five minutes"
+            time.sleep(0.005)
+    finally:
+        if process.poll() is None:
+            _kill_all(process)
+    assert process.returncode == -signal.SIGKILL
+
+
+def _kill_all(process: subprocess.Popen[str]) -> None:
     import psutil
 
-    end = time.monotonic() + 120
-    while not ready():
-        assert process.poll() is None, process.communicate()[0]
-        assert time.monotonic() < end
-        time.sleep(0.005)
     launcher = psutil.Process(process.pid)
     workers = launcher.children(recursive=True)  # in sessions of their own: killed one by one
     for victim in [launcher, *workers]:
         victim.send_signal(signal.SIGKILL)
     psutil.wait_procs(workers, timeout=30)
     process.communicate()
-    assert process.returncode == -signal.SIGKILL

@@ -419,6 +419,7 @@ def train_on_both(outside: str) -> dict[str, torch.Tensor]:
     return weights(model)
 
 
+@pytest.mark.distributed
 def test_two_processes_train_as_one_that_sees_both_batches():
     start = weights(LanguageModel().double())
     ranks = on_ranks(train_on_rank)

@@ -1,10 +1,17 @@
-"""DeepSpeed ZeRO is refused. It needs a GPU toolchain to install, so a stand-in takes its place."""
+"""DeepSpeed ZeRO is refused. Few have it installed, so a stand-in takes its place in fast tests."""
 
 from __future__ import annotations
 
+import importlib.util
+import os
+import re
+
 import pytest
 import torch
-from toy import ToyModel, same, weights, wrapped
+from processes import on_ranks
+from toy import ToyModel, batch, same, weights, wrapped
+
+REFUSAL = r"DeepSpeed ZeRO flattens.*use DDP or FSDP2"
 
 
 def flatten_as_zero_does(optimizer: torch.optim.Optimizer) -> None:
@@ -31,8 +38,43 @@ def test_flattened_groups_are_refused_before_anything_moves(lr):
     model = ToyModel()
     optimizer = wrapped(model, lr=lr, active=2, period=1)
     before = weights(model)
-    with pytest.raises(RuntimeError, match=r"DeepSpeed ZeRO flattens.*use DDP or FSDP2"):
+    with pytest.raises(RuntimeError, match=REFUSAL):
         flatten_as_zero_does(optimizer)
     assert same(weights(model), before)
     assert len(optimizer.record) == 1
     assert not optimizer.state
+
+
+def step_with_zero(rank: int, stage: int) -> tuple[str, int]:
+    """Let DeepSpeed take over and train; return what stops it, and the selections by then."""
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", DS_ACCELERATOR="cpu")
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0")  # asked for, but not used
+    import deepspeed
+
+    model = ToyModel()
+    optimizer = wrapped(model, active=2, period=1)
+    config = {
+        "train_batch_size": 8,
+        "bf16": {"enabled": True},
+        "zero_optimization": {"stage": stage},
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+    }
+    engine, *_ = deepspeed.initialize(
+        model=model, optimizer=optimizer, config=config, dist_init_required=False
+    )
+    engine.backward(engine(batch(rank).bfloat16()).float().square().mean())
+    with pytest.raises(RuntimeError) as stopped:
+        engine.step()
+    return str(stopped.value), len(optimizer.record)
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+@pytest.mark.skipif(not importlib.util.find_spec("deepspeed"), reason="DeepSpeed is not installed")
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_deepspeed_itself_is_refused_in_its_first_step(stage):
+    for found in on_ranks(step_with_zero, stage):
+        assert isinstance(found, tuple), found
+        assert re.search(REFUSAL, found[0])
+        assert found[1] == 1

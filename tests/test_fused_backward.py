@@ -321,6 +321,7 @@ def refused_on_rank(rank: int) -> tuple[str, bool]:
     return "", False
 
 
+@pytest.mark.distributed
 def test_several_ranks_are_refused_before_anything_moves():
     for message, unmoved in on_ranks(refused_on_rank):
         assert "ranks average their gradients after the backward pass" in message

@@ -401,6 +401,7 @@ def assert_resumed(found, expected, *, exact: bool) -> None:
         torch.testing.assert_close(weights_found[name], value, atol=0 if exact else 1e-9, rtol=0)
 
 
+@pytest.mark.distributed
 def test_two_ranks_resume_on_two_and_on_one(saved):
     two, _, straight, _ = saved
     for found, expected in zip(on_ranks(train_and_save, two, 4, 8), straight, strict=True):
@@ -408,6 +409,7 @@ def test_two_ranks_resume_on_two_and_on_one(saved):
     assert_resumed(train_and_save(None, two, 4, 8), straight[0], exact=False)
 
 
+@pytest.mark.distributed
 def test_one_process_resumes_on_two_ranks(saved):
     _, one, _, straight = saved
     for found in on_ranks(train_and_save, one, 4, 8):
