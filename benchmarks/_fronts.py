@@ -37,14 +37,16 @@ def worst_ratio(ours: Sequence[Point], peers: Sequence[Point], steps: int = 1000
     """Return the largest of our cost over the peers', at any memory that the peers' front spans.
 
     The peers are given the lines between their points (a mixture of two settings), ours only the
-    points themselves: at each memory the cheapest row whose peak is no higher.
+    points themselves: at each memory the cheapest row whose peak is no higher. Peaks are compared
+    to three decimals, as they are printed: the scores of the modules are a few hundred bytes.
     """
     front = pareto(peers)
     low, high = front[0][0], front[-1][0]
     worst = 0.0
     for step in range(steps + 1):
         memory = low + (high - low) * step / steps
-        cost = min((cost for peak, cost in ours if peak <= memory), default=math.inf)
+        fit = (cost for peak, cost in ours if round(peak, 3) <= round(memory, 3))
+        cost = min(fit, default=math.inf)
         worst = max(worst, cost / between(peers, memory))
     return worst
 

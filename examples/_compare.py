@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
@@ -10,10 +11,10 @@ from functools import cache
 from typing import Any
 
 import numpy as np
-from _suite import METRICS, recipe
+from _bootstrap import bootstrap
+from _suite import recipe
 
 Result = dict[str, Any]
-DRAWS = 1000
 SHARED = ("suite", "model", "steps", "batch_size", "max_length", "layers")
 
 
@@ -88,6 +89,7 @@ class Sweep:
             raise ValueError("there are no finished runs; python examples/glue.py makes some")
         self.suite = next(iter(kinds.values()))["suite"]
         self.tasks = list(kinds)
+        self.kinds = kinds
         self.cells = {key: at_best_rate(found) for key, found in runs.items()}
         self.methods = list(dict.fromkeys(name for name, _ in self.cells))
 
@@ -111,38 +113,47 @@ class Sweep:
         if not tasks:
             raise ValueError(f"{method} and {reference} have no task in common")
         generator = np.random.default_rng(seed)
-        drawn, values = np.zeros(DRAWS), []
+        values, draws = [], []
         for task in tasks:
             mine, theirs = paired(self.cells[method, task], self.cells[reference, task])
-            values.append(
-                statistics.fmean(run["test"][self.cells[method, task].metric] for run in mine)
-                - statistics.fmean(run["test"][self.cells[method, task].metric] for run in theirs)
-            )
+            values.append(Cell(mine).mean - Cell(theirs).mean)
             truth = labels(self.suite, task)
-            drawn += bootstrap(truth, mine, theirs, generator) / len(tasks)
-        low, high = np.percentile(drawn, [2.5, 97.5])
+            if wrong := {len(run["predictions"]) for run in (*mine, *theirs)} - {len(truth)}:
+                raise ValueError(
+                    f"runs of {task} predict {wrong.pop()} test rows, of which there are "
+                    f"{len(truth)}: the task has changed since; run it again"
+                )
+            draws.append(bootstrap(truth, mine, theirs, generator))
+        low, high = np.percentile(np.mean(draws, axis=0), [2.5, 97.5])
         return Difference(statistics.fmean(values), float(low), float(high), tasks)
 
 
 def at_best_rate(runs: Sequence[Result]) -> Cell:
-    """Return the runs at the rate that did best on validation rows with the first seed."""
+    """Return the runs at the rate that did best on validation rows with the first seed.
+
+    Of a seed that ran twice, the later run.
+    """
     first = min(run["settings"]["seed"] for run in runs)
     tuned = best(run for run in runs if run["settings"]["seed"] == first)
     lr = tuned["settings"]["lr"]
-    chosen = [run for run in runs if run["settings"]["lr"] == lr]
-    return Cell(tuple(sorted(chosen, key=lambda run: run["settings"]["seed"])))
+    chosen = {run["settings"]["seed"]: run for run in runs if run["settings"]["lr"] == lr}
+    return Cell(tuple(chosen[seed] for seed in sorted(chosen)))
 
 
 def best(runs: Iterable[Result]) -> Result:
-    """Return the run that is best by the metric on validation rows, then by their loss."""
+    """Return the run that is best by the metric on validation rows, then by their loss.
+
+    One that has diverged, with nan for either, is the last to be chosen.
+    """
 
     def worth(run: Result) -> tuple[float, float]:
-        return next(iter(run["validation"].values())), -run["validation_loss"]
+        found = next(iter(run["validation"].values())), -run["validation_loss"]
+        return (-math.inf, -math.inf) if any(map(math.isnan, found)) else found
 
     return max(runs, key=worth)
 
 
-def paired(mine: Cell, theirs: Cell) -> tuple[list[Result], list[Result]]:
+def paired(mine: Cell, theirs: Cell) -> tuple[tuple[Result, ...], tuple[Result, ...]]:
     """Return the runs with the seeds that both have, in one order.
 
     Raises:
@@ -151,31 +162,7 @@ def paired(mine: Cell, theirs: Cell) -> tuple[list[Result], list[Result]]:
     ours, others = ({run["settings"]["seed"]: run for run in c.runs} for c in (mine, theirs))
     if not (seeds := sorted(ours.keys() & others.keys())):
         raise ValueError("two methods share no seed; run both with the same --seeds")
-    return [ours[seed] for seed in seeds], [others[seed] for seed in seeds]
-
-
-def bootstrap(
-    truth: np.ndarray,
-    mine: Sequence[Result],
-    theirs: Sequence[Result],
-    generator: np.random.Generator,
-) -> np.ndarray:
-    """Return the difference of a task's metric in each draw of seeds and rows, (DRAWS,)."""
-    metric = METRICS[next(iter(mine[0]["test"]))]
-    predictions = [
-        (np.array(a["predictions"]), np.array(b["predictions"]))
-        for a, b in zip(mine, theirs, strict=True)
-    ]
-
-    def draw() -> float:
-        rows = generator.integers(len(truth), size=len(truth))
-        seeds = generator.integers(len(predictions), size=len(predictions))
-        pairs = [predictions[seed] for seed in seeds]
-        return statistics.fmean(
-            metric(truth[rows], a[rows]) - metric(truth[rows], b[rows]) for a, b in pairs
-        )
-
-    return np.array([draw() for _ in range(DRAWS)])
+    return tuple(ours[seed] for seed in seeds), tuple(others[seed] for seed in seeds)
 
 
 @cache

@@ -5,17 +5,16 @@ from __future__ import annotations
 import re
 import statistics
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from _compare import Cell, Sweep
-from _methods import METHODS, method
+from _curves import Draw, by_option, legend, memory, panels, styles
+from _methods import METHODS
 
-# Okabe and Ito's colours, told apart by all; then the same with other dashes.
-COLOURS = ["#000000", "#E69F00", "#56B4E9", "#009E73", "#D55E00", "#0072B2", "#CC79A7"]
-DASHES = ["-", "--", ":"]
+HEATMAPS_ACROSS = 5
 
 
 @dataclass(frozen=True)
@@ -31,7 +30,7 @@ class Figure:
 
     name: str
     title: str
-    draw: Callable[[Sweep, str, Any], bool]
+    draw: Draw
     methods: str
 
 
@@ -40,12 +39,13 @@ def save(figure: Figure, sweep: Sweep, reference: str, folder: Path) -> Path | N
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure as Canvas
 
-    canvas = Canvas(layout="constrained")
+    canvas = Canvas(layout="constrained", dpi=150)
     FigureCanvasAgg(canvas)
-    if not figure.draw(sweep, reference, canvas):
-        return None
     path, beside = folder / f"{figure.name}.png", folder / f".{figure.name}.tmp.png"
-    canvas.savefig(beside, dpi=150)
+    if not figure.draw(sweep, reference, canvas):
+        path.unlink(missing_ok=True)  # of an earlier report
+        return None
+    canvas.savefig(beside)
     return beside.replace(path)
 
 
@@ -54,16 +54,15 @@ def _losses(sweep: Sweep, reference: str, canvas: Any) -> bool:
     plain = [name for name in sweep.methods if name in METHODS]
     if not plain:
         return False
-    canvas.set_size_inches(4.2 * len(sweep.tasks) + 1.8, 4)
-    panels = canvas.subplots(1, len(sweep.tasks), squeeze=False)[0]
-    for axes, task in zip(panels, sweep.tasks, strict=True):
-        for style, name in zip(_styles(), plain, strict=False):
+    look = dict(zip(plain, styles(), strict=False))
+    tasks = [t for t in sweep.tasks if any((name, t) in sweep.cells for name in plain)]
+    for axes, task in zip(panels(canvas, tasks, width=4.0, height=4.0), tasks, strict=True):
+        for name in plain:
             if (name, task) in sweep.cells:
-                axes.plot(*_curve(sweep.cells[name, task]), label=name, **style)
-        axes.set(title=task, xlabel="step", ylabel="validation loss", yscale="log")
-        axes.grid(alpha=0.3, which="both")
-    handles = {label: line for axes in panels for line, label in zip(*_legend(axes), strict=True)}
-    canvas.legend(handles.values(), handles.keys(), loc="outside right center", fontsize="small")
+                axes.plot(*_curve(sweep.cells[name, task]), label=name, **look[name])
+        axes.set(xlabel="step", ylabel="validation loss")
+        axes.locator_params(axis="x", integer=True)
+    legend(canvas)
     return True
 
 
@@ -76,127 +75,82 @@ def _curve(cell: Cell) -> tuple[list[int], list[float]]:
     return list(at), [statistics.fmean(losses) for losses in at.values()]
 
 
-def _memory(sweep: Sweep, reference: str, canvas: Any) -> bool:
-    """The peak against the quality, a point a method."""
-    tasks = sweep.shared(reference)
-    names = [name for name in sweep.methods if sweep.shared(name, reference) == tasks]
-    if len(names) < 2:
-        return False
-    canvas.set_size_inches(8.5, 5)
-    axes = canvas.subplots()
-    for style, name in zip(_styles(), names, strict=False):
-        peak = statistics.fmean(
-            sweep.cells[name, t].largest("peak_bytes")
-            / sweep.cells[reference, t].largest("peak_bytes")
-            for t in tasks
-        )
-        marker = {"marker": "osD"[DASHES.index(style.pop("linestyle"))], "linestyle": "none"}
-        axes.plot([peak], [100 * sweep.average(name, tasks)], label=name, **style, **marker)
-    axes.set(
-        xlabel=f"largest peak of a step, in units of {reference}'s",
-        ylabel="test metric x 100, mean over tasks",
-        title="Memory against quality",
-    )
-    axes.set_xlim(left=0)
-    axes.grid(alpha=0.3)
-    canvas.legend(loc="outside right center", fontsize="small")
-    return True
-
-
-def _by_option(option: str, series: str, xlabel: str) -> Callable[[Sweep, str, Any], bool]:
-    """The quality against a numeric option, a line for each value of ``series``."""
-
-    def draw(sweep: Sweep, reference: str, canvas: Any) -> bool:
-        lines: dict[str, dict[float, float]] = defaultdict(dict)
-        for name in sweep.methods:
-            allocation = method(name).allocation or {}
-            shared = sweep.shared(name, reference)
-            if f"{option}=" in name and shared:
-                label = str(allocation.get(series, "discounted")) if series else name.split("@")[0]
-                lines[label][float(allocation[option])] = 100 * sweep.average(name, shared)
-        if not lines:
-            return False
-        canvas.set_size_inches(6.5, 4)
-        _draw_lines(canvas.subplots(), lines, xlabel)
-        canvas.legend(loc="outside right center", fontsize="small")
-        return True
-
-    return draw
-
-
-def _draw_lines(axes: Any, lines: Mapping[str, Mapping[float, float]], xlabel: str) -> None:
-    for style, (label, points) in zip(_styles(), lines.items(), strict=False):
-        xs = sorted(points)
-        axes.plot(xs, [points[x] for x in xs], marker="o", label=label, **style)
-    axes.set(xlabel=xlabel, ylabel="test metric x 100, mean over tasks")
-    axes.locator_params(axis="x", integer=True)
-    axes.grid(alpha=0.3)
-
-
 def _heatmaps(sweep: Sweep, reference: str, canvas: Any) -> bool:
     """The share of the steps in which each module was active, a panel a method."""
     shown = {}
     for name in sweep.methods:
         cells = [sweep.cells[name, task] for task in sweep.shared(name)]
-        if name in METHODS and any(cell.runs[0]["counts"] for cell in cells):
+        if name in METHODS and any(run["counts"] for cell in cells for run in cell.runs):
             shown[name] = _shares(cells)
     if not shown:
         return False
-    canvas.set_size_inches(1.5 + 1.9 * len(shown), 4.2)
-    panels = canvas.subplots(1, len(shown), squeeze=False)[0]
-    for axes, (name, shares) in zip(panels, shown.items(), strict=True):
+    across = min(HEATMAPS_ACROSS, len(shown))
+    down = -(-len(shown) // across)
+    layers, modules = (max(len({k[i] for k in s}) for s in shown.values()) for i in (0, 1))
+    canvas.set_size_inches(
+        1.6 + across * max(1.9, 0.5 + 0.5 * modules), down * (1.6 + 0.25 * layers)
+    )
+    every = list(canvas.subplots(down, across, squeeze=False).flat)
+    for axes, (name, shares) in zip(every, shown.items(), strict=False):
         image = _heatmap(axes, name, shares)
-    canvas.colorbar(image, ax=panels, label="share of the steps that a module was active")
+    for axes in every[len(shown) :]:
+        axes.set_visible(False)
+    canvas.colorbar(image, ax=every, label="share of the steps that a module was active")
     return True
 
 
 def _heatmap(axes: Any, name: str, shares: Mapping[tuple[int, str], float]) -> Any:
     layers = sorted({layer for layer, _ in shares})
-    modules = sorted({module for _, module in shares})
+    modules = list(dict.fromkeys(module for _, module in shares))
     rows = [[shares.get((layer, module), float("nan")) for module in modules] for layer in layers]
     image = axes.imshow(rows, aspect="auto", cmap="viridis", vmin=0, vmax=1, origin="lower")
-    axes.set_xticks(range(len(modules)), modules, rotation=40, ha="right")
+    axes.set_xticks(range(len(modules)), modules, rotation=40, ha="right", rotation_mode="anchor")
     axes.set_yticks(range(len(layers)), layers)
-    axes.set(title=name, ylabel="layer" if axes.get_subplotspec().is_first_col() else "")
-    axes.title.set_fontsize("small")
+    axes.set_ylabel("layer" if axes.get_subplotspec().is_first_col() else "")
+    axes.set_title(name, fontsize="medium")
     return image
 
 
 def _shares(cells: Sequence[Cell]) -> dict[tuple[int, str], float]:
-    """(layer, module's last name) -> the mean share over all runs."""
+    """(layer, kind of module) -> the mean share over all runs."""
     found: dict[tuple[int, str], list[float]] = defaultdict(list)
     for run in (run for cell in cells for run in cell.runs):
         for path, steps in run["counts"].items():
-            place = re.search(r"(?:^|\.)(\d+)(?:\.|$)", path)
-            key = (int(place[1]) if place else 0, path.rpartition(".")[2])
-            found[key].append(steps / run["settings"]["steps"])
-    return {key: statistics.fmean(shares) for key, shares in found.items()}
+            found[_layer_and_kind(path)].append(steps / run["settings"]["steps"])
+    shortened = _shortened({kind for _, kind in found})
+    return {(layer, shortened[kind]): statistics.fmean(s) for (layer, kind), s in found.items()}
 
 
-def _styles() -> Iterator[dict[str, Any]]:
-    return ({"color": c, "linestyle": d} for d in DASHES for c in COLOURS)
+def _layer_and_kind(path: str) -> tuple[int, str]:
+    """The first number in a module's path, and what follows it: nothing for a whole block."""
+    place = re.search(r"(?:^|\.)(\d+)(?:\.(.+))?$", path)
+    return (int(place[1]), place[2] or "block") if place else (0, path)
 
 
-def _legend(axes: Any) -> tuple[list[Any], list[str]]:
-    handles, labels = axes.get_legend_handles_labels()
-    return handles, labels
+def _shortened(kinds: set[str]) -> dict[str, str]:
+    """The last name of each kind, or its last two where that is not its own."""
+    last = [kind.rpartition(".")[2] for kind in kinds]
+    return {
+        kind: kind.rpartition(".")[2]
+        if last.count(kind.rpartition(".")[2]) == 1
+        else ".".join(kind.split(".")[-2:])
+        for kind in kinds
+    }
 
 
 FIGURES = [
     Figure("figure1", "Validation loss", _losses, "lora,random,forward,gradient"),
-    Figure(
-        "figure2", "Memory against quality", _memory, "lora,static,budget-0.40,forward@active=4"
-    ),
+    Figure("figure2", "Memory against quality", memory, "lora,static,budget-0.40,forward@active=4"),
     Figure(
         "figure3",
         "Allocators at k active modules",
-        _by_option("active", "allocator", "active modules k"),
+        by_option("active", "active modules k"),
         "forward@allocator=topk,active=2,forward@allocator=random,active=2",
     ),
     Figure(
         "figure4",
         "Periods",
-        _by_option("period", "", "steps between reallocations"),
+        by_option("period", "steps between reallocations"),
         "forward@period=10,forward@period=50",
     ),
     Figure("figure5", "Who was active", _heatmaps, "random,forward,gradient"),

@@ -11,13 +11,18 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import statistics
 import sys
 from collections.abc import Iterator, Sequence
+from json import JSONDecodeError
 from pathlib import Path
+from typing import Any
 
 from _compare import Difference, Sweep
 from _figures import FIGURES, save
+from _models import DEFAULT_MODEL
+from _suite import recipe
 from _training import finished
 
 
@@ -93,10 +98,13 @@ def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def report(sweep: Sweep, reference: str, pairs: Sequence[str], folder: Path) -> str:
-    """Draw the figures into ``folder`` and return the report."""
-    metrics = {sweep.cells[name, task].metric for name, task in sweep.cells}
+def report(
+    sweep: Sweep, reference: str, pairs: Sequence[str], folder: Path, runs: Path
+) -> tuple[str, str]:
+    """Draw the figures into ``folder``; return the report of ``runs``, and its main table."""
+    metrics = {cell.metric for cell in sweep.cells.values()}
     seeds = max(len(cell.runs) for cell in sweep.cells.values())
+    table = main_table(sweep, reference)
     parts = [
         f"# The sweep on the suite {sweep.suite}",
         f"Test metric x 100 ({', '.join(sorted(metrics))}), mean ± standard deviation over up to "
@@ -104,7 +112,7 @@ def report(sweep: Sweep, reference: str, pairs: Sequence[str], folder: Path) -> 
         f"forward*: bytes alive between forward and backward; both in units of {reference}'s. "
         "Differences are paired, with 95% intervals over test rows and seeds. †: over the tasks "
         f"that {reference} has as well.",
-        main_table(sweep, reference),
+        table,
         rates(sweep),
     ]
     if pairs:
@@ -114,15 +122,64 @@ def report(sweep: Sweep, reference: str, pairs: Sequence[str], folder: Path) -> 
         if path:
             parts.append(f"![{figure.title}]({path.name})")
         else:
-            parts.append(
-                f"{figure.title}: no runs; `python examples/glue.py --methods {figure.methods}` "
-                "makes them."
-            )
-    return "\n\n".join(parts) + "\n"
+            wanted = command(sweep, figure.methods, runs)
+            parts.append(f"{figure.title}: no runs; `{wanted}` makes them.")
+    return "\n\n".join(parts) + "\n", table
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Write report.md and the figures; print the main table."""
+def command(sweep: Sweep, methods: str, folder: Path) -> str:
+    """The command that adds runs of ``methods`` to the sweep, with the settings of the others."""
+    given: dict[str, Any] = {"suite": sweep.suite, "tasks": ",".join(sweep.tasks)}
+    given |= {"methods": methods, "output": folder}
+    kinds = sweep.kinds
+    first = next(iter(kinds.values()))
+    usual = {"model": DEFAULT_MODEL, "batch_size": 16, "layers": None}
+    given |= {key: first[key] for key, value in usual.items() if first[key] != value}
+    for key in ("steps", "max_length"):
+        if any(kinds[t][key] != getattr(recipe(sweep.suite, t), key) for t in kinds):
+            given[key] = first[key]
+    words = (f"--{key.replace('_', '-')} {shlex.quote(str(value))}" for key, value in given.items())
+    return f"python examples/glue.py {' '.join(words)}"
+
+
+def read(folder: Path) -> Sweep:
+    """Read what `glue.py` wrote.
+
+    Raises:
+        ValueError: There is no such folder, or no finished run in it.
+    """
+    path = folder / "runs.jsonl"
+    if not folder.is_dir():
+        raise ValueError(f"there is no folder {folder}; glue.py --output {folder} makes it")
+    try:
+        lines = finished(path)
+        if lines:
+            return Sweep(lines)
+    except (JSONDecodeError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} has a line that is no run of glue.py: {error!r}") from error
+    raise ValueError(
+        f"there are no finished runs in {folder}; glue.py --output {folder} makes some"
+    )
+
+
+def check(sweep: Sweep, reference: str, pairs: Sequence[str]) -> None:
+    """Look for the methods that are asked for.
+
+    Raises:
+        ValueError: One of them has no runs.
+    """
+    names = [reference]
+    for pair in pairs:
+        names += pair.split(":")
+        if pair.count(":") != 1:
+            raise ValueError(f"--pairs {pair} is not two methods such as forward:random")
+    for name in names:
+        if name not in sweep.methods:
+            raise ValueError(f"there are no runs of {name}; there are of {sweep.methods}")
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Read the command line."""
     parser = argparse.ArgumentParser(
         description=(__doc__ or "").splitlines()[0],
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
@@ -132,20 +189,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--reference", default="lora", help="the method to compare with")
     parser.add_argument("--pairs", nargs="+", default=[], metavar="A:B", help="more to compare")
     options = parser.parse_args(arguments)
-    folder = options.output or options.folder
+    options.output = options.output or options.folder
+    return options
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Write report.md and the figures; print the main table."""
+    options = parse(arguments)
+    folder = options.output
     try:
-        sweep = Sweep(finished(options.folder / "runs.jsonl"))
-        for name in [options.reference, *(m for pair in options.pairs for m in pair.split(":"))]:
-            if name not in sweep.methods:
-                raise ValueError(f"there are no runs of {name}; there are of {sweep.methods}")
+        sweep = read(options.folder)
+        check(sweep, options.reference, options.pairs)
         folder.mkdir(parents=True, exist_ok=True)
-        text = report(sweep, options.reference, options.pairs, folder)
-    except (OSError, ValueError) as error:
+        text, table = report(sweep, options.reference, options.pairs, folder, options.folder)
+        beside = folder / f".report.md.{os.getpid()}"
+        beside.write_text(text, "utf-8")
+        beside.replace(folder / "report.md")
+    except (ImportError, OSError, ValueError) as error:
         sys.exit(f"report: {error}")
-    beside = folder / f".report.md.{os.getpid()}"
-    beside.write_text(text, "utf-8")
-    beside.replace(folder / "report.md")
-    print(main_table(sweep, options.reference))
+    print(table)
     print(f"report and figures in {folder}/")
     return 0
 

@@ -4,6 +4,7 @@ import importlib
 import json
 import re
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -14,9 +15,13 @@ pytest.importorskip("matplotlib")
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 sys.path.insert(0, str(EXAMPLES))  # where Python puts it for a script there
+_bootstrap = importlib.import_module("_bootstrap")
 _compare = importlib.import_module("_compare")
+_curves = importlib.import_module("_curves")
 _data = importlib.import_module("_data")
+_figures = importlib.import_module("_figures")
 _suite = importlib.import_module("_suite")
+glue = importlib.import_module("glue")
 report = importlib.import_module("report")
 
 ROWS = 400
@@ -69,6 +74,22 @@ def test_a_method_stands_at_the_rate_that_validation_rows_chose():
     assert cell.scores == pytest.approx([0.8, 0.7])
     assert cell.mean == pytest.approx(0.75)
     assert cell.deviation == pytest.approx(0.1 / 2**0.5)
+
+
+def test_a_tie_goes_to_the_lower_loss_and_a_diverged_run_never_wins():
+    nan = float("nan")
+    lines = [
+        line(lr=1e-3, validation=nan),
+        line(lr=2e-3, validation=0.9, validation_loss=nan),
+        line(lr=5e-3, validation=0.7, validation_loss=0.3),
+        line(lr=1e-2, validation=0.7, validation_loss=0.2),
+    ]
+    assert _compare.best(lines)["settings"]["lr"] == 1e-2
+
+
+def test_a_seed_that_ran_twice_counts_once():
+    lines = [line(seed=0), line(seed=1, wrong=range(40)), line(seed=1, wrong=range(80))]
+    assert _compare.Sweep(lines).cells["lora", "easy"].scores == pytest.approx([1, 0.8])
 
 
 def test_equal_predictions_differ_by_exactly_nothing():
@@ -129,7 +150,7 @@ def test_runs_of_other_settings_are_not_thrown_together():
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    monkeypatch.setattr(_compare, "DRAWS", 100)
+    monkeypatch.setattr(_bootstrap, "DRAWS", 100)
     counts = {f"encoder.layer.{i}.attention.self.{kind}": i for i in range(4) for kind in "qv"}
     names = [
         "lora",
@@ -169,21 +190,36 @@ def test_a_figure_without_runs_says_how_to_make_them(tmp_path):
     (tmp_path / "runs.jsonl").write_text(json.dumps(line()) + "\n", "utf-8")
     assert report.main([str(tmp_path), "--output", str(tmp_path / "out")]) == 0
     text = (tmp_path / "out" / "report.md").read_text("utf-8")
-    assert "Periods: no runs; `python examples/glue.py --methods forward@period=10" in text
+    command = re.search("Periods: no runs; `python examples/glue.py (.*)` makes them", text)[1]
+    options = glue.parse(command.split())
+    assert (options.suite, options.tasks, options.output) == ("offline", ["easy"], tmp_path)
+    assert options.methods == ["forward@period=10", "forward@period=50"]
+    wanted = glue.settings(options, "easy", "lora", 1e-3, seed=0)
+    assert asdict(wanted) == line()["settings"]  # so that the new runs can stand beside the old
     assert [path.name for path in (tmp_path / "out").glob("*.png")] == ["figure1.png"]
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["nowhere"], "there are no finished runs"),
+        (["nowhere"], "there is no folder .*nowhere; glue.py --output"),
+        (["empty"], "there are no finished runs in .*empty"),
+        (["broken"], "broken/runs.jsonl has a line that is no run of glue.py: KeyError"),
+        (["changed"], "runs of easy predict 3 test rows, of which there are 400"),
+        (["", "--pairs", "lora"], "--pairs lora is not two methods such as forward:random"),
         (["", "--reference", "vera"], r"there are no runs of vera; there are of \['lora'"),
         (["", "--pairs", "lora:vera"], "there are no runs of vera"),
     ],
 )
 def test_bad_input_ends_in_one_sentence(arguments, message, folder):
     where, *more = arguments
-    with pytest.raises(SystemExit, match=f"^report: {message}"):
+    (folder / "empty").mkdir()
+    changed = [line(), line("vera", predictions=[0.0, 1.0, 0.0])]
+    for name, lines in (("broken", [{"loss": 1}]), ("changed", changed)):
+        (folder / name).mkdir()
+        text = "".join(json.dumps(found) + "\n" for found in lines)
+        (folder / name / "runs.jsonl").write_text(text, "utf-8")
+    with pytest.raises(SystemExit, match=f"^report: (/.*)?{message}"):
         report.main([str(folder / where), *more])
 
 
@@ -191,8 +227,94 @@ def test_bootstrap_of_a_correlation_takes_rows_of_both_together():
     truth = np.linspace(0, 1, 50)
     noise = np.random.default_rng(0).normal(size=50)
     runs = [{"test": {"Pearson": 0}, "predictions": (truth + s * noise).tolist()} for s in (0, 1)]
-    drawn = _compare.bootstrap(truth, runs[:1], runs[1:], np.random.default_rng(0))
+    drawn = _bootstrap.bootstrap(truth, runs[:1], runs[1:], np.random.default_rng(0))
     assert drawn.shape == (1000,)
     assert (drawn > 0).all()
     expected = 1 - np.corrcoef(truth, truth + noise)[0, 1]
     assert drawn.mean() == pytest.approx(expected, abs=0.05)
+
+
+@pytest.mark.parametrize("metric", [*_suite.METRICS])
+def test_sums_over_all_rows_give_the_metric_of_the_rows_drawn(metric, monkeypatch):
+    monkeypatch.setattr(_bootstrap, "DRAWS", 10)
+    generator = np.random.default_rng(0)
+    if metric in ("Pearson", "Spearman"):
+        truth = 1e3 + generator.normal(size=60)
+        predictions = truth + generator.normal(size=60)
+    else:
+        truth = generator.integers(2, size=60)
+        predictions = np.where(generator.random(60) < 0.8, truth, 1 - truth).astype(float)
+    counts = _bootstrap.drawn_rows(60, generator)
+    assert (counts.sum(1) == 60).all()
+    rows = [np.repeat(np.arange(60), draw.astype(int)) for draw in counts]
+    expected = [_suite.METRICS[metric](truth[r], predictions[r]) for r in rows]
+    found = _bootstrap.resampled(metric, counts, truth, predictions)
+    np.testing.assert_allclose(found, expected, rtol=1e-12)
+
+
+@pytest.mark.parametrize("metric", ["Pearson", "F1", "Matthews correlation"])
+def test_a_constant_prediction_is_worth_nothing(metric):
+    truth, counts = np.arange(10) % 2, np.ones((3, 10))
+    found = _bootstrap.resampled(metric, counts, truth, np.full(10, 0.1 * (metric == "Pearson")))
+    assert (found == 0).all()
+
+
+@pytest.mark.parametrize(
+    ("name", "option", "expected"),
+    [
+        ("forward@active=4", "active", ("forward", 4)),
+        ("random@active=2,period=50", "period", ("random@active=2", 50)),
+        ("forward@allocator=topk,active=2", "active", ("forward@allocator=topk", 2)),
+        ("forward@active=2/3", "active", None),  # a share, not a number of modules
+        ("forward", "active", None),
+    ],
+)
+def test_methods_that_differ_in_a_number_are_a_family(name, option, expected):
+    assert _curves.family(name, option) == expected
+
+
+def test_a_line_has_all_values_of_its_family_and_the_usual_one():
+    names = ["forward", "forward@period=5", "gradient@period=5", "forward@active=2"]
+    found = _curves.curves(_compare.Sweep(line(name) for name in names), "period", "easy")
+    assert {label: sorted(points) for label, points in found.items()} == {
+        "forward": [5, 20],
+        "gradient": [5],
+    }
+
+
+def test_memory_is_compared_on_the_tasks_of_all_numbers_of_active_modules():
+    names = ["lora", "static"]
+    lines = [line(name, task) for name in names for task in ("easy", "hard")]
+    sweep = _compare.Sweep([*lines, line("forward@active=2", "hard")])
+    assert _curves._common(sweep, "lora", ["forward@active=2"]) == ("hard",)
+    assert _curves._common(sweep, "lora", []) == ("easy", "hard")
+
+
+def test_shares_are_of_modules_by_layer_and_of_whole_blocks():
+    def shares(counts):
+        return _figures._shares([_compare.Cell((line(counts=counts),))])
+
+    assert shares({"m.layer.0.a.query": 1, "m.layer.1.a.query": 4}) == {
+        (0, "query"): 0.25,
+        (1, "query"): 1.0,
+    }
+    assert shares({"m.layer.3": 2}) == {(3, "block"): 0.5}
+    assert shares({"m.0.attention.output.dense": 1, "m.0.intermediate.dense": 2}) == {
+        (0, "output.dense"): 0.25,
+        (0, "intermediate.dense"): 0.5,
+    }
+
+
+def test_more_methods_than_colours_are_all_drawn_and_labelled():
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    canvas = Figure(layout="constrained", dpi=150)
+    FigureCanvasAgg(canvas)
+    names = [f"budget-0.40@active={k}" for k in range(1, 30)]
+    lines = [line("lora"), *(line(n, peak_bytes=9 * i) for i, n in enumerate(names, start=1))]
+    assert _curves.memory(_compare.Sweep(lines), "lora", canvas)
+    texts = canvas.axes[0].texts
+    assert {text.get_text() for text in texts} == {"lora", *map(str, range(1, 30))}
+    boxes = [_curves._text_box(canvas, text) for text in texts]
+    assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
