@@ -110,8 +110,8 @@ def report(
         f"Test metric x 100 ({', '.join(sorted(metrics))}), mean ± standard deviation over up to "
         f"{seeds} seeds. *Peak*: most bytes alive in a step above what existed before it; *after "
         f"forward*: bytes alive between forward and backward; both in units of {reference}'s. "
-        "Differences are paired, with 95% intervals over test rows and seeds. †: over the tasks "
-        f"that {reference} has as well.",
+        "Differences are paired, on the seeds that both methods have, with 95% intervals over test "
+        f"rows and seeds. †: over the tasks that {reference} has as well.",
         table,
         rates(sweep),
     ]
