@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 from _bootstrap import bootstrap
-from _suite import recipe
+from _suite import METRICS, recipe
 
 Result = dict[str, Any]
 SHARED = ("suite", "model", "steps", "batch_size", "max_length", "layers")
@@ -87,7 +87,12 @@ class Sweep:
             runs[settings["method"], settings["task"]].append(line)
         if not runs:
             raise ValueError("there are no finished runs; python examples/glue.py makes some")
-        self.suite = next(iter(kinds.values()))["suite"]
+        suites = {kind["suite"] for kind in kinds.values()}
+        if len(suites) > 1:
+            raise ValueError(
+                f"runs of several suites, {sorted(suites)}; keep each in its own folder"
+            )
+        (self.suite,) = suites
         self.tasks = list(kinds)
         self.kinds = kinds
         self.cells = {key: at_best_rate(found) for key, found in runs.items()}
@@ -100,6 +105,15 @@ class Sweep:
     def average(self, method: str, tasks: Sequence[str]) -> float:
         """The mean over ``tasks`` of the mean over seeds."""
         return statistics.fmean(self.cells[method, task].mean for task in tasks)
+
+    def ratio(self, method: str, reference: str, what: str, tasks: Sequence[str]) -> float:
+        """The mean over ``tasks`` of the most of a number, in units of the reference's.
+
+        Where the reference has none, as of steps too few to be weighed, it is nan.
+        """
+        pairs = [(self.cells[method, task], self.cells[reference, task]) for task in tasks]
+        largest = [(mine.largest(what), theirs.largest(what)) for mine, theirs in pairs]
+        return statistics.fmean(a / b if b else math.nan for a, b in largest)
 
     def difference(self, method: str, reference: str, *, seed: int = 0) -> Difference:
         """Compare two methods by a paired bootstrap, on the tasks and seeds that both have.
@@ -118,11 +132,8 @@ class Sweep:
             mine, theirs = paired(self.cells[method, task], self.cells[reference, task])
             values.append(Cell(mine).mean - Cell(theirs).mean)
             truth = labels(self.suite, task)
-            if wrong := {len(run["predictions"]) for run in (*mine, *theirs)} - {len(truth)}:
-                raise ValueError(
-                    f"runs of {task} predict {wrong.pop()} test rows, of which there are "
-                    f"{len(truth)}: the task has changed since; run it again"
-                )
+            for run in (*mine, *theirs):
+                check_predictions(run, truth)
             draws.append(bootstrap(truth, mine, theirs, generator))
         low, high = np.percentile(np.mean(draws, axis=0), [2.5, 97.5])
         return Difference(statistics.fmean(values), float(low), float(high), tasks)
@@ -163,6 +174,27 @@ def paired(mine: Cell, theirs: Cell) -> tuple[tuple[Result, ...], tuple[Result, 
     if not (seeds := sorted(ours.keys() & others.keys())):
         raise ValueError("two methods share no seed; run both with the same --seeds")
     return tuple(ours[seed] for seed in seeds), tuple(others[seed] for seed in seeds)
+
+
+def check_predictions(run: Result, truth: np.ndarray) -> None:
+    """Compare what a run predicted with the test rows as they are now.
+
+    Raises:
+        ValueError: They are other rows: the metric is not the one that was noted.
+    """
+    name, noted = next(iter(run["test"].items()))
+    predictions = np.array(run["predictions"])
+    same = len(predictions) == len(truth)
+    if same:
+        found = METRICS[name](truth, predictions)
+        # Predictions are rounded to four decimals, which a correlation hardly feels.
+        same = math.isclose(found, noted, abs_tol=1e-3) or math.isnan(found)
+    if not same:
+        raise ValueError(
+            f"a run of {run['settings']['task']} predicts {len(predictions)} test rows with {name} "
+            f"{noted:.4f}, which is not so on the {len(truth)} there are: the task has changed "
+            "since; run it again"
+        )
 
 
 @cache

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -175,8 +174,7 @@ def _common(sweep: Sweep, reference: str, names: Sequence[str]) -> tuple[str, ..
 
 
 def _place(sweep: Sweep, name: str, reference: str, tasks: Sequence[str]) -> tuple[float, float]:
-    cells = [(sweep.cells[name, task], sweep.cells[reference, task]) for task in tasks]
-    peak = statistics.fmean(a.largest("peak_bytes") / b.largest("peak_bytes") for a, b in cells)
+    peak = sweep.ratio(name, reference, "peak_bytes", tasks)
     return peak, 100 * sweep.average(name, tasks)
 
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import multiprocessing
 import os
+import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -157,7 +158,7 @@ def names(text: str) -> list[str]:
     """Read names with commas between them; those in an option's value belong to it."""
     found: list[str] = []
     for part in text.split(","):
-        if "=" in part and "@" not in part and found:
+        if found and re.match(r"\w+=", part):
             found[-1] += f",{part}"
         else:
             found.append(part)

@@ -24,6 +24,7 @@ from _figures import FIGURES, save
 from _models import DEFAULT_MODEL
 from _suite import recipe
 from _training import finished
+from glue import names
 
 
 def main_table(sweep: Sweep, reference: str) -> str:
@@ -43,7 +44,7 @@ def _row(sweep: Sweep, name: str, reference: str) -> list[str]:
     row.append(f"{100 * sweep.average(name, shared):.1f}{partial}" if shared else "-")
     row.append(f"{statistics.fmean(cell.average('active_parameters') for cell in cells):,.0f}")
     for size in ("peak_bytes", "saved_bytes"):
-        row.append(f"{_ratio(sweep, name, reference, size):.2f}" if shared else "-")
+        row.append(f"{sweep.ratio(name, reference, size, shared):.2f}" if shared else "-")
     compared = name != reference and shared
     row.append(interval(sweep.difference(name, reference)) + partial if compared else "-")
     return row
@@ -54,13 +55,6 @@ def _qualities(sweep: Sweep, name: str) -> Iterator[str]:
         cell = sweep.cells.get((name, task))
         spread = f" ± {100 * cell.deviation:.1f}" if cell and len(cell.runs) > 1 else ""
         yield f"{100 * cell.mean:.1f}{spread}" if cell else "-"
-
-
-def _ratio(sweep: Sweep, name: str, reference: str, size: str) -> float:
-    return statistics.fmean(
-        sweep.cells[name, task].largest(size) / sweep.cells[reference, task].largest(size)
-        for task in sweep.shared(name, reference)
-    )
 
 
 def interval(difference: Difference) -> str:
@@ -189,6 +183,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--reference", default="lora", help="the method to compare with")
     parser.add_argument("--pairs", nargs="+", default=[], metavar="A:B", help="more to compare")
     options = parser.parse_args(arguments)
+    options.pairs = [pair for given in options.pairs for pair in names(given)]
     options.output = options.output or options.folder
     return options
 

@@ -205,7 +205,7 @@ def test_a_figure_without_runs_says_how_to_make_them(tmp_path):
         (["nowhere"], "there is no folder .*nowhere; glue.py --output"),
         (["empty"], "there are no finished runs in .*empty"),
         (["broken"], "broken/runs.jsonl has a line that is no run of glue.py: KeyError"),
-        (["changed"], "runs of easy predict 3 test rows, of which there are 400"),
+        (["changed"], "a run of easy predicts 3 test rows .* not so on the 400 there are"),
         (["", "--pairs", "lora"], "--pairs lora is not two methods such as forward:random"),
         (["", "--reference", "vera"], r"there are no runs of vera; there are of \['lora'"),
         (["", "--pairs", "lora:vera"], "there are no runs of vera"),
@@ -318,3 +318,30 @@ def test_more_methods_than_colours_are_all_drawn_and_labelled():
     assert {text.get_text() for text in texts} == {"lora", *map(str, range(1, 30))}
     boxes = [_curves._text_box(canvas, text) for text in texts]
     assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
+
+
+def test_other_rows_of_the_same_number_are_noticed():
+    """The predictions no longer give the metric that the run had noted."""
+    moved = line("vera", wrong=range(40))
+    moved["predictions"] = moved["predictions"][1:] + moved["predictions"][:1]
+    with pytest.raises(ValueError, match=r"400 test rows with accuracy 0\.9000, which is not so"):
+        _compare.Sweep([line(), moved]).difference("vera", "lora")
+
+
+def test_runs_of_two_suites_are_not_thrown_together():
+    other = line(task="cola")
+    other["settings"]["suite"] = "glue"
+    with pytest.raises(ValueError, match=r"several suites, \['glue', 'offline'\]"):
+        _compare.Sweep([line(), other])
+
+
+def test_sizes_that_nothing_weighed_are_no_number():
+    lines = [line(saved_bytes=0), line("static", saved_bytes=20)]
+    assert "| 1.00 | nan |" in report.main_table(_compare.Sweep(lines), "lora").splitlines()[-1]
+
+
+def test_pairs_may_have_commas_between_them():
+    given = ["forward:random,gradient@active=2,period=5:static@top=1/6", "vera:lora"]
+    assert report.parse(["runs", "--pairs", *given]).pairs == [
+        *("forward:random", "gradient@active=2,period=5:static@top=1/6", "vera:lora")
+    ]
