@@ -11,7 +11,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -48,35 +48,49 @@ def _run(rank: int, folder: str, ranks: int, function: Callable[..., Any], argum
     torch.distributed.destroy_process_group()
 
 
-def accelerate_launch(
-    script: Path, *arguments: object, processes: int | None = None
-) -> subprocess.Popen[str]:
-    """Start ``script`` on the CPU by ``accelerate launch``; without ``processes`` by itself."""
-    command = [sys.executable]
-    if processes:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        # `--cpu --num_processes 2` alone silently runs a single process (accelerate 1.15).
-        command += [
-            *("-m", "accelerate.commands.launch", "--multi_gpu" if processes > 1 else "--cpu"),
-            *("--num_processes", str(processes), "--num_machines", "1"),
-            *("--mixed_precision", "no", "--dynamo_backend", "no"),
-            *("--main_process_ip", "127.0.0.1", "--main_process_port", str(port)),
-        ]
+def environment() -> dict[str, str]:
+    """What the examples run in here: offline, on the CPU, one thread to a process."""
+    return {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+        "ACCELERATE_USE_CPU": "true",
+        "GLOO_SOCKET_IFNAME": "lo",
+    }
+
+
+def start(script: Path, *arguments: object, launcher: Sequence[str] = ()) -> subprocess.Popen[str]:
+    """Start ``script`` as a user would, by itself or by what stands before it on a command line."""
     return subprocess.Popen(
-        [*command, *map(str, (script, *arguments))],
-        env={
-            **os.environ,
-            "OMP_NUM_THREADS": "1",
-            "HF_HUB_OFFLINE": "1",
-            "ACCELERATE_USE_CPU": "true",
-            "GLOO_SOCKET_IFNAME": "lo",
-        },
+        [sys.executable, *launcher, *map(str, (script, *arguments))],
+        env=environment(),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
     )
+
+
+def accelerate_launch(processes: int) -> list[str]:
+    """The launcher of accelerate, for so many processes on the CPU."""
+    # `--cpu --num_processes 2` alone silently runs a single process (accelerate 1.15).
+    return [
+        *("-m", "accelerate.commands.launch", "--multi_gpu" if processes > 1 else "--cpu"),
+        *("--num_processes", str(processes), "--num_machines", "1"),
+        *("--mixed_precision", "no", "--dynamo_backend", "no"),
+        *("--main_process_ip", "127.0.0.1", "--main_process_port", _free_port()),
+    ]
+
+
+def torchrun(processes: int) -> list[str]:
+    """The launcher of torch, for so many processes."""
+    port = ["--master_port", _free_port()]
+    return ["-m", "torch.distributed.run", "--nproc_per_node", str(processes), *port]
+
+
+def _free_port() -> str:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return str(free.getsockname()[1])
 
 
 def finished(process: subprocess.Popen[str]) -> str:

@@ -7,7 +7,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from processes import accelerate_launch, finished, kill_when
+from processes import accelerate_launch, finished, kill_when, start
 from tiny_checkpoint import write_checkpoint, write_texts
 
 pytest.importorskip("transformers")
@@ -37,7 +37,7 @@ def launch(folder: Path, output: Path, *options: str, processes: int = 1) -> sub
         *("--steps", STEPS, "--period", PERIOD, "--batch-size", "4", "--max-length", "8"),
         *("--save-every", SAVE_EVERY, "--memory", "0.9", "--compute", "0.9"),
     ]
-    return accelerate_launch(SCRIPT, *arguments, *options, processes=processes)
+    return start(SCRIPT, *arguments, *options, launcher=accelerate_launch(processes))
 
 
 def weights(output: Path) -> bytes:

@@ -7,8 +7,8 @@ import sys
 
 import pytest
 import torch
-from processes import kill_when
-from text_runs import EXAMPLES, launch, need_real_weights, reviews, tiny_llama
+from processes import kill_when, start
+from text_runs import EXAMPLES, need_real_weights, reviews, tiny_llama
 
 transformers = pytest.importorskip("transformers")
 for package in ("matplotlib", "tokenizers", "tqdm"):
@@ -152,7 +152,7 @@ def test_killed_and_started_again_it_ends_bit_for_bit_alike(
     assert full_finetune.main([*given, "--output", str(straight)]) == 0
     assert "from step 0\n" in capsys.readouterr().out
 
-    process = launch(SCRIPT, given)
+    process = start(SCRIPT, *given)
     kill_when((run / "checkpoint.pt").exists, process)
     assert not (run / "model").exists(), "it was killed too late to say anything"
     assert full_finetune.main(given) == 0

@@ -13,7 +13,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from processes import accelerate_launch, finished, kill_when
+from processes import accelerate_launch, finished, kill_when, start
 from tiny_checkpoint import write_checkpoint, write_texts
 
 pytest.importorskip("transformers")
@@ -316,11 +316,11 @@ def arguments(folder, output, *more):
 
 def test_a_killed_sweep_goes_on_in_several_jobs(folder, tmp_path):
     given = arguments(folder, tmp_path, "--methods", "lora,static,random", "--seeds", 2)
-    process = accelerate_launch(SCRIPT, *given)
+    process = start(SCRIPT, *given)
     kill_when((tmp_path / "runs.jsonl").exists, process)
     done = [line["key"] for line in _training.finished(tmp_path / "runs.jsonl")]
     assert len(done) < 6, "it was killed too late to say anything"
-    finished(accelerate_launch(SCRIPT, *given, "--jobs", 2))
+    finished(start(SCRIPT, *given, "--jobs", 2))
     keys = [line["key"] for line in lines(tmp_path)]
     assert keys[: len(done)] == done
     assert len(keys) == len(set(keys)) == 6
@@ -329,7 +329,7 @@ def test_a_killed_sweep_goes_on_in_several_jobs(folder, tmp_path):
 @pytest.mark.distributed
 def test_two_processes_train_together_and_write_one_line_a_run(folder, tmp_path):
     given = arguments(folder, tmp_path, "--methods", "lora,random", "--seeds", 1)
-    finished(accelerate_launch(SCRIPT, *given, processes=2))
+    finished(start(SCRIPT, *given, launcher=accelerate_launch(2)))
     assert [line["processes"] for line in lines(tmp_path)] == [2, 2]
     rows = _suite.recipe("offline", str(folder / "texts.csv")).load().test
     assert all(len(line["predictions"]) == len(rows) for line in lines(tmp_path))

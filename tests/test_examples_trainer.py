@@ -4,15 +4,14 @@ import importlib
 import inspect
 import json
 import shutil
-import socket
 import subprocess
 import sys
 import zipfile
 
 import pytest
 import torch
-from processes import finished, kill_when
-from text_runs import ENVIRONMENT, EXAMPLES, launch, need_real_weights, reviews, tiny_llama
+from processes import accelerate_launch, environment, finished, kill_when, start, torchrun
+from text_runs import EXAMPLES, need_real_weights, reviews, tiny_llama
 from torch import nn
 
 transformers = pytest.importorskip("transformers")
@@ -112,20 +111,11 @@ def test_a_run_goes_on_from_the_last_whole_checkpoint_bit_for_bit(arguments, tmp
     assert trainer_finetune.last_checkpoint(run, 2) is None, "one of a single process"
 
 
-def launcher_of(name):
-    if name == "python":
-        return []
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    if name == "torchrun":
-        return ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", port]
-    # `--cpu --num_processes 2` alone silently runs a single process (accelerate 1.15).
-    return [
-        *("-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"),
-        *("--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"),
-        *("--main_process_ip", "127.0.0.1", "--main_process_port", port),
-    ]
+LAUNCHERS = {
+    "python": lambda: [],
+    "torchrun": lambda: torchrun(2),
+    "accelerate launch": lambda: accelerate_launch(2),
+}
 
 
 @pytest.mark.slow
@@ -145,14 +135,14 @@ def test_killed_and_started_again_it_ends_bit_for_bit_alike(launcher, budget, ar
     # 7 and 9: every checkpoint is in the middle of a period.
     arguments += ["--steps", "61", "--period", "9", "--save-every", "7", *budget]
     run = tmp_path / "run"
-    said = finished(launch(SCRIPT, arguments, launcher_of(launcher)))
+    said = finished(start(SCRIPT, *arguments, launcher=LAUNCHERS[launcher]()))
     assert f"processes {processes}, from step 0" in said
     run.rename(tmp_path / "straight")
 
-    process = launch(SCRIPT, arguments, launcher_of(launcher))
+    process = start(SCRIPT, *arguments, launcher=LAUNCHERS[launcher]())
     kill_when(lambda: any(run.glob("checkpoint-*/trainer_state.json")), process)
     assert not (run / "adapter").exists(), "it was killed too late to say anything"
-    said = finished(launch(SCRIPT, arguments, launcher_of(launcher)))
+    said = finished(start(SCRIPT, *arguments, launcher=LAUNCHERS[launcher]()))
     assert any(f"processes {processes}, from step {step}\n" in said for step in range(7, 61, 7))
     assert left(run) == left(tmp_path / "straight")
 
@@ -238,7 +228,7 @@ def test_the_real_checkpoint_learns_within_its_budget(tmp_path):
     command += ["--steps", "8", "--period", "2", "--length", "32", "--lr", "0.003"]
     command += ["--memory", "0.5", "--compute", "0.7"]
     done = subprocess.run(
-        command, env=ENVIRONMENT, capture_output=True, text=True, timeout=900, check=False
+        command, env=environment(), capture_output=True, text=True, timeout=900, check=False
     )
     assert done.returncode == 0, done.stderr
     summary = json.loads((tmp_path / "summary.json").read_text("utf-8"))

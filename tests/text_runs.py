@@ -1,12 +1,8 @@
-"""What the tests of examples on a causal LM share: a tiny checkpoint, a text, a real process."""
+"""What the tests of examples on a causal LM share: a tiny checkpoint and a text."""
 
 from __future__ import annotations
 
 import importlib
-import os
-import subprocess
-import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -14,13 +10,6 @@ import torch
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 WORDS = ["the", "film", "was", "fine", "great", "dull", "poor", "warm", "cold", "and"]
-ENVIRONMENT = {
-    **os.environ,
-    "OMP_NUM_THREADS": "1",
-    "HF_HUB_OFFLINE": "1",
-    "ACCELERATE_USE_CPU": "true",
-    "GLOO_SOCKET_IFNAME": "lo",
-}
 
 
 def tiny_llama(folder: Path) -> Path:
@@ -55,19 +44,6 @@ def reviews(path: Path) -> Path:
     lines = [f"the film was {a} and {b}" for a in WORDS[3:9] for b in WORDS[3:9]]
     path.write_text("\n\n".join(lines), "utf-8")
     return path
-
-
-def launch(
-    script: Path, arguments: Sequence[str], launcher: Sequence[str] = ()
-) -> subprocess.Popen[str]:
-    """Start the script as a user would."""
-    return subprocess.Popen(
-        [sys.executable, *launcher, str(script), *arguments],
-        env=ENVIRONMENT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
 
 
 def need_real_weights() -> None:
