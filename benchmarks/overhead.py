@@ -1,27 +1,41 @@
-"""What knowing costs: the importance tracker and the wrapper, on a MiniLM training step.
+"""What knowing costs: the importance tracker, the wrapper and a reallocation.
 
+    pip install --no-deps badam
     python benchmarks/overhead.py
 
-All rows train LoRA (rank 8 on query and value) over a BertModel of all-MiniLM-L6-v2's shape, with
-random weights, batch 16 x 48 tokens, and are timed side by side. Rows with everything active differ
-from plain AdamW in the wrapper and the measure alone. Operations are exact, times are medians of
-CPU seconds, which other processes stretch less.
+The first table is of a real step: LoRA (rank 8 on query and value) over a BertModel of
+all-MiniLM-L6-v2's shape, with random weights, batch 16 x 48 tokens. The others are of many groups
+with hardly any work in each, a chain of 24, 144 and 512 small layers with LoRA, so that what does
+not shrink with the work stands out; they have the badam package, where it is installed, as a peer.
+
+Rows of a table are timed side by side. Operations are exact, times are medians of CPU seconds,
+which other processes stretch less.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
+import importlib.util
+import statistics
 import time
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterable
+from contextlib import redirect_stdout
+from io import StringIO
+from typing import Any, cast
 
 import peft
 import torch
 from _measure import dispatched_ops, hardware, markdown, median_seconds
+from torch import nn
 from torch.optim import Optimizer
 from transformers import BertConfig, BertForSequenceClassification
 
 from dynalora_adapters import LoRAConfig, inject
 from dynalora_optim import DynamicAllocationOptimizer, ImportanceTracker
+
+Wrap = Callable[[Optimizer, nn.Module], Optimizer]
 
 SHAPE = {
     "hidden_size": 384,
@@ -30,89 +44,212 @@ SHAPE = {
     "intermediate_size": 1536,
     "vocab_size": 30522,
 }
+GROUPS = (24, 144, 512)
+WIDTH, BATCH = 32, 16  # of the chain
+NEVER = 10**9
 
 
-def minilm() -> torch.nn.Module:
+def minilm() -> nn.Module:
     torch.manual_seed(0)
-    model: torch.nn.Module = BertForSequenceClassification(BertConfig(**SHAPE, num_labels=2))
+    model: nn.Module = BertForSequenceClassification(BertConfig(**SHAPE, num_labels=2))
     return model
 
 
-def ours() -> torch.nn.Module:
+def ours() -> nn.Module:
     config = LoRAConfig(rank=8, alpha=16, targets=["query", "value"], trainable=["classifier"])
     return inject(minilm(), config)
 
 
-def pefts() -> torch.nn.Module:
+def pefts() -> nn.Module:
     config = peft.LoraConfig(
         r=8, lora_alpha=16, target_modules=["query", "value"], modules_to_save=["classifier"]
     )
-    model: torch.nn.Module = peft.get_peft_model(minilm(), config)
+    model: nn.Module = peft.get_peft_model(minilm(), config)
     return model
 
 
-def training_step(
-    build: Callable[[], torch.nn.Module], wrap: Callable[[Optimizer, torch.nn.Module], Optimizer]
-) -> Callable[[], object]:
-    """One step of the loop: forward, backward, update."""
+class Step:
+    """A training step: forward, backward, update.
+
+    Attributes:
+        updates: The CPU seconds of `Optimizer.step` in each call.
+    """
+
+    def __init__(self, optimizer: Optimizer, loss: Callable[[], torch.Tensor]) -> None:
+        self._optimizer, self._loss = optimizer, loss
+        self.updates: list[float] = []
+
+    def __call__(self) -> None:
+        self._loss().backward()  # type: ignore[no-untyped-call]
+        start = time.process_time()
+        self._optimizer.step()
+        self.updates.append(time.process_time() - start)
+        self._optimizer.zero_grad()
+
+
+def minilm_step(build: Callable[[], nn.Module], wrap: Wrap) -> Step:
     model = build().train()
-    optimizer = wrap(torch.optim.AdamW(model.parameters(), lr=1e-3), model)
     tokens = torch.randint(0, SHAPE["vocab_size"], (16, 48))
     batch = {"input_ids": tokens, "labels": torch.randint(0, 2, (16,))}
-
-    def step() -> None:
-        model(**batch).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-    return step
+    return Step(wrap(adamw(model), model), lambda: model(**batch).loss)
 
 
-def wrapped(importance: str, every: int = 1, active: float = 1.0) -> Callable[..., Optimizer]:
-    def wrap(optimizer: Optimizer, model: torch.nn.Module) -> Optimizer:
+class Chain(nn.Module):
+    """``h + W h``, so many times over."""
+
+    def __init__(self, length: int) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(length))
+
+    def forward(self, h: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            h = h + layer(h) / len(self.layers)
+        return h
+
+
+def chain_step(length: int, wrap: Wrap) -> Step:
+    torch.manual_seed(0)
+    targets = [f"layers.{i}" for i in range(length)]
+    model = inject(Chain(length), LoRAConfig(rank=8, alpha=16, targets=targets)).train()
+    x = torch.randn(BATCH, WIDTH)
+    return Step(wrap(adamw(model), model), lambda: cast(torch.Tensor, model(x)).square().mean())
+
+
+def adamw(model: nn.Module) -> Optimizer:
+    return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+
+
+def plain(optimizer: Optimizer, model: nn.Module) -> Optimizer:
+    return optimizer
+
+
+def wrapped(importance: str, every: int = 1, *, active: float = 1.0, **options: Any) -> Wrap:
+    def wrap(optimizer: Optimizer, model: nn.Module) -> Optimizer:
         tracker = ImportanceTracker(importance, every=every)
-        return DynamicAllocationOptimizer(optimizer, model, active=active, importance=tracker)
+        return DynamicAllocationOptimizer(
+            optimizer, model, active=active, importance=tracker, **options
+        )
 
     return wrap
 
 
-def plain(optimizer: Optimizer, model: torch.nn.Module) -> Optimizer:
-    return optimizer
+def in_turn(period: int) -> Wrap:
+    """One group at a time, as BAdam has it, and its state dropped after its turn."""
+    return wrapped(
+        "forward", NEVER, active=1, allocator="round_robin", idle_state="drop", period=period
+    )
 
 
-ROWS = {
+def package(period: int) -> Wrap:
+    """The badam package in its LoRA mode, a block a group."""
+
+    def wrap(optimizer: Optimizer, model: nn.Module) -> Optimizer:
+        badam: Any = importlib.import_module("badam")
+        prefixes = [[f"{name}."] for name, m in model.named_modules() if hasattr(m, "lora_A")]
+        with redirect_stdout(StringIO()), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # float32 weights, which all rows have
+            built: Optimizer = badam.BlockOptimizer(
+                optimizer,
+                list(model.named_parameters()),
+                prefixes,
+                switch_block_every=period,
+                switch_mode="ascending",
+                verbose=0,
+            )
+        return built
+
+    return wrap
+
+
+REFERENCE = "our LoRA, AdamW"
+STEP_ROWS = {
     "peft LoRA, AdamW": (pefts, plain),
-    "our LoRA, AdamW": (ours, plain),
-    "wrapped, not measured": (ours, wrapped("forward", every=10**9)),
-    "wrapped, forward measure every 4th step": (ours, wrapped("forward", every=4)),
+    REFERENCE: (ours, plain),
+    "wrapped, not measured": (ours, wrapped("forward", NEVER)),
+    "wrapped, forward measure every 4th step": (ours, wrapped("forward", 4)),
     "wrapped, forward measure": (ours, wrapped("forward")),
     "wrapped, gradient measure": (ours, wrapped("gradient")),
     "wrapped, forward measure, 2/3 active": (ours, wrapped("forward", active=2 / 3)),
 }
-REFERENCE = "our LoRA, AdamW"
+
+# Each with its twin that reallocates after every step, if it reallocates at all.
+GROUP_ROWS: dict[str, tuple[Wrap, Wrap | None]] = {
+    REFERENCE: (plain, None),
+    "wrapped, not measured": (wrapped("forward", NEVER), None),
+    "wrapped, forward measure": (wrapped("forward"), None),
+    "wrapped, gradient measure": (wrapped("gradient"), None),
+    "wrapped, forward measure, 2/3 active": (
+        wrapped("forward", active=2 / 3, period=NEVER),
+        wrapped("forward", active=2 / 3, period=1),
+    ),
+    "wrapped, one active in turn": (in_turn(NEVER), in_turn(1)),
+}
+PACKAGE = "badam package, one active in turn"
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=100)
-    parser.add_argument("--threads", type=int, default=1)
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    steps = {name: training_step(*row) for name, row in ROWS.items()}
+def group_rows() -> dict[str, tuple[Wrap, Wrap | None]]:
+    if importlib.util.find_spec("badam") is None:
+        return GROUP_ROWS
+    return {**GROUP_ROWS, PACKAGE: (package(NEVER), package(1))}
+
+
+def step_table(rounds: int) -> str:
+    steps = {name: minilm_step(*row) for name, row in STEP_ROWS.items()}
+    ops = counted(steps)
+    seconds = median_seconds(steps, rounds=rounds, clock=time.process_time)
+    return markdown(
+        ["row", "dispatched ops a step", "median time, ratio", "median ms"],
+        [
+            [name, f"{ops[name]:.0f}", f"{s / seconds[REFERENCE]:.3f}", f"{s * 1e3:.1f}"]
+            for name, s in seconds.items()
+        ],
+    )
+
+
+def group_table(groups: int, rounds: int) -> str:
+    """A row: a whole step, the update in it, and what a reallocation adds to that."""
+    rows = group_rows()
+    steps: dict[str, Step] = {}
+    for name, (wrap, reallocating) in rows.items():
+        steps[name] = chain_step(groups, wrap)
+        if reallocating is not None:
+            steps[_twin(name)] = chain_step(groups, reallocating)
+    with redirect_stdout(StringIO()):  # the package names each block that it turns to
+        ops = counted(steps)
+        seconds = median_seconds(steps, rounds=rounds, clock=time.process_time)
+    updates = {name: statistics.median(step.updates[-rounds:]) for name, step in steps.items()}
+    lines = []
+    for name in rows:
+        line = [name, f"{ops[name]:.0f}", f"{seconds[name] / seconds[REFERENCE]:.2f}"]
+        line += [f"{seconds[name] * 1e3:.2f}", f"{updates[name] * 1e3:.2f}"]
+        twin = _twin(name)
+        added = f"{(updates[twin] - updates[name]) * 1e3:+.2f}" if twin in steps else "-"
+        lines.append([*line, added])
+    head = ["row", "dispatched ops a step", "step, ratio", "step, ms", "of it update, ms"]
+    return markdown([*head, "a reallocation adds, ms"], lines)
+
+
+def _twin(name: str) -> str:
+    return f"{name}, reallocating after every step"
+
+
+def counted(steps: dict[str, Step]) -> dict[str, float]:
     for step in steps.values():
         step()  # makes the optimizer's state, which later steps do not
-    ops = {name: dispatched_ops(step, repeats=4) for name, step in steps.items()}
-    seconds = median_seconds(steps, rounds=arguments.rounds, clock=time.process_time)
-    print(f"{hardware()}; {arguments.rounds} rounds\n")
-    print(
-        markdown(
-            ["row", "dispatched ops a step", "median time, ratio", "median ms"],
-            [
-                [name, f"{ops[name]:.0f}", f"{s / seconds[REFERENCE]:.3f}", f"{s * 1e3:.1f}"]
-                for name, s in seconds.items()
-            ],
-        )
-    )
+    return {name: dispatched_ops(step, repeats=4) for name, step in steps.items()}
+
+
+def main(arguments: Iterable[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=100)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--groups", type=int, nargs="*", default=GROUPS, help="none to leave out")
+    options = parser.parse_args(None if arguments is None else list(arguments))
+    torch.set_num_threads(options.threads)
+    print(f"{hardware()}; {options.rounds} rounds\n")
+    print(step_table(options.rounds))
+    for groups in options.groups:
+        print(f"\n{groups} groups\n\n{group_table(groups, options.rounds)}")
 
 
 if __name__ == "__main__":

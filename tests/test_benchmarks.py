@@ -24,6 +24,7 @@ _rows = importlib.import_module("_rows")
 _rss = importlib.import_module("_rss")
 _shapes = importlib.import_module("_shapes")
 memory = importlib.import_module("memory")
+overhead = importlib.import_module("overhead")
 
 # Of the rows below, in floats: the batch, the hidden values, the output, a scalar, the two weights.
 ROWS, IN, HIDDEN, OUT = 11, 5, 7, 3
@@ -204,3 +205,26 @@ def test_resident_bytes_come_from_a_process_of_its_own():
         for name in (_rows.REFERENCE, _rows.ALL_ACTIVE)
     ]
     assert all(0 < resident < 2**30 for resident in kept)
+
+
+# What knowing costs
+
+
+def test_the_wrapper_dispatches_nothing_and_the_forward_measure_little():
+    wraps = {name: overhead.GROUP_ROWS[name][0] for name in overhead.GROUP_ROWS}
+    groups = 5
+    ops = overhead.counted(
+        {name: overhead.chain_step(groups, wrap) for name, wrap in wraps.items()}
+    )
+    plain = ops["our LoRA, AdamW"]
+    assert ops["wrapped, not measured"] == plain
+    assert ops["wrapped, forward measure"] == plain + 2 * groups + 1
+    assert ops["wrapped, one active in turn"] < ops["wrapped, forward measure, 2/3 active"] < plain
+
+
+def test_a_row_says_what_a_reallocation_adds(monkeypatch):
+    monkeypatch.setattr(overhead.importlib.util, "find_spec", lambda name: None)
+    rows = [line.split(" | ") for line in overhead.group_table(3, 2).splitlines()[2:]]
+    assert [row[0].strip("| ") for row in rows] == list(overhead.GROUP_ROWS)
+    fixed = {row[0].strip("| ") for row in rows if row[-1] == "- |"}
+    assert fixed == {name for name, (_, twin) in overhead.GROUP_ROWS.items() if twin is None}
