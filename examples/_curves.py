@@ -93,9 +93,12 @@ def curves(sweep: Sweep, option: str, task: str) -> Curves:
             found[split[0]][split[1]] = sweep.cells[name, task]
     for label, points in found.items():
         if (label, task) in sweep.cells:  # the method as it is usually is one more point
+            cell = sweep.cells[label, task]
             usual = (method(label).allocation or {}).get(option)
-            if type(usual) is int:
-                points.setdefault(usual, sweep.cells[label, task])
+            if isinstance(usual, float):  # a share of the modules
+                usual = round(usual * len(cell.runs[0]["counts"]))
+            if usual:
+                points.setdefault(usual, cell)
     return found
 
 

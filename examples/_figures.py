@@ -12,7 +12,7 @@ from typing import Any
 
 from _compare import Cell, Sweep
 from _curves import Draw, by_option, legend, memory, panels, styles
-from _methods import METHODS
+from _methods import METHODS, method
 
 HEATMAPS_ACROSS = 5
 
@@ -80,7 +80,8 @@ def _heatmaps(sweep: Sweep, reference: str, canvas: Any) -> bool:
     shown = {}
     for name in sweep.methods:
         cells = [sweep.cells[name, task] for task in sweep.shared(name)]
-        if name in METHODS and any(run["counts"] for cell in cells for run in cell.runs):
+        has_own_layers = method(name).targets is not None
+        if (name in METHODS or has_own_layers) and any(r["counts"] for c in cells for r in c.runs):
             shown[name] = _shares(cells)
     if not shown:
         return False
@@ -153,5 +154,5 @@ FIGURES = [
         by_option("period", "steps between reallocations"),
         "forward@period=10,forward@period=50",
     ),
-    Figure("figure5", "Who was active", _heatmaps, "random,forward,gradient"),
+    Figure("figure5", "Who was active", _heatmaps, "random,forward,forward@targets=all-linear"),
 ]

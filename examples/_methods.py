@@ -2,8 +2,9 @@
 
 A method is a name, such as ``forward``, and may carry options after an @, such as
 ``forward@active=4,period=10`` or ``budget-0.40@activation_warmup=0``: those of
-`DynamicAllocationOptimizer`, those of `Budget` (memory, compute, base, floor), and for ``static``
-the share of the blocks that it trains (top).
+`DynamicAllocationOptimizer`, those of `Budget` (memory, compute, base, floor), and which layers get
+an adapter: those in the top share of the blocks (``top=1/3``), or all linear ones
+(``targets=all-linear``).
 """
 
 from __future__ import annotations
@@ -49,12 +50,14 @@ class Method:
         adapts: One of `SCALES`, or the same by peft: ``"lora-peft"``, ``"vera-peft"``.
         allocation: Options of `DynamicAllocationOptimizer`; None for the plain optimizer.
         top: The share of the blocks, from the top, that get an adapter.
+        targets: ``"all-linear"``, or None for the query and value projections.
         preset: In place of `DynamicAllocationOptimizer` itself: `lisa` or `badam`.
     """
 
     adapts: str
     allocation: Mapping[str, Any] | None = None
     top: float = 1.0
+    targets: str | None = None
     preset: Callable[..., DynamicAllocationOptimizer] | None = None
 
     @property
@@ -97,16 +100,19 @@ def method(name: str) -> Method:
     """Return the method of this name, with the options that follow an @.
 
     Raises:
-        ValueError: No such method, or an option that is not ``key=value``.
+        ValueError: No such method, or no such option.
     """
     base, _, options = name.partition("@")
     if base not in METHODS:
         raise ValueError(f"no method {base!r}; there are {[*METHODS]}")
     found = METHODS[base]
     given = dict(map(_option, filter(None, options.split(","))))
-    found = replace(found, top=given.pop("top", found.top))
+    adapters = {key: given.pop(key) for key in ("top", "targets") if key in given}
+    found = replace(found, **adapters)
+    if found.targets not in (None, "all-linear") or (found.targets and found.top < 1):
+        raise ValueError(f"{name!r}: targets= is all-linear, and then top= is 1")
     if given and found.allocation is None:
-        raise ValueError(f"{base} allocates nothing: {name!r} may only set top=")
+        raise ValueError(f"{base} allocates nothing: {name!r} may only set top= and targets=")
     return replace(found, allocation={**found.allocation, **given}) if found.allocation else found
 
 
@@ -123,16 +129,16 @@ def _option(text: str) -> tuple[str, Any]:
         return key, value
 
 
-def adapt(model: nn.Module, adapts: str, top: float = 1.0) -> nn.Module:
+def adapt(model: nn.Module, chosen: Method) -> nn.Module:
     """Make trainable what a method trains; return the model, which peft wraps."""
-    kind, heads = adapts, head_modules(model)
+    kind, heads = chosen.adapts, head_modules(model)
     if kind == "full":
         return model
     if kind == "bitfit":
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name.endswith("bias") or name.split(".")[0] in heads)
         return model
-    targets = top_targets(model, top)
+    targets = chosen.targets or top_targets(model, chosen.top)
     if kind == "lora":
         config = LoRAConfig(rank=LORA_RANK, alpha=2 * LORA_RANK, targets=targets, trainable=heads)
         return inject(model, config)
@@ -142,7 +148,7 @@ def adapt(model: nn.Module, adapts: str, top: float = 1.0) -> nn.Module:
 
 
 def _adapted_by_peft(
-    model: nn.Module, kind: str, targets: list[str], heads: list[str]
+    model: nn.Module, kind: str, targets: str | list[str], heads: list[str]
 ) -> nn.Module:
     import peft
 

@@ -126,7 +126,7 @@ def _start(settings: Settings, work: Work) -> tuple[nn.Module, Optimizer]:
         layers=settings.layers,
     )
     chosen = method(settings.method)
-    model = adapt(model, chosen.adapts, chosen.top)
+    model = adapt(model, chosen)
     return model, build(model, chosen, lr=settings.lr, seed=settings.seed)
 
 

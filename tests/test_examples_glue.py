@@ -151,6 +151,7 @@ def test_options_follow_an_at():
         **{"active": 4, "period": 10, "allocator": "topk"},
     }
     assert _methods.method("static@top=1/6").top == pytest.approx(1 / 6)
+    assert _methods.method("forward@targets=all-linear").targets == "all-linear"
     assert glue.names("lora,forward@active=4,period=10,vera") == [
         *("lora", "forward@active=4,period=10", "vera")
     ]
@@ -162,6 +163,8 @@ def test_options_follow_an_at():
         ("loar", "no method 'loar'"),
         ("forward@active", "'active' is not an option"),
         ("lora@period=2", "lora allocates nothing"),
+        ("lora@targets=query", r"'lora@targets=query': targets= is all-linear"),
+        ("lora@targets=all-linear,top=0.5", "then top= is 1"),
     ],
 )
 def test_what_is_no_method_is_refused(name, message):
@@ -177,6 +180,11 @@ ADAPTER, HEAD = 8 * (16 + 16), 16 * 2 + 2  # parameters of a LoRA layer and of t
     [
         ("lora", 6 * ADAPTER + HEAD),
         ("lora-peft", 6 * ADAPTER + HEAD),
+        (
+            "lora@targets=all-linear",
+            3 * (4 * ADAPTER + 2 * 8 * (16 + 32)) + ADAPTER + HEAD,
+        ),  # pooler
+        ("lora-peft@targets=all-linear", 3 * (4 * ADAPTER + 2 * 8 * (16 + 32)) + ADAPTER + HEAD),
         ("static", 2 * ADAPTER + HEAD),
         ("static@top=2/3", 4 * ADAPTER + HEAD),
         ("random@active=2", 2 * ADAPTER + HEAD),

@@ -281,6 +281,9 @@ def test_a_line_has_all_values_of_its_family_and_the_usual_one():
         "forward": [5, 20],
         "gradient": [5],
     }
+    lines = [line("forward", counts=dict.fromkeys("abcdef", 1)), line("forward@active=2")]
+    found = _curves.curves(_compare.Sweep(lines), "active", "easy")
+    assert sorted(found["forward"]) == [2, 4]  # two thirds of six modules
 
 
 def test_memory_is_compared_on_the_tasks_of_all_numbers_of_active_modules():
