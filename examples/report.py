@@ -15,11 +15,12 @@ import shlex
 import statistics
 import sys
 from collections.abc import Iterator, Sequence
+from itertools import chain
 from json import JSONDecodeError
 from pathlib import Path
 from typing import Any
 
-from _compare import Difference, Sweep
+from _compare import Difference, Result, Sweep
 from _figures import FIGURES, save
 from _models import DEFAULT_MODEL
 from _suite import recipe
@@ -136,8 +137,12 @@ def command(sweep: Sweep, methods: str, folder: Path) -> str:
     return f"python examples/glue.py {' '.join(words)}"
 
 
-def read(folder: Path) -> Sweep:
+def read(folder: Path, methods: Sequence[str] = ()) -> Sweep:
     """Read what `glue.py` wrote.
+
+    Args:
+        folder: Of the finished runs.
+        methods: Those to keep, in their order; none for all that there are.
 
     Raises:
         ValueError: There is no such folder, or no finished run in it.
@@ -147,6 +152,11 @@ def read(folder: Path) -> Sweep:
         raise ValueError(f"there is no folder {folder}; glue.py --output {folder} makes it")
     try:
         lines = finished(path)
+        if methods:
+            of = {name: [line for line in lines if _is_of(line, name)] for name in methods}
+            if missing := [name for name, found in of.items() if not found]:
+                raise ValueError(f"there are no runs of {', '.join(missing)} in {folder}")
+            lines = list(chain(*of.values()))
         if lines:
             return Sweep(lines)
     except (JSONDecodeError, KeyError, TypeError) as error:
@@ -154,6 +164,10 @@ def read(folder: Path) -> Sweep:
     raise ValueError(
         f"there are no finished runs in {folder}; glue.py --output {folder} makes some"
     )
+
+
+def _is_of(line: Result, method: str) -> bool:
+    return bool(line["settings"]["method"] == method)
 
 
 def check(sweep: Sweep, reference: str, pairs: Sequence[str]) -> None:
@@ -180,6 +194,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("folder", type=Path, help="what glue.py wrote to")
     parser.add_argument("--output", type=Path, help="folder of the report; None: the same")
+    parser.add_argument("--methods", type=names, default=[], help="only these; none given: all")
     parser.add_argument("--reference", default="lora", help="the method to compare with")
     parser.add_argument("--pairs", nargs="+", default=[], metavar="A:B", help="more to compare")
     options = parser.parse_args(arguments)
@@ -193,7 +208,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
     folder = options.output
     try:
-        sweep = read(options.folder)
+        sweep = read(options.folder, options.methods)
         check(sweep, options.reference, options.pairs)
         folder.mkdir(parents=True, exist_ok=True)
         text, table = report(sweep, options.reference, options.pairs, folder, options.folder)

@@ -187,6 +187,16 @@ def test_all_tables_and_figures_are_written(folder, capsys):
     assert "| forward@active=4 |" in capsys.readouterr().out
 
 
+def test_a_report_may_be_of_some_methods_in_an_order_of_ones_own(folder, capsys):
+    assert report.main([str(folder), "--methods", "static,forward@active=4,lora"]) == 0
+    rows = capsys.readouterr().out.splitlines()[2:5]
+    assert [row.split(" | ")[0].strip("| ") for row in rows] == [
+        "static",
+        "forward@active=4",
+        "lora",
+    ]
+
+
 def test_a_figure_without_runs_says_how_to_make_them(tmp_path):
     (tmp_path / "runs.jsonl").write_text(json.dumps(line()) + "\n", "utf-8")
     assert report.main([str(tmp_path), "--output", str(tmp_path / "out")]) == 0
@@ -210,6 +220,7 @@ def test_a_figure_without_runs_says_how_to_make_them(tmp_path):
         (["", "--pairs", "lora"], "--pairs lora is not two methods such as forward:random"),
         (["", "--reference", "vera"], r"there are no runs of vera; there are of \['lora'"),
         (["", "--pairs", "lora:vera"], "there are no runs of vera"),
+        (["", "--methods", "lora,vera"], "there are no runs of vera in "),
     ],
 )
 def test_bad_input_ends_in_one_sentence(arguments, message, folder):
