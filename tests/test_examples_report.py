@@ -21,9 +21,11 @@ _curves = importlib.import_module("_curves")
 _data = importlib.import_module("_data")
 _figures = importlib.import_module("_figures")
 _suite = importlib.import_module("_suite")
+_training = importlib.import_module("_training")
 glue = importlib.import_module("glue")
 report = importlib.import_module("report")
 
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 ROWS = 400
 LABELS = [i % 2 for i in range(ROWS)]
 
@@ -360,3 +362,21 @@ def test_pairs_may_have_commas_between_them():
     assert report.parse(["runs", "--pairs", *given]).pairs == [
         *("forward:random", "gradient@active=2,period=5:static@top=1/6", "vera:lora")
     ]
+
+
+# The runs that are kept
+
+
+def test_the_results_are_those_of_the_runs_that_are_kept():
+    runs = _training.finished(BENCHMARKS / "sweep" / "runs.jsonl")
+    for run in runs:  # so that a sweep goes on from them
+        assert _training.Settings(**run["settings"]).key == run["key"]
+    sweep = _compare.Sweep(runs)
+    results = (BENCHMARKS / "RESULTS.md").read_text("utf-8")
+    readme = (BENCHMARKS.parent / "README.md").read_text("utf-8")
+    said = re.findall(r"^\| `?([\w.-]+)`? \| ([\d.]+) \|.* \| ([\d.]+) \|$", readme, re.MULTILINE)
+    assert len(said) >= 8
+    for name, mean, peak in said:
+        assert f"| {name} | {' | '.join(report._qualities(sweep, name))} | {mean} |" in results
+        assert mean == f"{100 * sweep.average(name, sweep.tasks):.1f}"
+        assert peak == f"{sweep.ratio(name, 'lora', 'peak_bytes', sweep.tasks):.2f}"
