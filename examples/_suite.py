@@ -42,7 +42,7 @@ class Recipe:
     Attributes:
         load: Returns its rows.
         metrics: Of `METRICS`; the first one decides.
-        steps: Optimizer steps in which LoRA has converged with the default model.
+        steps: Optimizer steps, with the rate decaying to 0 over them; few, so that a CPU will do.
         max_length: Tokens a row.
     """
 
