@@ -17,7 +17,6 @@ from torch import nn
 DEFAULT_MODEL = "all-MiniLM-L6-v2"
 LARGER_MODEL = "all-mpnet-base-v2"
 DEFAULT_CAUSAL_LM = "SmolLM2-135M-Instruct"
-PINNED = (DEFAULT_MODEL, LARGER_MODEL, DEFAULT_CAUSAL_LM)  # had without the hub
 
 # The query and value projections, by transformers' ``config.model_type``. GPT-2 fuses them.
 TARGETS = {
@@ -46,12 +45,7 @@ def needs_hub(model: str) -> bool:
 
 def locate(model: str) -> str:
     """Return what ``from_pretrained`` takes: a pinned model's folder, or the name as it is."""
-    pinned = {
-        DEFAULT_MODEL: minilm_folder,
-        LARGER_MODEL: mpnet_folder,
-        DEFAULT_CAUSAL_LM: smollm2_folder,
-    }
-    return str(pinned[model]()) if model in pinned else model
+    return str(PINNED[model]()) if model in PINNED else model
 
 
 def minilm_folder() -> Path:
@@ -90,6 +84,13 @@ def smollm2_folder() -> Path:
             convert_gguf(next(Path(staging).glob("*.gguf")), folder)
 
     return made(cache_folder() / f"{DEFAULT_CAUSAL_LM}-{pin.sha256[:8]}", fill)
+
+
+PINNED = {  # had without the hub
+    DEFAULT_MODEL: minilm_folder,
+    LARGER_MODEL: mpnet_folder,
+    DEFAULT_CAUSAL_LM: smollm2_folder,
+}
 
 
 def convert_gguf(file: Path, folder: Path) -> None:
