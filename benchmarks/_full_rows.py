@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Iterator
-from contextlib import redirect_stdout
 from dataclasses import dataclass, field
 from functools import partial
-from io import StringIO
 from typing import Any
 
 import torch
+from _badam import block_optimizer
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.checkpoint import checkpoint
@@ -56,13 +54,9 @@ class Package:
     """The badam package's optimizer, with its state where a torch optimizer has it."""
 
     def __init__(self, model: nn.Module, position: int) -> None:
-        package = importlib.import_module("badam")  # a peer, that nothing here depends on
-        named = list(model.named_parameters())
-        with redirect_stdout(StringIO()):  # it names the block, whatever ``verbose`` says
-            self.inner: Any = package.BlockOptimizer(
-            adamw(model), named, switch_block_every=10**9, switch_mode="fixed",
-            start_block=position, verbose=0,
-        )  # fmt: skip
+        self.inner = block_optimizer(
+            adamw(model), model, switch_block_every=10**9, switch_mode="fixed", start_block=position
+        )
         self.step, self.zero_grad = self.inner.step, self.inner.zero_grad
 
     @property

@@ -15,11 +15,8 @@ which other processes stretch less.
 from __future__ import annotations
 
 import argparse
-import importlib
-import importlib.util
 import statistics
 import time
-import warnings
 from collections.abc import Callable, Iterable
 from contextlib import redirect_stdout
 from io import StringIO
@@ -27,6 +24,7 @@ from typing import Any, cast
 
 import peft
 import torch
+from _badam import block_optimizer, is_installed
 from _measure import dispatched_ops, hardware, markdown, median_seconds
 from torch import nn
 from torch.optim import Optimizer
@@ -144,18 +142,10 @@ def package(period: int) -> Wrap:
     """The badam package in its LoRA mode, a block a group."""
 
     def wrap(optimizer: Optimizer, model: nn.Module) -> Optimizer:
-        badam: Any = importlib.import_module("badam")
         prefixes = [[f"{name}."] for name, m in model.named_modules() if hasattr(m, "lora_A")]
-        with redirect_stdout(StringIO()), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # float32 weights, which all rows have
-            built: Optimizer = badam.BlockOptimizer(
-                optimizer,
-                list(model.named_parameters()),
-                prefixes,
-                switch_block_every=period,
-                switch_mode="ascending",
-                verbose=0,
-            )
+        built: Optimizer = block_optimizer(
+            optimizer, model, prefixes, switch_block_every=period, switch_mode="ascending"
+        )
         return built
 
     return wrap
@@ -188,7 +178,7 @@ PACKAGE = "badam package, one active in turn"
 
 
 def group_rows() -> dict[str, tuple[Wrap, Wrap | None]]:
-    if importlib.util.find_spec("badam") is None:
+    if not is_installed():
         return GROUP_ROWS
     return {**GROUP_ROWS, PACKAGE: (package(NEVER), package(1))}
 

@@ -40,9 +40,11 @@ def styles() -> Iterator[dict[str, Any]]:
     )
 
 
-def panels(canvas: Any, titles: Sequence[str], *, width: float, height: float) -> list[Any]:
+def panels(
+    canvas: Any, titles: Sequence[str], *, width: float, height: float, across: int = ACROSS
+) -> list[Any]:
     """Divide a figure into a panel a title, a few in a row, with room for a legend outside."""
-    across = min(ACROSS, len(titles))
+    across = min(across, len(titles))
     down = -(-len(titles) // across)
     canvas.set_size_inches(width * across + 2.2, height * down)
     every = list(canvas.subplots(down, across, squeeze=False).flat)

@@ -85,22 +85,16 @@ def _heatmaps(sweep: Sweep, reference: str, canvas: Any) -> bool:
             shown[name] = _shares(cells)
     if not shown:
         return False
-    across = min(HEATMAPS_ACROSS, len(shown))
-    down = -(-len(shown) // across)
     layers, modules = (max(len({k[i] for k in s}) for s in shown.values()) for i in (0, 1))
-    canvas.set_size_inches(
-        1.6 + across * max(1.9, 0.5 + 0.5 * modules), down * (1.6 + 0.25 * layers)
-    )
-    every = list(canvas.subplots(down, across, squeeze=False).flat)
-    for axes, (name, shares) in zip(every, shown.items(), strict=False):
-        image = _heatmap(axes, name, shares)
-    for axes in every[len(shown) :]:
-        axes.set_visible(False)
+    width, height = max(1.9, 0.5 + 0.5 * modules), 1.6 + 0.25 * layers
+    every = panels(canvas, list(shown), width=width, height=height, across=HEATMAPS_ACROSS)
+    for axes, shares in zip(every, shown.values(), strict=True):
+        image = _heatmap(axes, shares)
     canvas.colorbar(image, ax=every, label="share of the steps that a module was active")
     return True
 
 
-def _heatmap(axes: Any, name: str, shares: Mapping[tuple[int, str], float]) -> Any:
+def _heatmap(axes: Any, shares: Mapping[tuple[int, str], float]) -> Any:
     layers = sorted({layer for layer, _ in shares})
     modules = list(dict.fromkeys(module for _, module in shares))
     rows = [[shares.get((layer, module), float("nan")) for module in modules] for layer in layers]
@@ -108,7 +102,7 @@ def _heatmap(axes: Any, name: str, shares: Mapping[tuple[int, str], float]) -> A
     axes.set_xticks(range(len(modules)), modules, rotation=40, ha="right", rotation_mode="anchor")
     axes.set_yticks(range(len(layers)), layers)
     axes.set_ylabel("layer" if axes.get_subplotspec().is_first_col() else "")
-    axes.set_title(name, fontsize="medium")
+    axes.grid(False)
     return image
 
 

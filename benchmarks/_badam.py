@@ -1,0 +1,32 @@
+"""The badam package as a peer, that nothing here depends on: ``pip install --no-deps badam``."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import warnings
+from contextlib import redirect_stdout
+from io import StringIO
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+
+
+def is_installed() -> bool:
+    return importlib.util.find_spec("badam") is not None
+
+
+def block_optimizer(
+    optimizer: Optimizer, model: nn.Module, prefixes: list[list[str]] | None = None, **options: Any
+) -> Any:
+    """Wrap an optimizer by the package's, quietly.
+
+    It names the block that it turns to, whatever ``verbose`` says, and warns of float32 weights.
+    """
+    package: Any = importlib.import_module("badam")
+    with redirect_stdout(StringIO()), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return package.BlockOptimizer(
+            optimizer, list(model.named_parameters()), prefixes, verbose=0, **options
+        )
