@@ -145,9 +145,9 @@ _GLUE_METRICS = {
 SUITES: dict[str, dict[str, Recipe]] = {
     "offline": {
         "rotten_tomatoes": Recipe(_rotten_tomatoes, ("accuracy",), 200, 40),
-        "vader_tweets": Recipe(_vader_tweets, ("Pearson",), 150, 32),
-        "r8": Recipe(lambda: _official("reuters-r8"), ("accuracy",), 160, 32),
-        "bbc": Recipe(_bbc_news, ("accuracy",), 80, 32),
+        "vader_tweets": Recipe(_vader_tweets, ("Pearson",), 300, 32),
+        "r8": Recipe(lambda: _official("reuters-r8"), ("accuracy",), 320, 32),
+        "bbc": Recipe(_bbc_news, ("accuracy",), 160, 32),
         "20newsgroups": Recipe(lambda: _official("20newsgroups"), ("accuracy",), 300, 64),
     },
     "glue": {

@@ -367,11 +367,16 @@ def test_pairs_may_have_commas_between_them():
 # The runs that are kept
 
 
-def test_the_results_are_those_of_the_runs_that_are_kept():
-    runs = _training.finished(BENCHMARKS / "sweep" / "runs.jsonl")
-    for run in runs:  # so that a sweep goes on from them
+@pytest.mark.parametrize("folder", ["sweep", "sweep/short"])
+def test_a_sweep_goes_on_from_the_runs_that_are_kept(folder):
+    runs = _training.finished(BENCHMARKS / folder / "runs.jsonl")
+    assert runs
+    for run in runs:
         assert _training.Settings(**run["settings"]).key == run["key"]
-    sweep = _compare.Sweep(runs)
+
+
+def test_the_results_are_those_of_the_runs_that_are_kept():
+    sweep = _compare.Sweep(_training.finished(BENCHMARKS / "sweep" / "runs.jsonl"))
     results = (BENCHMARKS / "RESULTS.md").read_text("utf-8")
     readme = (BENCHMARKS.parent / "README.md").read_text("utf-8")
     said = re.findall(r"^\| `?([\w.-]+)`? \| ([\d.]+) \|.* \| ([\d.]+) \|$", readme, re.MULTILINE)
