@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import statistics
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -90,7 +90,7 @@ def _heatmaps(sweep: Sweep, reference: str, canvas: Any) -> bool:
     every = panels(canvas, list(shown), width=width, height=height, across=HEATMAPS_ACROSS)
     for axes, shares in zip(every, shown.values(), strict=True):
         image = _heatmap(axes, shares)
-    canvas.colorbar(image, ax=every, label="share of the steps that a module was active")
+    canvas.colorbar(image, ax=every, label="share of the steps, active")
     return True
 
 
@@ -123,14 +123,19 @@ def _layer_and_kind(path: str) -> tuple[int, str]:
 
 
 def _shortened(kinds: set[str]) -> dict[str, str]:
-    """The last name of each kind, or its last two where that is not its own."""
-    last = [kind.rpartition(".")[2] for kind in kinds]
-    return {
-        kind: kind.rpartition(".")[2]
-        if last.count(kind.rpartition(".")[2]) == 1
-        else ".".join(kind.split(".")[-2:])
-        for kind in kinds
-    }
+    """Of each kind as many names, from the last one on, as tell it from all others."""
+    return {kind: next(end for end in _ends(kind) if _is_own(end, kind, kinds)) for kind in kinds}
+
+
+def _ends(kind: str) -> Iterator[str]:
+    """``c``, ``b.c``, ``a.b.c`` of a.b.c."""
+    parts = kind.split(".")
+    return (".".join(parts[-count:]) for count in range(1, 1 + len(parts)))
+
+
+def _is_own(end: str, kind: str, kinds: set[str]) -> bool:
+    """Whether no other kind ends so; a whole name is its own, for no other is the same."""
+    return end == kind or not any(end in _ends(other) for other in kinds - {kind})
 
 
 FIGURES = [

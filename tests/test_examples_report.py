@@ -320,6 +320,8 @@ def test_shares_are_of_modules_by_layer_and_of_whole_blocks():
         (0, "output.dense"): 0.25,
         (0, "intermediate.dense"): 0.5,
     }
+    both = {"m.0.attention.output.dense": 1, "m.0.output.dense": 2}  # of BERT, not to be mixed
+    assert shares(both) == {(0, "attention.output.dense"): 0.25, (0, "output.dense"): 0.5}
 
 
 def test_more_methods_than_colours_are_all_drawn_and_labelled():
