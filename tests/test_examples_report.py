@@ -369,7 +369,7 @@ def test_pairs_may_have_commas_between_them():
 # The runs that are kept
 
 
-@pytest.mark.parametrize("folder", ["sweep", "sweep/short"])
+@pytest.mark.parametrize("folder", ["sweep", "sweep/short", "sweep/mpnet"])
 def test_a_sweep_goes_on_from_the_runs_that_are_kept(folder):
     runs = _training.finished(BENCHMARKS / folder / "runs.jsonl")
     assert runs
