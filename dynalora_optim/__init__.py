@@ -21,7 +21,10 @@ This package imports torch and the standard library only. It recognises adapters
 (`AdapterModule`), whoever wrote them.
 """
 
-from dynalora_optim._allocators import (
+from dynalora_optim._base.live_bytes import LiveBytes
+from dynalora_optim._optimizer import DynamicAllocationOptimizer
+from dynalora_optim._presets import badam, lisa
+from dynalora_optim.allocation._allocators import (
     AllocationContext,
     Allocator,
     DiscountedStochastic,
@@ -31,12 +34,11 @@ from dynalora_optim._allocators import (
     TopK,
     UniformRandom,
 )
-from dynalora_optim._budget import Budget
-from dynalora_optim._groups import AdapterModule, Blocks
-from dynalora_optim._importance import ImportanceTracker
-from dynalora_optim._live_bytes import LiveBytes
-from dynalora_optim._lr import LocalLR
-from dynalora_optim._measures import (
+from dynalora_optim.allocation._budget import Budget
+from dynalora_optim.allocation._record import AllocationRecord, Reallocation
+from dynalora_optim.allocation._schedules import Once, Periodic, Schedule
+from dynalora_optim.groups._groups import AdapterModule, Blocks
+from dynalora_optim.importance._measures import (
     ForwardMeasure,
     ForwardNorm,
     ForwardPass,
@@ -44,14 +46,12 @@ from dynalora_optim._measures import (
     GradientNorm,
     Sensitivity,
 )
-from dynalora_optim._memory_report import MemoryReport, MemoryUse
-from dynalora_optim._optimizer import DynamicAllocationOptimizer
-from dynalora_optim._planner import estimate_memory
-from dynalora_optim._presets import badam, lisa
-from dynalora_optim._record import AllocationRecord, Reallocation
-from dynalora_optim._schedules import Once, Periodic, Schedule
-from dynalora_optim._step_memory import StepMemory, measure_step
-from dynalora_optim._windows import Ema
+from dynalora_optim.importance._tracker import ImportanceTracker
+from dynalora_optim.importance._windows import Ema
+from dynalora_optim.memory._rehearsal import estimate_memory
+from dynalora_optim.memory._report import MemoryReport, MemoryUse
+from dynalora_optim.memory._step import StepMemory, measure_step
+from dynalora_optim.update._rates import LocalLR
 
 __all__ = [
     "AdapterModule",

@@ -12,45 +12,45 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from dynalora_optim._allocation import Allocation
-from dynalora_optim._allocators import Allocator, as_allocator
-from dynalora_optim._checkpoint import pack, unpack
-from dynalora_optim._claims import claim, release
-from dynalora_optim._freezing import drop_gradients
-from dynalora_optim._fused_backward import FusedBackward, refusal
-from dynalora_optim._groups import GroupRule, find_groups
-from dynalora_optim._idle_state import as_idle_state
-from dynalora_optim._importance import ImportanceTracker, as_tracker
-from dynalora_optim._lr import LocalLR, LrTime, Rates
-from dynalora_optim._master_weights import (
-    MasterWeights,
-    Rounding,
-    check_master_weights,
-    restore_dtypes,
-)
-from dynalora_optim._measures import GradientMeasure, ImportanceMeasure
-from dynalora_optim._memory_report import MemoryReport, memory_report
-from dynalora_optim._modules import ModuleDriver
-from dynalora_optim._param_groups import (
-    ParameterIndex,
-    ParamGroup,
-    flatten,
-    match_always_active,
-)
-from dynalora_optim._plain_state import from_plain, is_plain, to_plain
-from dynalora_optim._ranks import check_agreement
-from dynalora_optim._record import AllocationRecord
-from dynalora_optim._saved_values import check_keys, check_values, damage_refused
-from dynalora_optim._schedules import Schedule, as_schedule
-from dynalora_optim._shaping import Shaper
-from dynalora_optim._states import (
+from dynalora_optim._base.claims import claim, release
+from dynalora_optim._base.collectives import check_agreement
+from dynalora_optim._driver import ModuleDriver
+from dynalora_optim.allocation._allocation import Allocation
+from dynalora_optim.allocation._allocators import Allocator, as_allocator
+from dynalora_optim.allocation._record import AllocationRecord
+from dynalora_optim.allocation._schedules import Schedule, as_schedule
+from dynalora_optim.groups._groups import GroupRule, find_groups
+from dynalora_optim.importance._measures import GradientMeasure, ImportanceMeasure
+from dynalora_optim.importance._tracker import ImportanceTracker, as_tracker
+from dynalora_optim.memory._report import MemoryReport, memory_report
+from dynalora_optim.memory._shaping import Shaper
+from dynalora_optim.state._pack import pack, unpack
+from dynalora_optim.state._placeholders import (
     OnActivate,
     add_placeholders,
     check_on_activate,
     is_rehearsal,
     reset,
 )
-from dynalora_optim._update_rule import LateBoundOptimizer, check_wrappable
+from dynalora_optim.state._validate import check_keys, check_values, damage_refused
+from dynalora_optim.switching._freezing import drop_gradients
+from dynalora_optim.update._fused import FusedBackward, refusal
+from dynalora_optim.update._idle_state import as_idle_state
+from dynalora_optim.update._master_weights import (
+    MasterWeights,
+    Rounding,
+    check_master_weights,
+    restore_dtypes,
+)
+from dynalora_optim.update._param_groups import (
+    ParameterIndex,
+    ParamGroup,
+    flatten,
+    match_always_active,
+)
+from dynalora_optim.update._plain import from_plain, is_plain, to_plain
+from dynalora_optim.update._rates import LocalLR, LrTime, Rates
+from dynalora_optim.update._rule import LateBoundOptimizer, check_wrappable
 
 
 class DynamicAllocationOptimizer(LateBoundOptimizer):

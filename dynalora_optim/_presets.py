@@ -11,9 +11,9 @@ from typing import Any, Literal
 from torch import nn
 from torch.optim import Optimizer
 
-from dynalora_optim._allocators import RoundRobin
-from dynalora_optim._groups import Blocks
 from dynalora_optim._optimizer import DynamicAllocationOptimizer
+from dynalora_optim.allocation._allocators import RoundRobin
+from dynalora_optim.groups._groups import Blocks
 
 
 def lisa(

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dynalora_adapters import LoRAConfig, inject
 from dynalora_optim import Budget, DynamicAllocationOptimizer, LiveBytes
-from dynalora_optim._memory import Costs, Plan
+from dynalora_optim.allocation._costs import Costs, Plan
 
 MODELS = ("bert", "roberta", "mpnet", "gpt2", "llama", "vit", "encoder")
 ALL_LINEAR = {  # every linear layer of a block, grouped-query projections among them

@@ -199,7 +199,7 @@ def full_disk_for_weights(source: Path, target: Path, replace: Any = Path.replac
 
 
 FAILURES = {
-    "weights": ("dynalora_adapters._storage.save_file", full_disk),
+    "weights": ("dynalora_adapters.io._storage.save_file", full_disk),
     "config": ("pathlib.Path.write_text", full_disk),
     "backup": ("shutil.copy2", full_disk),
     "first rename": ("pathlib.Path.replace", full_disk),

@@ -24,9 +24,9 @@ from dynalora_optim import (
     TopK,
     UniformRandom,
 )
-from dynalora_optim._allocation import resolve_active
-from dynalora_optim._allocators import SHORT_NAMES, as_allocator
-from dynalora_optim._starvation import StarvationBound
+from dynalora_optim.allocation._allocation import resolve_active
+from dynalora_optim.allocation._allocators import SHORT_NAMES, as_allocator
+from dynalora_optim.allocation._bounded import StarvationBound
 
 DRAWS = 20_000
 

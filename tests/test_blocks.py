@@ -22,7 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 from toy import same, weights, wrapped
 
 from dynalora_optim import Blocks, Budget, DynamicAllocationOptimizer, LiveBytes
-from dynalora_optim._groups import find_groups
+from dynalora_optim.groups._groups import find_groups
 
 LAYERS = [f"layers.{i}" for i in range(4)]
 IN_TURN = {"active": 1, "period": 1, "allocator": "round_robin"}

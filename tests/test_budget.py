@@ -19,9 +19,9 @@ from hypothesis import strategies as st
 from toy import ToyModel, wrapped
 
 from dynalora_optim import AllocationContext, Budget
-from dynalora_optim._budget import tilt
-from dynalora_optim._memory import BlockCost, Costs, Plan, Role, Use
-from dynalora_optim._plans import best_plan, cheapest_plan, least_peak
+from dynalora_optim.allocation._budget import tilt
+from dynalora_optim.allocation._costs import BlockCost, Costs, Plan, Role, Use
+from dynalora_optim.allocation._search import best_plan, cheapest_plan, least_peak
 
 DRAWS, SELECTIONS = 2_000, 150
 STOCHASTIC = ("discounted", "stochastic", "random")

@@ -22,7 +22,7 @@ from toy import ToyModel, batch, same, train, weights, wrapped
 
 from dynalora_adapters import LoRAConfig, inject
 from dynalora_optim import Budget, GradientNorm, ImportanceTracker
-from dynalora_optim._plans import least_peak
+from dynalora_optim.allocation._search import least_peak
 
 SMALL = replace(TINY, blocks=4)
 TIGHT = Budget(memory=0.5, compute=0.8)

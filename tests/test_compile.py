@@ -30,7 +30,7 @@ from dynalora_optim import (
     GradientNorm,
     ImportanceTracker,
 )
-from dynalora_optim._blocks import find_blocks
+from dynalora_optim.groups._blocks import find_blocks
 
 STEPS = 52  # of which 2 warm up: 50 reallocations follow
 

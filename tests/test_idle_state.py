@@ -18,7 +18,7 @@ from toy import ToyModel, same, weights, wrapped
 from toy import train as train_toy
 
 from dynalora_optim import DynamicAllocationOptimizer
-from dynalora_optim._idle_state import Offload
+from dynalora_optim.update._idle_state import Offload
 
 KINDS = ["keep", "offload", "drop"]
 cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

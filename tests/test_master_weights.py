@@ -18,7 +18,7 @@ from torch.optim import SGD, AdamW
 from toy import same, weights, wrapped
 
 from dynalora_optim import Blocks, DynamicAllocationOptimizer
-from dynalora_optim._master_weights import MASTER, stochastically_rounded
+from dynalora_optim.update._master_weights import MASTER, stochastically_rounded
 
 BF16 = torch.bfloat16
 floats = st.floats(width=32, allow_nan=False, allow_infinity=False)

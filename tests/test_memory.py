@@ -14,8 +14,8 @@ from torch import nn
 from toy import ToyModel, batch, names, wrapped
 
 from dynalora_optim import Budget, LiveBytes
-from dynalora_optim._live_bytes import tensor_bytes
-from dynalora_optim._memory import Plan
+from dynalora_optim._base.live_bytes import tensor_bytes
+from dynalora_optim.allocation._costs import Plan
 
 FLOAT = 4
 HIDDEN = ROOMY.rows * ROOMY.length * ROOMY.width * FLOAT  # a block's input

@@ -13,7 +13,7 @@ from strategies import any_allocator
 from toy import ToyModel, names, train, wrapped
 
 from dynalora_optim import AllocationRecord, Reallocation
-from dynalora_optim._plot import by_layer
+from dynalora_optim.allocation._plot import by_layer
 
 
 @given(any_allocator, st.integers(1, 5), st.integers(0, 12))

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from toy import ToyModel, backward, batch, train, wrapped
 
 from dynalora_optim import Once, Periodic
-from dynalora_optim._schedules import as_schedule
+from dynalora_optim.allocation._schedules import as_schedule
 
 
 @given(st.integers(1, 100), st.integers(1, 1000))

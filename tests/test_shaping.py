@@ -25,7 +25,7 @@ from toy import ToyAdapter, ToyModel, batch, same, train, weights, wrapped
 
 from dynalora_adapters import LoRAConfig, inject
 from dynalora_optim import Budget
-from dynalora_optim._memory import Plan
+from dynalora_optim.allocation._costs import Plan
 
 SMALL = replace(TINY, blocks=4)
 

@@ -22,11 +22,11 @@ the method ``adapter_params() -> list[str]`` and the attribute ``active``.
 """
 
 from dynalora_adapters._config import LoRAConfig
-from dynalora_adapters._files import load_adapter, save_adapter
 from dynalora_adapters._inject import inject, remove
 from dynalora_adapters._layers import LoRALinear
 from dynalora_adapters._merge import merge, unmerge
 from dynalora_adapters._vera import VeRAConfig, VeRALinear
+from dynalora_adapters.io._files import load_adapter, save_adapter
 
 __all__ = [
     "LoRAConfig",

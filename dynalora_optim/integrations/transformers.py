@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from dynalora_optim import DynamicAllocationOptimizer
-from dynalora_optim._groups import GroupRule, find_groups
+from dynalora_optim.groups._groups import GroupRule, find_groups
 
 __all__ = ["AllocationCallback", "OptimizerFactory", "dynalora_optimizer"]
 

@@ -1,0 +1,180 @@
+"""peft's file format: what its configuration says, and what its tensors are called.
+
+The keys are those of peft 0.21's configurations and of its ``get_peft_model_state_dict``; the
+format has no document of its own.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Mapping
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor, nn
+
+from dynalora_adapters._bases import linear_shape
+from dynalora_adapters._config import AdapterConfig, Names
+from dynalora_adapters._layers import AdapterLinear
+from dynalora_adapters._models import first_names, inside, task_type
+from dynalora_adapters._targets import head_names, is_all_linear, matches
+from dynalora_adapters.io._peft_kinds import IGNORED, KINDS, SHARED
+
+PREFIX = "base_model.model."
+# Modules that peft saves and expects for a task, whether modules_to_save names them or not.
+_TASK_HEADS = {
+    "SEQ_CLS": ("classifier", "score"),
+    "TOKEN_CLS": ("classifier", "score"),
+    "QUESTION_ANS": ("qa_outputs",),
+}
+_GENERATION = ("CAUSAL_LM", "SEQ_2_SEQ_LM")
+
+
+def decode_config(raw: Mapping[str, Any]) -> AdapterConfig:
+    """Translate peft's configuration into ours.
+
+    Raises:
+        ValueError: If it is of another kind, lacks an option, or uses one that is not implemented
+            here.
+        TypeError: If an option has the wrong type.
+    """
+    name = raw.get("peft_type")
+    kind = KINDS.get(name) if isinstance(name, str) else None
+    if kind is None:
+        raise ValueError(f"peft_type must be one of {sorted(KINDS)}, got {name!r}.")
+    options = {**SHARED, **kind.options}
+    for option, value in raw.items():
+        if option not in options and option not in IGNORED and option not in kind.ignored:
+            _check_implemented(option, value, kind.accepted.get(option, ()))
+    given = {ours: raw[theirs] for theirs, ours in options.items() if raw.get(theirs) is not None}
+    for theirs in kind.required:
+        if options[theirs] not in given:
+            raise ValueError(f"{theirs} is missing; add what the adapter was trained with.")
+    return kind.config_class(**given)
+
+
+def _check_implemented(option: str, value: object, accepted: Collection[object]) -> None:
+    if any(value is one or (isinstance(value, str) and value == one) for one in accepted):
+        return
+    if value is None or value is False or value in (0, "", [], {}):
+        return
+    raise ValueError(
+        f"{option}={value!r} is not implemented here, and may change what the adapter computes; "
+        f"load it with peft, or remove the option if it has no effect on the forward."
+    )
+
+
+def encode_config(
+    model: nn.Module, tree: Mapping[str, nn.Module], config: AdapterConfig
+) -> dict[str, Any]:
+    """Translate our configuration, as it was applied to an adapted model, into peft's."""
+    name, kind = next((n, k) for n, k in KINDS.items() if k.config_class is type(config))
+    layers = [module for module in tree.values() if isinstance(module, AdapterLinear)]
+    targets, exclude = _spelling(tree, config, excludes=kind.excludes)
+    excluded = {"exclude_modules": _as_json(exclude) or None} if kind.excludes else {}
+    options = {theirs: getattr(config, ours) for theirs, ours in kind.options.items()}
+    return {
+        "peft_type": name,
+        "task_type": _safe_task(model, tree, config),
+        "base_model_name_or_path": _origin(model),
+        "inference_mode": True,
+        "target_modules": _as_json(targets),
+        **excluded,
+        "modules_to_save": _as_json(config.trainable) or None,
+        "fan_in_fan_out": any(layer.shape.transposed for layer in layers),
+        "bias": "none",
+        **options,
+    }
+
+
+def _origin(model: nn.Module) -> str | None:
+    """Return where transformers loaded the model from."""
+    return str(getattr(getattr(model, "config", None), "name_or_path", None) or "") or None
+
+
+def _as_json(names: Names) -> str | list[str]:
+    return names if isinstance(names, str) else list(names)
+
+
+def _spelling(
+    tree: Mapping[str, nn.Module], config: AdapterConfig, *, excludes: bool
+) -> tuple[Names, Names]:
+    """Return the shortest targets and exclusions that peft resolves to the modules adapted here.
+
+    peft looks at every module, linear or not, and knows a repeated one by its first name.
+    """
+    modules = first_names(tree)
+    adapted = [name for name, module in modules.items() if isinstance(module, AdapterLinear)]
+    exact = "|".join(re.escape(name) for name in adapted)
+    as_given = (config.targets, config.exclude if excludes else ())
+    spellings: list[tuple[Names, Names]] = [as_given, (adapted, ())]
+    for targets, exclude in spellings:
+        kept = [n for n in modules if not _guarded(n, config.trainable) and not matches(exclude, n)]
+        if not is_all_linear(targets) and [n for n in kept if matches(targets, n)] == adapted:
+            return targets, exclude
+    return f"(?:{exact})", ()
+
+
+def _guarded(name: str, trainable: Names) -> bool:
+    """Whether peft keeps adapters away: the name is, or lies below, a module to save."""
+    parts = name.split(".")
+    return any(matches(trainable, ".".join(parts[: end + 1])) for end in range(len(parts)))
+
+
+def _safe_task(
+    model: nn.Module, tree: Mapping[str, nn.Module], config: AdapterConfig
+) -> str | None:
+    """Return the task type, but None where peft would expect what the file or the model lacks."""
+    task = task_type(model)
+    if task in _GENERATION and not hasattr(model, "prepare_inputs_for_generation"):
+        return None
+    saved = head_names(tree, config.trainable)
+    expected = head_names(tree, _TASK_HEADS.get(task or "", ()))
+    return task if all(inside(name, saved) for name in expected) else None
+
+
+def layer_keys(name: str, layer_class: type[AdapterLinear]) -> dict[str, str]:
+    """Return the parameters of the layer called ``name`` and their keys in the file."""
+    return {param: f"{PREFIX}{name}.{key}" for param, key in layer_class.peft_names.items()}
+
+
+def layer_shapes(
+    tree: Mapping[str, nn.Module], names: Collection[str], config: AdapterConfig
+) -> dict[str, tuple[int, ...]]:
+    """Return the shapes that a file must have for the layers called ``names``, by key."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name in names:
+        base = linear_shape(tree[name])
+        assert base is not None
+        keys = layer_keys(name, config.layer_class)
+        for param, shape in config.param_shapes(name, base).items():
+            shapes[keys[param]] = shape
+    return shapes
+
+
+def head_tensors(tree: Mapping[str, nn.Module], trainable: Names) -> dict[str, Tensor]:
+    """Return the parameters and buffers of the modules that peft saves whole, by key."""
+    return {
+        f"{PREFIX}{name}.{key}": tensor
+        for name in head_names(tree, trainable)
+        for key, tensor in tree[name].state_dict().items()
+    }
+
+
+def known_names(config: AdapterConfig, tree: Mapping[str, nn.Module]) -> AdapterConfig:
+    """Drop names that mean no module here: peft writes and accepts such entries.
+
+    Of the targets at least one is kept, so that a foreign file is still named as such.
+    """
+
+    def known(names: Names) -> Names:
+        if isinstance(names, str):
+            return names if any(matches(names, module) for module in tree) else ()
+        return tuple(n for n in names if any(matches((n,), module) for module in tree))
+
+    return replace(
+        config,
+        targets=known(config.targets) or config.targets,
+        exclude=known(config.exclude),
+        trainable=known(config.trainable),
+    )

@@ -1,0 +1,259 @@
+"""Who is active next (section 3.2 of the paper): pure functions of numbers.
+
+An allocator is any object with ``select(context) -> indices``. It sees an `AllocationContext` (the
+scores, the update counters, how many modules to choose, a random generator) and returns the
+positions of the modules to activate. It never sees a module or a tensor, so that it can be tested
+without a model and written in ten lines.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Literal, Protocol, runtime_checkable
+
+from dynalora_optim._base.checks import by_name
+from dynalora_optim.allocation._costs import Costs
+from dynalora_optim.importance._normalise import normalised
+
+
+@dataclass(frozen=True)
+class AllocationContext:
+    """What an allocator decides from. Modules are numbered 0 .. M-1 in forward order.
+
+    Attributes:
+        scores: The importance y of each module (equation 1), finite and >= 0.
+        updates: The counter C of each module: the gradient updates it has received.
+        active: How many modules to choose (1 <= active <= M).
+        reallocation: The number of selections made before this one.
+        generator: The random numbers of this selection, equal on every rank and after a resume.
+        idle: How many selections in a row have left each module out; () where nobody counts.
+        costs: What each choice costs; None where nobody has measured.
+        mean_compute: The FLOPs of the mean backward pass so far, as a share of one with all modules
+            active.
+    """
+
+    scores: tuple[float, ...]
+    updates: tuple[int, ...]
+    active: int
+    reallocation: int
+    generator: random.Random
+    idle: tuple[int, ...] = ()
+    costs: Costs | None = None
+    mean_compute: float = 0.0
+
+    @property
+    def importance(self) -> tuple[float, ...]:
+        """The scores normalised to sum to 1 (equation 2); uniform before any score exists."""
+        return normalised(self.scores)
+
+    def ranking(self) -> list[int]:
+        """Modules from the most to the least important.
+
+        Ties keep the forward order. Before any score exists every order is equally likely.
+        """
+        modules = range(len(self.scores))
+        if not any(self.scores):
+            return self.generator.sample(modules, len(modules))
+        return sorted(modules, key=lambda m: -self.scores[m])
+
+    def sample(self, weights: Sequence[float]) -> list[int]:
+        """Draw ``active`` different modules one after the other, each in proportion to its weight.
+
+        A module of weight 0 is drawn only when no other is left, then uniformly.
+        """
+        # Exponential races (Efraimidis & Spirakis 2006): the arrival time of module m is
+        # exponential with rate w_m, and the first k to arrive have the law of successive draws.
+        # Logarithms keep the smallest and the largest weights apart.
+        arrivals = []
+        for m, weight in enumerate(weights):
+            clock = math.log(-math.log1p(-self.generator.random()) or math.ulp(0.0))
+            arrival = clock - math.log(weight) if weight > 0 else math.inf
+            arrivals.append((arrival, clock, m))
+        return [m for *_, m in sorted(arrivals)[: self.active]]
+
+
+@runtime_checkable
+class Allocator(Protocol):
+    """Chooses the active modules of the next period."""
+
+    def select(self, context: AllocationContext) -> Collection[int]:
+        """Return the positions of the modules to activate, at least one, each once."""
+        ...
+
+
+@dataclass(frozen=True)
+class TopK:
+    """The k modules of highest importance y; ties keep the forward order."""
+
+    def select(self, context: AllocationContext) -> list[int]:
+        """Return the first ``context.active`` modules of the ranking."""
+        return context.ranking()[: context.active]
+
+
+@dataclass(frozen=True)
+class Threshold:
+    """The smallest n >= 1 such that the n most important modules hold a share ``p`` of importance.
+
+    The sum over these n of the normalised scores (equation 2) is at least ``p``. The optimizer's
+    ``active`` plays no part. The comparison is exact: ``p=0.7`` means 7/10.
+
+    Raises:
+        ValueError: ``p`` is not in [0, 1].
+    """
+
+    p: float = 0.5
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.p <= 1:
+            raise ValueError(
+                f"Threshold(p={self.p!r}): p is a share of the total importance; pass a number "
+                "in [0, 1]."
+            )
+
+    def select(self, context: AllocationContext) -> list[int]:
+        """Return the shortest head of the ranking that reaches the share."""
+        scores = [Fraction(score) for score in context.scores]
+        if not any(scores):
+            scores = [Fraction(1)] * len(scores)
+        needed = Fraction(str(self.p)) * sum(scores)
+        chosen: list[int] = []
+        held = Fraction(0)
+        for m in context.ranking():
+            chosen.append(m)
+            held += scores[m]
+            if held >= needed:
+                break
+        return chosen
+
+
+@dataclass(frozen=True)
+class Stochastic:
+    """Modules drawn in proportion to their importance y^ (equation 2).
+
+    Attributes:
+        sampling: ``"fixed"`` draws k different modules, one after the other. ``"bernoulli"`` is the
+            paper's wording: each module is active with probability y^, independently, so one on
+            average, and the optimizer's ``active`` plays no part. Should none come up, one is
+            drawn in proportion, which makes the probability of module m
+            ``y^_m + y^_m * prod_j (1 - y^_j)``.
+
+    Raises:
+        ValueError: ``sampling`` is neither.
+    """
+
+    sampling: Literal["fixed", "bernoulli"] = "fixed"
+
+    def __post_init__(self) -> None:
+        if self.sampling not in ("fixed", "bernoulli"):
+            raise ValueError(
+                f"Stochastic(sampling={self.sampling!r}): pass 'fixed' or 'bernoulli'."
+            )
+
+    def select(self, context: AllocationContext) -> list[int]:
+        """Return the modules drawn."""
+        importance = context.importance
+        if self.sampling == "fixed":
+            return context.sample(importance)
+        drawn = [m for m, y in enumerate(importance) if context.generator.random() < y]
+        return drawn or context.generator.choices(range(len(importance)), importance)
+
+
+@dataclass(frozen=True)
+class DiscountedStochastic:
+    """Modules drawn in proportion to y~ = y^ / C (equation 3).
+
+    C counts the updates a module has received; C = 0 counts as 1, so that a module never chosen is
+    neither excluded nor favoured a hundredfold. Exactly ``active`` different modules are drawn.
+    """
+
+    def select(self, context: AllocationContext) -> list[int]:
+        """Return the modules drawn."""
+        pairs = zip(context.importance, context.updates, strict=True)
+        return context.sample([y / max(c, 1) for y, c in pairs])
+
+
+@dataclass(frozen=True)
+class UniformRandom:
+    """``active`` modules, every set equally likely: the control (R) of the paper's Table 1."""
+
+    def select(self, context: AllocationContext) -> list[int]:
+        """Return a uniform draw without replacement."""
+        return context.generator.sample(range(len(context.scores)), context.active)
+
+
+@dataclass(frozen=True)
+class RoundRobin:
+    """The next ``active`` modules in turn (BAdam, arXiv 2404.02827).
+
+    Attributes:
+        order: ``"ascending"``: in forward order, cyclically; ``"descending"``: the other way round;
+            ``"random"``: every cycle has an order of its own.
+        seed: Of the random orders.
+
+    Raises:
+        ValueError: ``order`` is none of the three.
+    """
+
+    order: Literal["ascending", "descending", "random"] = "ascending"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.order not in ("ascending", "descending", "random"):
+            raise ValueError(
+                f"RoundRobin(order={self.order!r}): pass 'ascending', 'descending' or 'random'."
+            )
+
+    def select(self, context: AllocationContext) -> list[int]:
+        """Return ``active`` positions from where the previous selection ended."""
+        modules = len(context.scores)
+        idle = context.idle or (0,) * modules
+        if self.order == "random":
+            return self._shuffled(context)
+        if self.order == "descending":
+            return [modules - 1 - m for m in self._next(context.active, idle[::-1])]
+        return self._next(context.active, idle)
+
+    def _shuffled(self, context: AllocationContext) -> list[int]:
+        """A cycle's last selection is filled up from its first."""
+        modules = len(context.scores)
+        cycle, turn = divmod(context.reallocation, math.ceil(modules / context.active))
+        order = random.Random(f"{self.seed}:{cycle}").sample(range(modules), modules)
+        start = turn * context.active
+        return [order[(start + offset) % modules] for offset in range(context.active)]
+
+    def _next(self, active: int, idle: Sequence[int]) -> list[int]:
+        modules = len(idle)
+        ends = (m + 1 for m in range(modules) if idle[m] == 0 < idle[(m + 1) % modules])
+        start = next(ends, 0)
+        return [(start + offset) % modules for offset in range(active)]
+
+
+SHORT_NAMES: dict[str, Callable[[], Allocator]] = {
+    "topk": TopK,
+    "threshold": Threshold,
+    "stochastic": Stochastic,
+    "discounted": DiscountedStochastic,
+    "random": UniformRandom,
+    "round_robin": RoundRobin,
+}
+
+
+def as_allocator(allocator: str | Allocator) -> Allocator:
+    """Return ``allocator`` itself, or the default object behind its short name.
+
+    Raises:
+        ValueError: An unknown short name.
+        TypeError: Neither a name nor an object with ``select``.
+    """
+    return by_name(
+        "allocator",
+        allocator,
+        SHORT_NAMES,
+        kinds=(Allocator,),
+        noun="allocator",
+        method="select(context)",
+    )

@@ -1,0 +1,295 @@
+"""`Budget`: who is active when memory and compute are bounded (no counterpart in the paper).
+
+Freezing modules at random saves next to no memory, for what frozen layers above the lowest active
+module keep is needed to pass the gradient on. So a selection is, first of all, a *lowest block*:
+below it no graph is recorded. What it takes from there up is fitted into the memory by
+checkpointing, and every block that can train within the budget does: the gradient passes through it
+in any case, so that leaving it out would save nothing.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Literal
+
+from dynalora_optim.allocation._allocators import AllocationContext
+from dynalora_optim.allocation._costs import Costs, Plan
+from dynalora_optim.allocation._search import best_plan, cheapest_plan, least_peak
+from dynalora_optim.importance._normalise import normalised
+
+Base = Literal["discounted", "stochastic", "random", "topk"]
+_BASES = ("discounted", "stochastic", "random", "topk")
+_SPREAD = 2  # selections over which an excess of compute is paid back
+_LEAST = 1e-12  # a weight of 0 could not be tilted to, were it the only one that is cheap enough
+_GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Modules chosen so that no step exceeds a peak of memory, nor the mean step a cost of compute.
+
+    A selection draws the lowest block b that trains, with probability in proportion to its
+    importance per unit of cost, y~_b / FLOPs_b; the exact best choice of the other blocks that fits
+    is active with it, kept in full or checkpointed. All costs are measured on the first batch and
+    once more on a larger one. The optimizer's ``active`` plays no part.
+
+    Attributes:
+        memory: The most bytes alive in forward and backward above weights, optimizer state and
+            batch: a share (float in (0, 1]) of the peak with all modules active and nothing
+            checkpointed, or bytes (int).
+        compute: The most FLOPs of the mean backward pass, recomputation included, as a share of the
+            backward pass with all modules active; None for no bound. What one selection exceeds,
+            the next ones save.
+        base: y~ is y^ / C for ``"discounted"`` (equation 3), y^ for ``"stochastic"`` (equation 2),
+            equal for ``"random"``. ``"topk"`` draws nothing: it takes the modules of the largest
+            total importance that fit, each time within ``compute``.
+        floor: The share of selections whose lowest block is drawn uniformly. Each of n blocks is
+            active with a probability of at least floor / n, and of a tenth of that where
+            ``compute`` is too tight for more.
+
+    Raises:
+        TypeError: A number of another kind.
+        ValueError: A number out of range.
+    """
+
+    memory: float
+    compute: float | None = None
+    base: Base = "discounted"
+    floor: float = 0.1
+
+    def __post_init__(self) -> None:
+        _check_memory(self.memory)
+        _check_number("compute", self.compute or 0, "a share (float), or None for no bound")
+        _check_number("floor", self.floor, "a share (float) in (0, 1]")
+        if self.compute is not None and not 0 < self.compute < math.inf:
+            raise ValueError(
+                f"Budget(compute={self.compute!r}) is not a positive share of the backward pass "
+                "with all modules active; pass one such as 0.6, or None for no bound."
+            )
+        if self.base not in _BASES:
+            raise ValueError(f"Budget(base={self.base!r}): pass one of {list(_BASES)}.")
+        if not 0 < self.floor <= 1:
+            raise ValueError(
+                f"Budget(floor={self.floor!r}): every module must keep a chance; pass a share in "
+                "(0, 1]."
+            )
+
+    def limit(self, costs: Costs) -> int:
+        """Return the peak, in bytes, that no step exceeds."""
+        if isinstance(self.memory, int):
+            return self.memory
+        return _share_of(costs.peak(costs.all_active), self.memory)
+
+    def select(self, context: AllocationContext) -> list[int]:
+        """Return the modules of the plan drawn.
+
+        Raises:
+            ValueError: Not every block can train within the budget.
+        """
+        plans, probabilities = self._distribution(context)
+        (plan,) = context.generator.choices(plans, probabilities)
+        return _groups(_costs(context), plan)
+
+    def probabilities(self, context: AllocationContext) -> tuple[float, ...]:
+        """Return the probability with which `select` activates each module.
+
+        Raises:
+            ValueError: Not every block can train within the budget.
+        """
+        costs = _costs(context)
+        sums = [0.0] * len(costs.group_blocks)
+        for plan, probability in zip(*self._distribution(context), strict=True):
+            for group in _groups(costs, plan):
+                sums[group] += probability
+        return tuple(min(total, 1.0) for total in sums)
+
+    def plan(self, costs: Costs, chosen: Collection[int]) -> Plan:
+        """Return what to checkpoint while the ``chosen`` modules are active.
+
+        Raises:
+            ValueError: The budget cannot hold them.
+        """
+        active = costs.blocks_of(chosen)
+        plan = cheapest_plan(costs, active, self.limit(costs))
+        if plan is None:
+            least = least_peak(costs, min(active), active)
+            raise ValueError(self._too_small(costs, least, f"blocks {sorted(active)}"))
+        return plan
+
+    def fitting(self, costs: Costs, chosen: Collection[int]) -> list[int]:
+        """Return the ``chosen`` modules without those in the lowest blocks, as few as will fit.
+
+        Raises:
+            ValueError: Not every block can train within the budget.
+        """
+        blocks = costs.group_blocks
+        if self.base != "topk":
+            self._plans(costs, [0.0] * len(costs.blocks))
+        for lowest in sorted(costs.blocks_of(chosen)):
+            kept = [m for m in chosen if (block := blocks[m]) is None or block >= lowest]
+            if cheapest_plan(costs, costs.blocks_of(kept), self.limit(costs)):
+                return kept
+        highest = max(costs.blocks_of(chosen))
+        least = least_peak(costs, highest, costs.blocks_of([]) | {highest})
+        raise ValueError(self._too_small(costs, least, f"blocks down to {highest}"))
+
+    def _distribution(self, context: AllocationContext) -> tuple[list[Plan], list[float]]:
+        """The plans, one for each lowest block, and the probability of each."""
+        costs = _costs(context)
+        values = self._values(context)
+        if self.base == "topk":
+            return [self._top(costs, values)], [1.0]
+        plans = self._plans(costs, values)
+        flops = [costs.flops(plan) / costs.flops(costs.all_active) for plan in plans]
+        weights = [values[low] / cost for low, cost in enumerate(flops)]
+        return plans, self._probabilities(normalised(weights), flops, context)
+
+    def _plans(self, costs: Costs, values: Sequence[float]) -> list[Plan]:
+        limit = self.limit(costs)
+        plans = []
+        for lowest in costs.lowest_blocks():
+            plan = best_plan(costs, values, limit, lowest)
+            if plan is None:
+                least = max(least_peak(costs, low) for low in costs.lowest_blocks())
+                raise ValueError(self._too_small(costs, least, f"blocks down to {lowest}"))
+            plans.append(plan)
+        return plans
+
+    def _top(self, costs: Costs, values: Sequence[float]) -> Plan:
+        limit, flops = self.limit(costs), None
+        if self.compute is not None:
+            flops = _share_of(costs.flops(costs.all_active), self.compute)
+        found = (best_plan(costs, values, limit, low, flops) for low in costs.lowest_blocks())
+        plans = [plan for plan in found if plan]
+        if not plans:
+            raise ValueError(self._top_too_small(costs))
+
+        def worth(plan: Plan) -> tuple[float, int]:
+            return sum(values[block] for block in plan.active), -costs.flops(plan)
+
+        return max(plans, key=worth)
+
+    def _values(self, context: AllocationContext) -> list[float]:
+        """The importance y~ of each block: the sum over its modules."""
+        costs = _costs(context)
+        worth: Sequence[float] = context.importance
+        if self.base == "random":
+            worth = [1.0] * len(worth)
+        elif self.base == "discounted":
+            worth = [y / max(c, 1) for y, c in zip(worth, context.updates, strict=True)]
+        values = [0.0] * len(costs.blocks)
+        for block, y in zip(costs.group_blocks, worth, strict=True):
+            if block is not None:
+                values[block] += y
+        return values
+
+    def _probabilities(
+        self, weights: Sequence[float], flops: Sequence[float], context: AllocationContext
+    ) -> list[float]:
+        """Mix the uniform floor with the weights, tilted to what compute is left."""
+        floor, count = self.floor, len(flops)
+        if self.compute is None:
+            return [floor / count + (1 - floor) * w for w in weights]
+        self._check_compute(flops)
+        debt = (context.mean_compute - self.compute) * context.reallocation
+        target = self.compute - debt / _SPREAD
+        mean, least = sum(flops) / count, min(flops)
+        if mean > least:  # the floor yields before the bound does, down to a tenth
+            affordable = (target - least) / (mean - least)
+            floor = min(floor, max(affordable, floor / 10))
+        left = (target - floor * mean) / (1 - floor) if floor < 1 else target
+        tilted = tilt(weights, flops, left)
+        return [floor / count + (1 - floor) * p for p in tilted]
+
+    def _check_compute(self, flops: Sequence[float]) -> None:
+        assert self.compute is not None
+        uniform = sum(flops) / len(flops)
+        least = min(flops) + self.floor / 10 * (uniform - min(flops))
+        if self.compute < least:
+            raise ValueError(
+                f"Budget(compute={self.compute}) is less than any choice takes that gives every "
+                f"module a chance; pass at least {math.ceil(least * 1000) / 1000}."
+            )
+
+    def _top_too_small(self, costs: Costs) -> str:
+        lowest = costs.lowest_blocks()
+        least = min(least_peak(costs, low) for low in lowest)
+        if least > self.limit(costs):
+            return self._too_small(costs, least, "any block")
+        fitting = (cheapest_plan(costs, costs.pinned | {low}, self.limit(costs)) for low in lowest)
+        share = min(map(costs.flops, filter(None, fitting))) / costs.flops(costs.all_active)
+        return (
+            f"Budget(compute={self.compute}) is less than any choice takes that fits the memory; "
+            f"pass at least {math.ceil(share * 1000) / 1000}."
+        )
+
+    def _too_small(self, costs: Costs, least: int, what: str) -> str:
+        whole = costs.peak(costs.all_active)
+        return (
+            f"Budget(memory={self.memory}) cannot hold a step that trains {what}, even with every "
+            f"block checkpointed; pass memory={math.ceil(least / whole * 1000) / 1000} or {least} "
+            f"bytes ({least / _GIB:.2f} GiB) at least, of the {whole / _GIB:.2f} GiB that all "
+            "modules take."
+        )
+
+
+def tilt(weights: Sequence[float], costs: Sequence[float], target: float) -> tuple[float, ...]:
+    """Return probabilities p ~ w exp(-t c), with the least t >= 0 such that sum(p c) <= target.
+
+    Of all distributions of that mean cost it is the closest to ``weights`` (in relative entropy).
+    Where no t does, all weight goes to the cheapest.
+    """
+
+    def tilted(t: float) -> tuple[float, ...]:
+        logs = [math.log(max(w, _LEAST)) - t * c for w, c in zip(weights, costs, strict=True)]
+        top = max(logs)
+        return normalised([math.exp(log - top) for log in logs])
+
+    def mean(t: float) -> float:
+        return sum(p * c for p, c in zip(tilted(t), costs, strict=True))
+
+    if mean(0.0) <= target:
+        return tilted(0.0)
+    low, high = 0.0, 1e4 / max(costs)
+    for _ in range(100):
+        middle = (low + high) / 2
+        low, high = (low, middle) if mean(middle) <= target else (middle, high)
+    return tilted(high)
+
+
+def _costs(context: AllocationContext) -> Costs:
+    if context.costs is None:
+        raise ValueError(
+            "Budget needs measured costs; use it as the allocator of a DynamicAllocationOptimizer."
+        )
+    return context.costs
+
+
+def _share_of(whole: int, share: float) -> int:
+    """Return a share of ``whole``, rounded down; 0.29 means 29 of 100, which no float does."""
+    return math.floor(Fraction(str(share)) * whole)
+
+
+def _groups(costs: Costs, plan: Plan) -> list[int]:
+    """The modules in the plan's blocks, and those after the blocks, which cost nothing."""
+    places = enumerate(costs.group_blocks)
+    return [group for group, block in places if block is None or block in plan.active]
+
+
+def _check_memory(memory: float) -> None:
+    _check_number("memory", memory, "a share (float) in (0, 1], or bytes (int)")
+    if isinstance(memory, float) and not 0 < memory <= 1:
+        raise ValueError(
+            f"Budget(memory={memory}) is not a share in (0, 1]; pass one, or a number of bytes "
+            "(int)."
+        )
+    if memory <= 0:
+        raise ValueError(f"Budget(memory={memory}) is not positive; pass a number of bytes.")
+
+
+def _check_number(name: str, value: float, remedy: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"Budget({name}={value!r}) is not a number; pass {remedy}.")

@@ -1,0 +1,254 @@
+"""From a model to its ordered, named module groups: the units that are active or inactive.
+
+A group knows *where* its parameters live (owner module and attribute), never the parameter objects
+themselves: FSDP2 and ``accelerator.prepare`` put new ones in their place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal, Protocol, TypeAlias, cast, get_args, runtime_checkable
+
+from torch import nn
+
+from dynalora_optim._base.checks import whole_number
+from dynalora_optim.groups._blocks import find_blocks
+
+Fate: TypeAlias = Literal["allocated", "always_active", "frozen"]
+
+
+@runtime_checkable
+class AdapterModule(Protocol):
+    """What an adapter layer has for ``groups="auto"`` to recognise it.
+
+    If it also carries a boolean attribute ``active`` and uses detached parameters while that is
+    False, the optimizer sets the flag; any other module is made inactive from outside.
+    """
+
+    def adapter_params(self) -> list[str]:
+        """Return the names of the adapter's parameters, relative to the module."""
+        ...
+
+
+@dataclass(frozen=True)
+class Slot:
+    """The place of one parameter: ``getattr(owner, attribute)``; ``name`` is its dotted path."""
+
+    owner: nn.Module
+    attribute: str
+    name: str
+
+    @property
+    def parameter(self) -> nn.Parameter:
+        """The parameter that stands there now."""
+        parameter = self.owner._parameters[self.attribute]
+        assert isinstance(parameter, nn.Parameter)
+        return parameter
+
+
+@dataclass(frozen=True)
+class ModuleGroup:
+    """A named set of modules whose adapter parameters get gradients together or not at all.
+
+    Attributes:
+        name: The dotted path of the module in the model, or what a user's rule returned.
+        modules: One module; more where they share a parameter or a user's rule joins them.
+        slots: The places of the group's parameters; a tied one has several.
+        aliases: The names of groups that were joined with this one.
+        fate: Whether allocators choose it.
+    """
+
+    name: str
+    modules: tuple[nn.Module, ...]
+    slots: tuple[Slot, ...]
+    aliases: tuple[str, ...] = ()
+    fate: Fate = "allocated"
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """Yield the parameters that stand in the slots now, each once."""
+        return iter({id(p): p for p in (slot.parameter for slot in self.slots)}.values())
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """Full-parameter training by blocks: each of the model's repeated blocks is a group.
+
+    Args:
+        block_size: So many blocks in a row form one group; the last may have fewer.
+        outside: What becomes of the modules that lie in no block, such as embeddings, the final
+            norm and the head: ``"always_active"``; ``"frozen"``; or ``"allocated"``: they are
+            groups too. Those that ``always_active=`` names are always active in any case.
+
+    Raises:
+        ValueError: ``outside`` is none of the three, or ``block_size`` is less than 1.
+    """
+
+    block_size: int = 1
+    outside: Fate = "always_active"
+
+    def __post_init__(self) -> None:
+        whole_number("block_size", self.block_size, least=1, of="blocks")
+        if self.outside not in get_args(Fate):
+            raise ValueError(
+                f"Blocks(outside={self.outside!r}): pass one of {', '.join(get_args(Fate))}."
+            )
+
+    def claims(self, model: nn.Module) -> Iterator[ModuleGroup]:
+        """Yield the groups of ``model``, those outside the blocks among them, in its own order.
+
+        Raises:
+            ValueError: It has no blocks, or the same one several times.
+        """
+        blocks = find_blocks(model)
+        if not blocks:
+            raise ValueError(
+                f"groups='blocks' found no repeated blocks in {type(model).__name__}: no "
+                "ModuleList of two or more modules of one class. Pass groups=callable(name, "
+                "module) -> group name or None."
+            )
+        place = {block.module: position for position, block in enumerate(blocks)}
+        holders = {m for m in model.modules() if any(part in place for part in m.modules())}
+        holders -= place.keys()
+        for name, module in model.named_modules():
+            if module in place:
+                first = place[module] // self.block_size * self.block_size
+                last = min(first + self.block_size, len(blocks)) - 1
+                group = blocks[first].name + (f"-{last}" if last > first else "")
+                yield ModuleGroup(group, (module,), tuple(_slots(name, module)))
+            elif module in holders:
+                # It is no module apart: its own parameters are, such as a position embedding.
+                for slot in _own_slots(name, module):
+                    yield ModuleGroup(slot.name, (module,), (slot,), fate=self.outside)
+            elif _parent(model, name) in holders and (slots := tuple(_slots(name, module))):
+                yield ModuleGroup(name, (module,), slots, fate=self.outside)
+
+
+GroupRule: TypeAlias = "Literal['auto', 'blocks'] | Blocks | Callable[[str, nn.Module], str | None]"
+
+
+def find_groups(model: nn.Module, rule: GroupRule = "auto") -> list[ModuleGroup]:
+    """Return the module groups of ``model`` in forward order (the order of its definition).
+
+    Args:
+        model: The adapted model.
+        rule: ``"auto"`` takes every module with an ``adapter_params()`` method (`AdapterModule`)
+            and every Hugging Face peft layer. `Blocks`, or ``"blocks"`` for its defaults, takes the
+            repeated blocks whole. A callable ``(name, module) -> group name or None`` makes each
+            module that it names, with all parameters below it, part of that group.
+
+    Raises:
+        TypeError: ``rule`` is none of these.
+        ValueError: No module forms a group.
+    """
+    model = getattr(model, "_orig_mod", model)  # what torch.compile(model) was given
+    rule = Blocks() if rule == "blocks" else rule
+    if isinstance(rule, Blocks):
+        claims = list(rule.claims(model))
+    elif rule == "auto":
+        claims = [
+            ModuleGroup(name, (module,), tuple(slots))
+            for name, module in model.named_modules()
+            if (slots := list(_adapter_slots(name, module)))
+        ]
+    elif callable(rule):
+        claims = [
+            ModuleGroup(group, (module,), tuple(slots))
+            for name, module in model.named_modules()
+            if (group := rule(name, module)) is not None
+            if (slots := list(_slots(name, module)))
+        ]
+    else:
+        raise TypeError(
+            f"groups={rule!r} is not a rule; pass 'auto', 'blocks', Blocks(...), or a callable "
+            "(name, module) -> group name or None."
+        )
+    if not claims:
+        raise ValueError(_no_groups(rule, model))
+    return _joined(replace(claim, name=plain_name(claim.name)) for claim in claims)
+
+
+def plain_name(name: str) -> str:
+    """Return a dotted path without what torch.compile puts into it."""
+    return ".".join(part for part in name.split(".") if part != "_orig_mod")
+
+
+def _no_groups(rule: GroupRule, model: nn.Module) -> str:
+    if rule == "auto":
+        return (
+            f"groups='auto' found no adapter in {type(model).__name__}: no module has "
+            "adapter_params() and none is a Hugging Face peft layer. Call "
+            "dynalora_adapters.inject(model, LoRAConfig(...)) or peft.get_peft_model first; or "
+            "pass groups='blocks' to train the parameters of whole blocks, or "
+            "groups=callable(name, module) -> group name or None."
+        )
+    return (
+        f"groups={rule!r} named no module of {type(model).__name__} that has parameters; "
+        "return a group name for at least one."
+    )
+
+
+def _slots(prefix: str, module: nn.Module) -> Iterator[Slot]:
+    for path, owner in module.named_modules(prefix=prefix):
+        yield from _own_slots(path, owner)
+
+
+def _own_slots(path: str, owner: nn.Module) -> Iterator[Slot]:
+    for attribute, parameter in owner._parameters.items():
+        if parameter is not None:
+            yield Slot(owner, attribute, f"{path}.{attribute}" if path else attribute)
+
+
+def _parent(model: nn.Module, name: str) -> nn.Module:
+    return model.get_submodule(name.rpartition(".")[0])
+
+
+def _adapter_slots(name: str, module: nn.Module) -> Iterator[Slot]:
+    """The slots of an adapter layer; none for any other module."""
+    if isinstance(module, AdapterModule):
+        roots = tuple(module.adapter_params())
+    elif _is_peft_layer(module):
+        roots = tuple(cast(Iterable[str], module.adapter_layer_names))
+    else:
+        return
+    start = len(name) + 1 if name else 0
+    for slot in _slots(name, module):
+        relative = slot.name[start:]
+        if any(relative == root or relative.startswith(f"{root}.") for root in roots):
+            yield slot
+
+
+def _is_peft_layer(module: nn.Module) -> bool:
+    # peft's wrapper for modules_to_save has adapter_layer_names too, but no base_layer: it holds
+    # whole modules that always train, not an adapter.
+    return hasattr(module, "adapter_layer_names") and "base_layer" in module._modules
+
+
+def _joined(claims: Iterable[ModuleGroup]) -> list[ModuleGroup]:
+    """Join the claims that have the same name or share a parameter (tied weights)."""
+    families: dict[int, list[ModuleGroup]] = {}  # by the number of their first claim
+    home: dict[str | int, int] = {}  # the family of each name and each parameter
+    for number, claim in enumerate(claims):
+        kin = sorted({home[mark] for mark in _marks(claim) if mark in home})
+        root = kin[0] if kin else number
+        families[root] = [group for k in kin for group in families.pop(k)] + [claim]
+        home.update((mark, root) for group in families[root] for mark in _marks(group))
+    return [_union(family) for _, family in sorted(families.items())]
+
+
+def _marks(group: ModuleGroup) -> list[str | int]:
+    return [group.name, *map(id, group.parameters())]
+
+
+def _union(family: Sequence[ModuleGroup]) -> ModuleGroup:
+    slots = {(id(s.owner), s.attribute): s for group in family for s in group.slots}
+    modules = dict.fromkeys(module for group in family for module in group.modules)
+    names = dict.fromkeys(group.name for group in family)
+    fates = {group.fate for group in family}
+    return ModuleGroup(
+        family[0].name,
+        tuple(modules),
+        tuple(slots.values()),
+        aliases=tuple(names)[1:],
+        fate=fates.pop() if len(fates) == 1 else "allocated",
+    )

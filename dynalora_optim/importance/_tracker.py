@@ -1,0 +1,280 @@
+"""How important each module is (section 3.1 of the paper).
+
+A measure turns one pass over a module into a number. The `ImportanceTracker` collects these numbers
+on their device while the model trains, and brings them to the host once a reallocation.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from dynalora_optim._base.checks import whole_number
+from dynalora_optim._base.collectives import whole
+from dynalora_optim.groups._groups import ModuleGroup
+from dynalora_optim.importance._forward_hook import ForwardHook, Watch
+from dynalora_optim.importance._measures import (
+    ForwardMeasure,
+    GradientMeasure,
+    ImportanceMeasure,
+    as_measure,
+)
+from dynalora_optim.importance._normalise import normalised, usable_scores
+from dynalora_optim.importance._windows import (
+    Window,
+    WindowSpec,
+    average_over_ranks,
+    to_host,
+    window_maker,
+)
+
+
+class ImportanceTracker:
+    """Running importance scores of the module groups of one model.
+
+    Forward passes count while the module is in training mode and gradients are enabled; evaluation
+    does not, and the recomputation of a checkpointed block does not count again. Gradients are read
+    in ``optimizer.step()``, after unscaling and reduction, before the update. No call between two
+    reallocations waits for the device.
+
+    Args:
+        measure: ``"forward"`` (`ForwardNorm`), ``"gradient"`` (`GradientNorm`), ``"sensitivity"``
+            (`Sensitivity`), or any object with the method of one of these.
+        window: ``"run"`` takes all passes so far (equation 1), ``"period"`` those since the last
+            reallocation, `Ema` an exponential mean. A forward measure is summed over passes; a
+            gradient measure is averaged over the steps in which the module had a gradient.
+            Default: the run, or for `Sensitivity` its own smoothing.
+        every: Measure in every so many optimizer steps only.
+        probe: For a gradient measure: in the first backward pass of each period all modules get a
+            gradient, which is scored as it comes (under a ``GradScaler``, times its scale) and
+            dropped again; nothing else is measured. Without it, the last score of an inactive
+            module stands.
+
+    Attributes:
+        attention_mask: (batch, tokens), nonzero where a token counts. Set it before the forward
+            pass to leave padding out; it stays in force until it is set anew, or to None.
+
+    Raises:
+        TypeError: ``measure`` or ``window`` is of another kind.
+        ValueError: An unknown name, or options that do not go together.
+    """
+
+    def __init__(
+        self,
+        measure: str | ImportanceMeasure = "forward",
+        *,
+        window: WindowSpec | None = None,
+        every: int = 1,
+        probe: bool = False,
+    ) -> None:
+        self.measure = as_measure(measure)
+        smoothing = getattr(self.measure, "smoothing", None)
+        by_gradient = isinstance(self.measure, GradientMeasure)
+        self._new_window = window_maker(window, mean=by_gradient, smoothing=smoothing)
+        whole_number("every", every, least=1)
+        if probe and not by_gradient:
+            raise ValueError(
+                f"probe=True refreshes gradient measures; {self.measure!r} sees inactive modules "
+                "anyway. Leave probe out."
+            )
+        self.every = every
+        self.probe = probe
+        self.description = f"{type(self.measure).__qualname__}, window={window!r}"
+        self._windows: dict[str, Window] = {}
+        self._hooks: list[ForwardHook] = []
+        self._handles: list[RemovableHandle] = []
+        self._watch = Watch()
+
+    @property
+    def attention_mask(self) -> Tensor | None:
+        """The mask of the batch in hand."""
+        return self._watch.mask
+
+    @attention_mask.setter
+    def attention_mask(self, mask: Tensor | None) -> None:
+        if mask is not None and mask.ndim != 2:
+            raise ValueError(
+                f"attention_mask of shape {tuple(mask.shape)} must be (batch, tokens); pass the "
+                "tokenizer's mask, not an attention bias."
+            )
+        self._watch.mask = mask
+
+    def attach(self, groups: Sequence[ModuleGroup]) -> None:
+        """Watch the modules of ``groups``, in addition to those watched already."""
+        for group in groups:
+            self._windows[group.name] = self._new_window()
+            if isinstance(self.measure, ForwardMeasure):
+                for module in group.modules:
+                    self._hook(module, self._windows[group.name], self.measure)
+
+    def _hook(self, module: nn.Module, window: Window, measure: ForwardMeasure) -> None:
+        hook = ForwardHook(module, measure, window, self._watch)
+        self._hooks.append(hook)
+        self._handles.append(module.register_forward_hook(hook))
+        if getattr(measure, "needs_base_output", False):
+            base = cast(nn.Module, module.base_layer)
+            self._handles.append(base.register_forward_hook(hook.keep_base_output))
+
+    def check(self, groups: Iterable[ModuleGroup]) -> None:
+        """Raise if the measure cannot score some module.
+
+        Raises:
+            ValueError: It needs the base layer's output, and a module has none.
+        """
+        if not getattr(self.measure, "needs_base_output", False):
+            return
+        for group in groups:
+            if not all("base_layer" in module._modules for module in group.modules):
+                raise ValueError(
+                    f"{self.measure!r} subtracts the output of a module's base_layer, which "
+                    f"{group.name} lacks; pass part='output'."
+                )
+
+    def close(self) -> None:
+        """Stop watching; the scores stay readable."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Watch nothing for a while."""
+        enabled, self._watch.enabled = self._watch.enabled, False
+        try:
+            yield
+        finally:
+            self._watch.enabled = enabled
+
+    def observe(self, group: ModuleGroup) -> None:
+        """Score the gradients that ``group`` has now, if the measure is one of gradients."""
+        if isinstance(self.measure, GradientMeasure):
+            parameters = [p for p in group.parameters() if p.grad is not None]
+            if parameters:
+                score = whole(self.measure.score_gradients(parameters))
+                self._watch.passes.add(self._windows[group.name], score)
+
+    def observe_step(self, groups: Iterable[ModuleGroup]) -> None:
+        """Score the gradients of the active groups before an update, unless a probe does it."""
+        if self._watch.enabled and not self.probe and isinstance(self.measure, GradientMeasure):
+            for group in groups:
+                self.observe(group)
+
+    def share(self, device: torch.device) -> None:
+        """Add up what this step has collected; make it that of all processes that train together.
+
+        Done at each step, so that any rank's checkpoint is that of all, also within a period.
+        """
+        self._watch.passes.settle()
+        if self._watch.enabled:
+            average_over_ranks(list(self._windows.values()), device)
+
+    def end_step(self, step: int) -> None:
+        """Tell the tracker that optimizer step number ``step`` (from 1) is done."""
+        self._watch.enabled = step % self.every == 0
+        for hook in self._hooks:
+            hook.end_step()
+
+    def scores(self) -> dict[str, float]:
+        """Return the score y of each group so far (equation 1); 0.0 before any.
+
+        A group that a gradient measure has never seen gets the mean of those that it has: nothing
+        speaks for it or against it. This copies the numbers from their device, which waits for it.
+        """
+        return self._scores(self._read())
+
+    def _scores(self, values: Mapping[str, Sequence[float]]) -> dict[str, float]:
+        scores = {name: window.score(values[name]) for name, window in self._windows.items()}
+        if isinstance(self.measure, GradientMeasure):
+            seen = [scores[n] for n, w in self._windows.items() if not w.is_empty]
+            usual = math.fsum(seen) / len(seen) if seen else 0.0
+            for name, window in self._windows.items():
+                if window.is_empty:
+                    scores[name] = usual if math.isfinite(usual) else 0.0
+        return scores
+
+    def importance(self) -> dict[str, float]:
+        """Return the scores normalised to sum to 1 (equation 2); uniform before any score.
+
+        A score that is not finite counts as 0.
+        """
+        usable = usable_scores(self.scores())
+        return dict(zip(usable, normalised(tuple(usable.values())), strict=True))
+
+    def roll(self) -> dict[str, float]:
+        """Begin a new period at a reallocation; return the scores that it is decided by."""
+        values = self._read()
+        scores = self._scores(values)
+        for name, window in self._windows.items():
+            window.roll(values[name])
+        return scores
+
+    def state_dict(self) -> dict[str, dict[str, Any]]:
+        """Return, per group, what its window holds, as plain values."""
+        values = self._read()
+        return {name: window.state(values[name]) for name, window in self._windows.items()}
+
+    def check_description(self, saved: str) -> None:
+        """Raise unless scores saved by a tracker of this description can go on here.
+
+        Raises:
+            ValueError: They are of another measure or window.
+        """
+        if saved != self.description:
+            raise ValueError(
+                f"state_dict was saved with importance {saved}, but this optimizer has "
+                f"{self.description}. Build it with the importance that it was saved with."
+            )
+
+    def check_state(self, state: Mapping[str, Mapping[str, Any]]) -> None:
+        """Raise unless each window can take over what is saved for it.
+
+        Raises:
+            ValueError: One holds another number of values.
+        """
+        for name, window in self._windows.items():
+            if len(state[name]["window"]) not in (0, window.width):
+                raise ValueError(
+                    f"state_dict has {len(state[name]['window'])} values for the score of {name}, "
+                    f"but its window holds {window.width}."
+                )
+
+    def load_state_dict(self, state: Mapping[str, Mapping[str, Any]], *, step: int) -> None:
+        """Take over what `state_dict` returned after optimizer step ``step``."""
+        self._watch.passes.forget()
+        for name, window in self._windows.items():
+            window.load(state[name])
+        self.end_step(step)
+
+    def restart(self) -> None:
+        """Forget all scores."""
+        empty = self._new_window().state([])
+        self.load_state_dict(dict.fromkeys(self._windows, empty), step=0)
+
+    def _read(self) -> dict[str, list[float]]:
+        self._watch.passes.settle()
+        tensors = [tensor for window in self._windows.values() for tensor in window.tensors]
+        values = iter(to_host(tensors))
+        return {n: [next(values) for _ in w.tensors] for n, w in self._windows.items()}
+
+
+def as_tracker(importance: str | ImportanceMeasure | ImportanceTracker) -> ImportanceTracker:
+    """Return ``importance`` itself if it is a tracker, else a tracker of that measure.
+
+    Raises:
+        ValueError: An unknown short name, or a tracker that another optimizer uses.
+        TypeError: Neither a name, nor a measure, nor a tracker.
+    """
+    if not isinstance(importance, ImportanceTracker):
+        return ImportanceTracker(importance)
+    if importance.scores():
+        raise ValueError(
+            "importance is an ImportanceTracker that watches another optimizer's modules; pass a "
+            "new one."
+        )
+    return importance

@@ -1,0 +1,270 @@
+"""Measuring what a choice of blocks costs, on the first batch, before any graph is kept.
+
+The model runs forward once without a graph. On the way every block is run by itself, forward and
+backward, in each role that it may have; what it holds and the most it needs are counted to the byte
+(`LiveBytes`). One block's graph is alive at a time, so measuring needs what one block's training
+does and two hidden states: less than any budget that lets every one of several blocks train.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from dynalora_optim._base.live_bytes import LiveBytes, tensor_bytes
+from dynalora_optim._base.trees import elements, hidden_states, replaced, tensors, trainable_leaves
+from dynalora_optim.allocation._costs import BlockCost, Costs, Role, Use
+from dynalora_optim.groups._blocks import Block, outside
+from dynalora_optim.groups._groups import ModuleGroup
+from dynalora_optim.importance._forward_hook import first_tensor
+from dynalora_optim.memory._stand_ins import enter, leave, loss_of, no_autocast, undisturbed
+from dynalora_optim.switching._freezing import Checkpointer, Freezer
+
+_SCALARS = 1024  # bytes for what no block shows: the loss, its gradient, a checkpoint's own
+
+
+class Profiler:
+    """Measures one forward pass of ``model``; see `measure`."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        blocks: Sequence[Block],
+        groups: Sequence[Sequence[ModuleGroup]],
+        freezer: Freezer,
+    ) -> None:
+        self._model = model
+        self._blocks = blocks
+        self._groups = groups  # the allocated groups of each block
+        self._freezer = freezer
+        self._checkpointer = Checkpointer()
+        self._memory = LiveBytes()
+        self._costs: list[BlockCost] = []
+        self._alike: dict[str, BlockCost] = {}
+        self._is_measuring = False
+        self._prefix: Use | None = None
+        self._arguments: list[Tensor] = []  # of the blocks, beside their inputs: graphs hold them
+        self.prefix_parameters: list[Tensor] = []
+
+    def measure(
+        self,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        *,
+        group_blocks: Sequence[int | None],
+    ) -> Costs:
+        """Return the costs of every choice for the batch that the model is called with.
+
+        Gradients, buffers, random numbers and flags are afterwards what they were.
+
+        Raises:
+            ValueError: The blocks do not run once each, in their order.
+        """
+        with ExitStack() as stack:
+            stack.enter_context(undisturbed(self._model))
+            stack.enter_context(torch.enable_grad())
+            for handle in self._hooks():
+                stack.callback(handle.remove)
+            stack.enter_context(self._memory)
+            output = self._model(*args, **kwargs)
+            self._check_complete()
+            head = self._head(output)
+        self._checkpointer.set_checkpointed(())
+        return Costs(
+            blocks=tuple(self._costs),
+            group_blocks=tuple(group_blocks),
+            pinned=frozenset(i for i in range(len(self._blocks)) if self._is_pinned(i)),
+            head=head,
+            forward_base=self._forward_base + _SCALARS,
+            backward_base=self._backward_base + _SCALARS,
+            entry=self._entry,
+            head_gradients=sum(map(tensor_bytes, self._head_parameters())),
+            prefix=self._prefix,
+            batch=elements(args, kwargs),
+        )
+
+    def _hooks(self) -> Iterator[RemovableHandle]:
+        for position, block in enumerate(self._blocks):
+            yield block.module.register_forward_pre_hook(
+                self._before(position), with_kwargs=True, prepend=True
+            )
+            yield block.module.register_forward_hook(self._after(position), with_kwargs=True)
+
+    def _before(self, position: int) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if self._is_measuring:
+                return
+            if position != len(self._costs):
+                raise ValueError(self._out_of_order(position))
+            x = _block_input(args, kwargs)
+            if position == 0:
+                self._enter_blocks(x)
+            self._arguments += [tensor for tensor in tensors((args, kwargs)) if tensor is not x]
+            self._memory.restart()
+            self._start = self._memory.live - tensor_bytes(x)
+
+        return hook
+
+    def _after(self, position: int) -> Callable[..., Any]:
+        def hook(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
+            if self._is_measuring:
+                return None
+            self._is_measuring = True
+            self._costs.append(self._block_cost(position, args, kwargs))
+            self._is_measuring = False
+            return self._leave_blocks(output) if position == len(self._blocks) - 1 else None
+
+        return hook
+
+    def _block_cost(
+        self, position: int, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> BlockCost:
+        """Measure a block, or return what one that is alike in all that shows has cost."""
+        below = self._memory.peak - self._start
+        block = self._blocks[position].module
+        parameters = [(p.shape, p.dtype, p.requires_grad) for p in block.parameters()]
+        kinds = [type(module) for module in block.modules()]
+        seen = (kinds, parameters, len(self._groups[position]), below)
+        key = repr((*seen, self._memory.flops, self._memory.ops))
+        if key not in self._alike:
+            self._alike[key] = self._measure_block(position, args, kwargs, below)
+        return self._alike[key]
+
+    def _enter_blocks(self, x: Tensor) -> None:
+        """Measure what trains before the blocks; go on without a graph."""
+        self._entry = self._memory.size([x])
+        self._first_input = weakref.ref(x.untyped_storage())
+        self.prefix_parameters = trainable_leaves(x)
+        if self.prefix_parameters:
+            held = self._memory.live - tensor_bytes(x)
+            self._memory.restart()
+            start = self._memory.live - held
+            torch.autograd.grad(
+                leave(x), self.prefix_parameters, retain_graph=True, allow_unused=True
+            )
+            self._prefix = Use(0, held, self._memory.peak - start, self._memory.flops)
+        torch.set_grad_enabled(False)
+
+    def _leave_blocks(self, output: Any) -> Any:
+        """Go on with a graph that ends here."""
+        y = first_tensor(output)
+        self._forward_base = self._start - (self._prefix.held if self._prefix else 0)
+        self._backward_base = 0 if self._prefix else self._memory.size(self._arguments)
+        self._entry = self._entry if self._first_input() is not None else 0
+        torch.set_grad_enabled(True)
+        self._anchor = y.new_zeros((), requires_grad=True)
+        self._memory.restart()
+        self._memory.peak = 0  # not what is alive now: the last block's input is about to be freed
+        return replaced(output, y, enter(self._anchor, y))
+
+    def _head(self, output: Any) -> Use:
+        """Measure what comes after the blocks; ``output`` is that of the model."""
+        forward = self._memory.peak - self._forward_base
+        loss = loss_of(output)
+        del output
+        leaves = [self._anchor, *self._head_parameters()]
+        return self._backward(loss, leaves, forward, self._backward_base)
+
+    def _measure_block(
+        self, position: int, args: tuple[Any, ...], kwargs: dict[str, Any], below: int
+    ) -> BlockCost:
+        groups = self._groups[position]
+        block = self._blocks[position].module
+
+        def role(*, trains: bool, passes: bool) -> Role:
+            self._freezer.set_flags(groups, [g.name for g in groups] if trains else [])
+            uses = []
+            for checkpointed in (False, True):
+                self._checkpointer.set_checkpointed([block] if checkpointed else [])
+                uses.append(self._run(block, args, kwargs, passes=passes))
+            self._checkpointer.set_checkpointed([])
+            return Role(*uses)
+
+        idle = role(trains=False, passes=True)
+        active = role(trains=True, passes=True)
+        return BlockCost(
+            lowest=role(trains=True, passes=False),
+            active=active,
+            idle=idle,
+            below=below,
+            gradients=sum(tensor_bytes(p) for p in block.parameters() if p.requires_grad),
+        )
+
+    def _run(
+        self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, passes: bool
+    ) -> Use:
+        """Run one block forward and backward; with ``passes`` its input asks for a gradient."""
+        self._memory.restart()
+        start = self._memory.live
+        anchor = torch.zeros((), requires_grad=True)
+        leaves = [anchor] if passes else []
+        leaves += [p for p in block.parameters() if p.requires_grad]
+        with torch.enable_grad():
+            loss = self._forward(block, args, kwargs, anchor if passes else None)
+        held_input = tensor_bytes(_block_input(args, kwargs)) if self._copy() else 0
+        use = self._backward(loss, leaves, self._memory.peak - start, start)
+        return dataclasses.replace(use, input=held_input)
+
+    def _forward(
+        self,
+        block: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        anchor: Tensor | None,
+    ) -> Tensor:
+        x = _block_input(args, kwargs)
+        copy = x.clone()  # nothing but the graph is to hold it
+        self._copy = weakref.ref(copy.untyped_storage())
+        if anchor is not None:
+            copy = enter(anchor.to(x), copy)
+        args, kwargs = replaced((args, kwargs), x, copy)
+        del copy
+        return leave(first_tensor(block(*args, **kwargs)))
+
+    def _backward(self, loss: Tensor, leaves: Sequence[Tensor], forward: int, start: int) -> Use:
+        held = self._memory.live - start
+        self._memory.restart()
+        if not loss.requires_grad:
+            return Use(forward, 0, 0, 0)
+        with no_autocast():
+            torch.autograd.grad(loss, leaves, torch.ones_like(loss), allow_unused=True)
+        return Use(forward, held, self._memory.peak - start, self._memory.flops)
+
+    def _is_pinned(self, position: int) -> bool:
+        allocated = {id(p) for group in self._groups[position] for p in group.parameters()}
+        parameters = self._blocks[position].module.parameters()
+        return any(p.requires_grad and id(p) not in allocated for p in parameters)
+
+    def _head_parameters(self) -> list[Tensor]:
+        before = {id(parameter) for parameter in self.prefix_parameters}
+        own = {
+            id(p): p
+            for module in outside(self._model, self._blocks)
+            for p in module.parameters(recurse=False)
+            if p.requires_grad and id(p) not in before and not self._freezer.is_detached(p)
+        }
+        return list(own.values())
+
+    def _check_complete(self) -> None:
+        if len(self._costs) < len(self._blocks):
+            raise ValueError(self._out_of_order(len(self._costs)))
+
+    def _out_of_order(self, position: int) -> str:
+        return (
+            f"Budget: the blocks must run once each, in their order, but "
+            f"{self._blocks[position].name} did not (a shared block, or layer drop). Use an "
+            "allocator without a memory budget, such as 'discounted'."
+        )
+
+
+def _block_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    x = hidden_states(args, kwargs)
+    assert x is not None
+    return x

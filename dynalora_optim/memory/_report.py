@@ -1,0 +1,123 @@
+"""A table of what a step holds: for the current choice, and for all modules active."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from dynalora_optim._base.live_bytes import tensor_bytes
+from dynalora_optim.allocation._costs import Costs, Plan
+
+_MIB = 2**20
+
+
+@dataclass(frozen=True)
+class MemoryUse:
+    """What a step with one choice of modules takes; bytes, if not said otherwise.
+
+    Attributes:
+        gradients: Gradients of all that trains.
+        optimizer_state: What the optimizer keeps. With all active it is inferred from the modules
+            that have a state; 0 before the first step.
+        saved: What autograd keeps at the end of the forward pass, by block; "head" is what comes
+            after the blocks.
+        peak: The most alive at any moment of forward and backward, above weights, optimizer state
+            and batch.
+        backward_flops: FLOPs of the backward pass, recomputation included.
+        recomputed_flops: FLOPs of the recomputation.
+    """
+
+    gradients: int
+    optimizer_state: int
+    saved: Mapping[str, int]
+    peak: int
+    backward_flops: int
+    recomputed_flops: int
+
+    @property
+    def recompute_share(self) -> float:
+        """The share of the backward pass that is recomputation."""
+        return self.recomputed_flops / max(self.backward_flops, 1)
+
+
+@dataclass(frozen=True)
+class MemoryReport:
+    """What a step holds. ``print(report)`` shows the table.
+
+    Attributes:
+        weights: Bytes of all parameters, adapters included.
+        adapters: Bytes of the allocated modules' parameters.
+        current: With the modules that are active now.
+        all_active: With all modules active and nothing checkpointed.
+    """
+
+    weights: int
+    adapters: int
+    current: MemoryUse
+    all_active: MemoryUse
+
+    def __str__(self) -> str:
+        uses = (self.current, self.all_active)
+        rows = [
+            ("weights", *[_mib(self.weights)] * 2),
+            ("of them adapters", *[_mib(self.adapters)] * 2),
+            ("gradients", *(_mib(use.gradients) for use in uses)),
+            ("optimizer state", *(_mib(use.optimizer_state) for use in uses)),
+            *(
+                (f"saved by {name}", *(_mib(use.saved.get(name, 0)) for use in uses))
+                for name in self.all_active.saved
+            ),
+            ("saved in all", *(_mib(sum(use.saved.values())) for use in uses)),
+            ("peak of a step", *(_mib(use.peak) for use in uses)),
+            ("backward GFLOPs", *(f"{use.backward_flops / 1e9:,.1f}" for use in uses)),
+            ("of them recomputation", *(f"{use.recompute_share:.0%}" for use in uses)),
+        ]
+        width = max(len(row[0]) for row in rows)
+        lines = [("MiB", "current", "all active"), *rows]
+        return "\n".join(f"{name:<{width}}{now:>14}{full:>14}" for name, now, full in lines)
+
+
+def memory_report(
+    measured: tuple[Costs, Plan, Sequence[str]],
+    *,
+    weights: Sequence[Tensor],
+    adapters: Sequence[Tensor],
+    trained: Sequence[Tensor],
+    state: Mapping[Tensor, Mapping[str, Any]],
+) -> MemoryReport:
+    """Return the report on the measured costs, the plan in force, and the names of the blocks."""
+    costs, plan, names = measured
+    materialized = [parameter for parameter in trained if state.get(parameter)]
+    held = sum(_state_bytes(state[parameter]) for parameter in materialized)
+    share = held / sum(map(tensor_bytes, materialized)) if materialized else 0.0
+    full = round(share * sum(map(tensor_bytes, trained)))
+    return MemoryReport(
+        weights=sum(map(tensor_bytes, weights)),
+        adapters=sum(map(tensor_bytes, adapters)),
+        current=_use(costs, plan, names, held),
+        all_active=_use(costs, costs.all_active, names, full),
+    )
+
+
+def _use(costs: Costs, plan: Plan, names: Sequence[str], optimizer_state: int) -> MemoryUse:
+    before = {"what comes before": costs.prefix.held} if costs.prefix else {}
+    blocks = {names[block]: use.held for block, use in costs.uses(plan)}
+    return MemoryUse(
+        gradients=costs.gradients(plan) + costs.outer_gradients,
+        optimizer_state=optimizer_state,
+        saved={**before, **blocks, "head": costs.head.held},
+        peak=costs.peak(plan),
+        backward_flops=costs.flops(plan),
+        recomputed_flops=costs.recomputed(plan),
+    )
+
+
+def _state_bytes(state: Mapping[str, Any]) -> int:
+    return sum(tensor_bytes(value) for value in state.values() if isinstance(value, Tensor))
+
+
+def _mib(size: int) -> str:
+    return f"{size / _MIB:,.1f}"

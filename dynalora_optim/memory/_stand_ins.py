@@ -1,0 +1,84 @@
+"""What stands in for the rest of a model while one part of it is measured by itself."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from dynalora_optim._base.trees import tensors
+
+
+class _Enter(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, anchor: Tensor, x: Tensor) -> Tensor:
+        return x.data  # no view of x: autograd would let nobody change that in place
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient.new_zeros(()), None
+
+
+class _Leave(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, y: Tensor) -> Tensor:
+        ctx.shape = y.shape
+        return y.new_zeros(())
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return gradient.new_ones(ctx.shape)
+
+
+def enter(anchor: Tensor, x: Tensor) -> Tensor:
+    """Return ``x`` at the beginning of a graph: its gradient flows into a scalar, and is gone."""
+    return cast(Tensor, _Enter.apply(anchor, x))  # type: ignore[no-untyped-call]
+
+
+def leave(y: Tensor) -> Tensor:
+    """Return a scalar that sends a gradient of y's shape into the backward pass, and holds none."""
+    return cast(Tensor, _Leave.apply(y))  # type: ignore[no-untyped-call]
+
+
+def loss_of(output: Any) -> Tensor:
+    """Return the model's loss, or where it has none a scalar with a gradient for every output."""
+    loss = getattr(output, "loss", None)
+    if isinstance(loss, Tensor):
+        return loss.sum()
+    outputs = [tensor for tensor in tensors(output) if tensor.requires_grad]
+    return sum((leave(tensor) for tensor in outputs), torch.zeros(()))
+
+
+@contextmanager
+def undisturbed(model: nn.Module) -> Iterator[None]:
+    """Restore the random numbers, the running statistics and autocast's cache."""
+    devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
+    statistics = [
+        (buffer, buffer.clone())
+        for module in model.modules()
+        if isinstance(module, nn.modules.batchnorm._NormBase)
+        for buffer in module.buffers(recurse=False)
+    ]
+    cached = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)  # a cast cached without a graph would be used in one
+    try:
+        with torch.random.fork_rng(devices=list(devices)):
+            yield
+    finally:
+        torch.set_autocast_cache_enabled(cached)
+        with torch.no_grad():
+            for buffer, saved in statistics:
+                buffer.copy_(saved)
+
+
+@contextmanager
+def no_autocast() -> Iterator[None]:
+    """A backward pass runs outside autocast, as in a user's loop."""
+    with ExitStack() as stack:
+        for device in ("cpu", "cuda"):
+            if torch.is_autocast_enabled(device):
+                stack.enter_context(torch.autocast(device, enabled=False))
+        yield

@@ -1,0 +1,154 @@
+"""Optimizer state of modules that pause, or have not been active yet.
+
+Torch optimizers create a parameter's state at its first update. A checkpoint that lacks some states
+cannot be read by ``torch.distributed.checkpoint``, so each absent value is saved as zeros, which
+take the room of one, and named; a named one is left out again when it is loaded, and the resumed
+run creates it as the other would.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, MutableMapping, Sequence
+from typing import Any, Literal, TypeAlias, get_args
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from dynalora_optim._base.collectives import is_sharded, largest, local_part, zeros_like
+from dynalora_optim.update._param_groups import ParamGroup, flatten
+
+MARK = "unmaterialized"
+FIRST_MOMENTS = ("exp_avg", "momentum_buffer")  # of all of torch's optimizers
+
+OnActivate: TypeAlias = Literal["keep", "reset_momentum", "reset"]
+
+
+def check_on_activate(on_activate: object, optimizer: Optimizer) -> None:
+    """Raise unless it is one of the three, and ``optimizer`` can do it.
+
+    Raises:
+        ValueError: It is not, or cannot.
+    """
+    if on_activate not in get_args(OnActivate):
+        raise ValueError(
+            f"on_activate={on_activate!r} is not one of {', '.join(get_args(OnActivate))}."
+        )
+    if on_activate == "reset" and isinstance(optimizer, torch.optim.Adagrad):
+        raise ValueError(
+            "on_activate='reset' deletes a state that Adagrad makes only when it is built; pass "
+            "'keep', or another optimizer."
+        )
+
+
+def reset(
+    state: MutableMapping[Tensor, Any], parameters: Iterable[Tensor], how: OnActivate
+) -> None:
+    """Forget the state of ``parameters``, or its first moment only, when they become active again.
+
+    Kept momentum goes on in the direction of before the pause: after 100 unit gradients, Adam's
+    first step on a gradient of -1 still moves 0.8 lr the old way.
+    """
+    for parameter in parameters if how != "keep" else ():
+        if how == "reset":
+            state.pop(parameter, None)
+        for key in FIRST_MOMENTS:
+            moment = state.get(parameter, {}).get(key)
+            if moment is not None:
+                moment.zero_()
+
+
+def add_placeholders(
+    packed: dict[str, Any],
+    groups: Sequence[ParamGroup],
+    state: Mapping[Tensor, Any],
+    *,
+    provisional: bool = False,
+) -> list[dict[str, Any]]:
+    """Fill the gaps of a packed state dict; return what in each group is not real, by parameter.
+
+    With ``provisional`` nothing is: it is there only because it was asked for (`is_rehearsal`).
+    """
+    held = [parameter for parameter in flatten(groups) if state.get(parameter)]
+    model = max(held, key=lambda parameter: len(state[parameter]), default=None)
+    marks = []
+    for group, saved in zip(groups, packed["param_groups"], strict=True):
+        unreal: dict[str, list[str]] = {}
+        for name, parameter, key in zip(
+            group["param_names"], group["params"], saved["params"], strict=True
+        ):
+            values = packed["state"].get(key, {})
+            zeros = {}
+            if model is not None and parameter.requires_grad:
+                zeros = _zeros(parameter, model, state[model])
+            missing = {kind: zero for kind, zero in zeros.items() if kind not in values}
+            if missing:
+                packed["state"][key] = {**values, **missing}
+            if absent := list(packed["state"].get(key, {}) if provisional else missing):
+                unreal[name] = absent
+        marks.append({MARK: unreal})
+    return marks
+
+
+def drop_placeholders(
+    packed: Mapping[str, Any], marks: Sequence[Mapping[str, Any]]
+) -> dict[str, Any]:
+    """Return the packed state dict without what ``marks``, one per group, name.
+
+    Raises:
+        ValueError: States are missing that were saved.
+    """
+    state = dict(packed["state"])
+    for group, mark in zip(packed["param_groups"], marks, strict=True):
+        keys = dict(zip(group["param_names"], group["params"], strict=True))
+        for name, unreal in mark[MARK].items():
+            values = state.pop(keys[name], {})
+            if real := {kind: value for kind, value in values.items() if kind not in unreal}:
+                state[keys[name]] = real
+    empty = [key for key, value in state.items() if not value]
+    if 0 < len(empty) < len(state):
+        raise ValueError(
+            f"state_dict has empty states, such as for {empty[0]!r}. "
+            "torch.distributed.checkpoint with flatten_optimizer_state_dict=True leaves out what "
+            "the optimizer that loads has no state for yet; load into a newly built one, call "
+            "optimizer.state.clear() before, or do without that option."
+        )
+    return {**packed, "state": state}
+
+
+def is_rehearsal(groups: Sequence[ParamGroup], state: Mapping[Tensor, Any]) -> bool:
+    """Return whether a step trains nothing, but asks an optimizer without state to create it.
+
+    ``torch.distributed.checkpoint`` does so, to know what to read or write: all rates are 0, and
+    every parameter has a gradient of zeros. The gradients are read, which waits for the device,
+    only where all else fits: at most in the first step of a warm-up that begins at 0.
+    """
+    if any(state.values()) or not all(_is_zero_rate(group.get("lr", 0)) for group in groups):
+        return False
+    gradients = [p.grad for p in flatten(groups) if p.requires_grad]
+    if any(gradient is None or gradient.is_sparse for gradient in gradients):
+        return False
+    found = any(bool(local_part(gradient).any()) for gradient in gradients if gradient is not None)
+    if any(map(is_sharded, gradients)):
+        found = bool(largest(int(found), groups[0]["params"][0].device))
+    return not found
+
+
+def _is_zero_rate(rate: float | Tensor) -> bool:
+    # On another device it is the user's, for checkpointing makes a new one; do not wait for it.
+    return not (isinstance(rate, Tensor) and rate.device.type != "cpu") and float(rate) == 0
+
+
+def _zeros(parameter: Tensor, model: Tensor, state: Mapping[str, Any]) -> dict[str, Any]:
+    """Zeros shaped for ``parameter`` as ``state`` is for ``model``; empty if that is unknown."""
+    zeros: dict[str, Any] = {}
+    for kind, value in state.items():
+        if not isinstance(value, Tensor):
+            zeros[kind] = type(value)(0) if isinstance(value, (int, float)) else value
+        elif value.ndim == 0:
+            zeros[kind] = torch.zeros_like(value)
+        elif value.shape == model.shape:
+            zeros[kind] = zeros_like(parameter, value.dtype)
+        else:
+            return {}  # a factored state (Adafactor): its shape cannot be told from this one
+    return zeros

@@ -1,0 +1,134 @@
+"""Keeping DistributedDataParallel in step: inactive parameters report to it, without a gradient.
+
+DDP waits for every parameter that it was built with. An inactive one takes no part in the forward,
+so it would wait for ever (or need ``find_unused_parameters``, and a search of the graph each step).
+The anchor is an identity on one active module's output that names the inactive parameters as its
+inputs: in the backward pass their hooks fire, and nothing is computed for them.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.hooks import RemovableHandle
+
+from dynalora_optim._base.trees import replaced
+from dynalora_optim.groups._groups import ModuleGroup
+from dynalora_optim.importance._forward_hook import first_tensor
+
+
+class _Tie(torch.autograd.Function):
+    """The identity on ``y``, with ``parameters`` as inputs too."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, zeros: bool, *parameters: Tensor) -> Tensor:
+        ctx.shapes = [parameter.shape for parameter in parameters] if zeros else []
+        ctx.count = len(parameters)
+        return y.view_as(y)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
+        # A static graph learns in its first pass which parameters have a gradient, and waits for
+        # no other ever after; elsewhere none is needed.
+        if not ctx.shapes:
+            return gradient, *[None] * (1 + ctx.count)
+        return gradient, None, *(gradient.new_zeros(()).expand(shape) for shape in ctx.shapes)
+
+
+class Anchor:
+    """Ties the parameters of the inactive groups to the output of an active module.
+
+    The hooks stay on every module that may carry it: moved ones would make torch.compile start
+    anew. Compiled code needs no anchor, for its gates hold all parameters in the graph.
+    """
+
+    def __init__(self) -> None:
+        self._idle: list[Tensor] = []
+        self._carrier: nn.Module | None = None
+        self._handles: list[RemovableHandle] = []
+        self._ddp: weakref.ref[DistributedDataParallel] | None = None
+        self._checked: weakref.WeakSet[DistributedDataParallel] = weakref.WeakSet()
+
+    def attach(self, groups: Sequence[ModuleGroup]) -> None:
+        """Make ``groups`` possible carriers, in addition to those that are."""
+        for group in groups:
+            self._handles.append(group.modules[-1].register_forward_hook(_Tied(self)))
+
+    def move(self, carrier: ModuleGroup, idle: Sequence[ModuleGroup]) -> None:
+        """Tie ``idle`` to the last module of ``carrier``, which is active and always runs."""
+        # The objects, not their places: a module that runs now may have lent others to those.
+        self._idle = [parameter for group in idle for parameter in group.parameters()]
+        self._carrier = carrier.modules[-1]
+
+    def remove(self) -> None:
+        """Tie nothing."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__()  # type: ignore[misc]
+
+    def tied(self, module: nn.Module, output: Any) -> Any:
+        """Return the carrier's ``output`` tied, within a forward of DDP or its recomputation."""
+        if module is not self._carrier:
+            return None
+        ddp = self._current_ddp()  # asked without gradients too: a reentrant checkpoint's forward
+        y = first_tensor(output)
+        if ddp is None or not (torch.is_grad_enabled() and y.requires_grad):
+            return None
+        self._check(ddp)
+        if not self._idle:
+            return None
+        parameters = [parameter for parameter in self._idle if parameter.requires_grad]
+        new = _Tie.apply(y, bool(ddp.static_graph), *parameters)  # type: ignore[no-untyped-call]
+        return replaced(output, y, new)
+
+    def _current_ddp(self) -> DistributedDataParallel | None:
+        if torch._C._current_graph_task_id() == -1:  # else a recomputation, after that forward
+            ddp = DistributedDataParallel._get_active_ddp_module()  # type: ignore[no-untyped-call]
+            self._ddp = weakref.ref(ddp) if ddp is not None else None
+        return self._ddp() if self._ddp else None
+
+    def _check(self, ddp: DistributedDataParallel) -> None:
+        """Raise if DDP was built while some parameters were frozen: it would never reduce them."""
+        if ddp in self._checked:
+            return
+        named = ddp.module.named_parameters()
+        trainable = [
+            p for name, p in named if p.requires_grad and name not in ddp.parameters_to_ignore
+        ]
+        logged = ddp._get_ddp_logging_data()  # type: ignore[no-untyped-call]
+        known = logged["num_parameter_tensors"]
+        if known < len(trainable):
+            raise RuntimeError(
+                f"DistributedDataParallel was built while only {known} of now {len(trainable)} "
+                "parameters had requires_grad=True; it would never synchronise the others. Set "
+                "requires_grad=True on all that may train before DistributedDataParallel or "
+                "accelerator.prepare, and leave the freezing to DynamicAllocationOptimizer."
+            )
+        self._checked.add(ddp)
+
+
+class _Tied:
+    """Forward hook of a carrier; it does not own the anchor, and a copy of the model has none."""
+
+    def __init__(self, anchor: Anchor | None = None) -> None:
+        self._anchor = weakref.ref(anchor) if anchor else None
+
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return None
+        anchor = self._anchor() if self._anchor else None
+        return anchor.tied(module, output) if anchor else None
+
+    def __reduce__(self) -> tuple[type[_Tied], tuple[()]]:
+        return _Tied, ()

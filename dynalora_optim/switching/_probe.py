@@ -1,0 +1,86 @@
+"""Refreshing the gradient scores of inactive modules without training them.
+
+In the first backward pass of a period every module gets a gradient. An inactive module's is taken
+away as it comes and dropped once the module has the whole of it and is scored, so that no more than
+one such gradient is held at a time, and no clipping, no other rank and no update sees it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from dynalora_optim.groups._groups import ModuleGroup
+from dynalora_optim.importance._tracker import ImportanceTracker
+from dynalora_optim.switching._freezing import Freezer, lent_gradients, set_aside
+
+
+class GradientProbe:
+    """Opens all modules for one backward pass and closes the inactive ones after it."""
+
+    def __init__(self, model: nn.Module, freezer: Freezer, tracker: ImportanceTracker) -> None:
+        self._model = model
+        self._freezer = freezer
+        self._tracker = tracker
+        self._handles: list[RemovableHandle] = []
+        self._groups: Collection[ModuleGroup] = ()
+        self._chosen: Collection[str] = ()
+        self._waiting: dict[str, set[int]] = {}
+        self._aside: dict[Tensor, Tensor] = {}  # gradients of inactive modules not scored yet
+        self._seen = False
+
+    @property
+    def is_waiting(self) -> bool:
+        """Whether the backward pass of this period is still to come."""
+        return bool(self._handles) and not self._seen
+
+    def open(self, groups: Collection[ModuleGroup], chosen: Collection[str]) -> None:
+        """Let all ``groups`` get a gradient once; then only the ``chosen`` ones."""
+        self.close()
+        self._groups, self._chosen, self._seen, self._waiting = groups, chosen, False, {}
+        for group in groups:
+            parameters = [p for p in group.parameters() if p.requires_grad]
+            self._waiting[group.name] = {id(p) for p in parameters}
+            hook = partial(self._take, group)
+            for parameter in parameters:
+                handle = parameter.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
+                self._handles.append(handle)
+        self._handles.append(self._model.register_forward_pre_hook(self._close_if_seen))
+        self._freezer.set_active(groups, self._waiting)
+
+    def close(self) -> None:
+        """Close the inactive modules, if open."""
+        if self._handles:
+            for handle in self._handles:
+                handle.remove()
+            self._handles = []
+            self._aside.clear()
+            self._freezer.set_active(self._groups, self._chosen)
+
+    def _take(self, group: ModuleGroup, parameter: Tensor) -> None:
+        """Score a group once all its parameters have a gradient, in the first backward pass."""
+        self._seen = True
+        gradient = None if group.name in self._chosen else set_aside(parameter)
+        waiting = self._waiting[group.name]
+        if not waiting:
+            return
+        if gradient is not None:
+            self._aside[parameter] = gradient
+        waiting.discard(id(parameter))
+        if waiting:
+            return
+        own: dict[Tensor, Tensor] = {
+            p: self._aside.pop(p) for p in group.parameters() if p in self._aside
+        }
+        with torch.no_grad(), lent_gradients(own):
+            self._tracker.observe(group)
+
+    def _close_if_seen(self, module: nn.Module, args: Any) -> None:
+        """Close before the next micro-batch runs forward."""
+        if self._seen:
+            self.close()

@@ -1,0 +1,128 @@
+"""Updates in the middle of the backward pass, so that at most one gradient is alive at a time.
+
+Whoever clips, unscales or accumulates gradients needs all of them at once, after the backward pass.
+That cannot be asked for, but it shows: a rehearsal, one ordinary step, finds gradients that came
+twice, or that were written to before the step.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+from torch.utils.hooks import RemovableHandle
+
+from dynalora_optim._base.collectives import world_size
+from dynalora_optim.update._param_groups import ParamGroup
+
+Update: TypeAlias = Callable[[Tensor, int], None]
+
+
+class FusedBackward:
+    """Updates each parameter as soon as its gradient is there, and frees that.
+
+    Attributes:
+        is_rehearsed: Whether it does; else the step has yet to come that shows that it can.
+    """
+
+    def __init__(self) -> None:
+        self._handles: list[RemovableHandle] = []
+        self._positions: dict[Tensor, int] = {}
+        self.is_rehearsed = False
+        self._forget()
+
+    def attach(self, groups: Sequence[ParamGroup], update: Update) -> None:
+        """Watch the parameters of ``groups``, and no others.
+
+        Args:
+            groups: The param groups.
+            update: A method, which is not owned. It is called with a parameter that has its
+                gradient and the position of its group.
+        """
+        self.remove()
+        self._update = weakref.WeakMethod(update)
+        self._positions = {p: i for i, group in enumerate(groups) for p in group["params"]}
+        self._handles = [
+            parameter.register_post_accumulate_grad_hook(self._arrive)  # type: ignore[no-untyped-call]
+            for parameter in self._positions
+            if parameter.requires_grad
+        ]
+
+    def remove(self) -> None:
+        """Watch nothing."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__()  # type: ignore[misc]
+
+    def _arrive(self, parameter: Tensor) -> None:
+        if parameter in self._arrived:
+            self._twice = True
+            if self.is_rehearsed:
+                raise RuntimeError(refusal("a second backward pass came before step()"))
+        self._arrived.add(parameter)
+        if self.is_rehearsed:
+            if update := self._update():
+                update(parameter, self._positions[parameter])
+            parameter.grad = None
+        elif parameter.grad is not None:
+            self._marks[parameter] = _mark(parameter.grad)
+
+    def check(self) -> None:
+        """Raise if a fused update would not have used the gradients as they are now.
+
+        Raises:
+            RuntimeError: They were accumulated, changed, or are shared among ranks.
+        """
+        if self._twice:
+            raise RuntimeError(refusal("gradients were accumulated over several backward passes"))
+        if world_size() > 1:
+            raise RuntimeError(refusal("ranks average their gradients after the backward pass"))
+        if any(self._changed()):
+            raise RuntimeError(
+                refusal(
+                    "gradients were changed between backward() and step(), as clip_grad_norm_ and "
+                    "GradScaler do"
+                )
+            )
+
+    def end_step(self) -> set[Tensor]:
+        """Begin the next step, fused from here on; return what was updated within this one."""
+        updated = self._arrived if self.is_rehearsed else set()
+        self.is_rehearsed |= bool(self._arrived)
+        self._forget()
+        return updated
+
+    def _changed(self) -> Iterator[bool]:
+        for parameter, (version, total) in self._marks.items():
+            if parameter.grad is None:
+                yield True
+            else:
+                now, sum_now = _mark(parameter.grad)
+                yield now != version or not torch.allclose(sum_now, total, 0, 0, equal_nan=True)
+
+    def _forget(self) -> None:
+        self._marks: dict[Tensor, tuple[int, Tensor]] = {}  # of what the backward pass left
+        self._arrived: set[Tensor] = set()
+        self._twice = False
+
+
+def _mark(gradient: Tensor) -> tuple[int, Tensor]:
+    """Return what shows whether it is written to; GradScaler's kernel shows in the sum alone."""
+    return gradient._version, gradient.detach().sum(dtype=torch.float32)
+
+
+def refusal(why: str) -> str:
+    """Return the message for a loop in which updates cannot be fused, and ``why``."""
+    return (
+        f"fused_backward=True updates each parameter within the backward pass, but {why}. Leave "
+        "that out, or pass fused_backward=False."
+    )

@@ -1,0 +1,163 @@
+"""Where the optimizer state of inactive modules is: where it was, on the host, or nowhere."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, MutableMapping
+from typing import Any, Protocol, TypeAlias
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from dynalora_optim._base.checks import by_name
+
+# What optimizers call a state that holds the weights themselves, or their mean: ASGD's, those of
+# the schedule-free kinds, Prodigy's. A new one would not be what training had come to.
+_ITERATES = ("ax", "z", "p0", "x0")
+
+State: TypeAlias = MutableMapping[Tensor, Any]
+
+
+class IdleState(Protocol):
+    """What becomes of the state of parameters that pause."""
+
+    def release(self, state: State, parameters: Iterable[Tensor]) -> None:
+        """The ``parameters`` are inactive now."""
+        ...
+
+    def restore(self, state: State, parameters: Iterable[Tensor]) -> None:
+        """The ``parameters`` are active now."""
+        ...
+
+    def settle(self) -> None:
+        """Return when every value in the state can be read."""
+        ...
+
+
+class Keep:
+    """It stays where it is."""
+
+    def release(self, state: State, parameters: Iterable[Tensor]) -> None:
+        """Do nothing."""
+
+    def restore(self, state: State, parameters: Iterable[Tensor]) -> None:
+        """Do nothing."""
+
+    def settle(self) -> None:
+        """Do nothing."""
+
+
+class Drop(Keep):
+    """It is deleted; the next activation begins anew, as BAdam's does (arXiv 2404.02827)."""
+
+    def release(self, state: State, parameters: Iterable[Tensor]) -> None:
+        """Delete it.
+
+        Raises:
+            ValueError: It holds what cannot be made anew. Nothing is changed then.
+        """
+        present = [parameter for parameter in parameters if parameter in state]
+        for parameter in present:
+            if found := [key for key in _ITERATES if key in state[parameter]]:
+                raise ValueError(_holds_iterate(f"an optimizer whose state has {found[0]!r}"))
+        for parameter in present:
+            del state[parameter]
+
+
+class Offload:
+    """It moves to the host and comes back unchanged.
+
+    On CUDA both copies run beside the computation, from and to pinned memory. State that is on the
+    host anyway, such as step counts, stays as it is.
+    """
+
+    def __init__(self) -> None:
+        self._copied: dict[torch.device, torch.cuda.Event] = {}  # the last copies from there
+
+    def release(self, state: State, parameters: Iterable[Tensor]) -> None:
+        """Begin to move it to the host."""
+        leaving: dict[torch.device, list[Place]] = defaultdict(list)
+        for parameter in parameters:
+            values = state.get(parameter, {})
+            for key, value in values.items():
+                if isinstance(value, Tensor) and value.ndim and value.device.type != "cpu":
+                    leaving[value.device].append((values, key))
+        for device, places in leaving.items():
+            if device.type == "cuda":
+                self._copied[device] = _begin_copies(device, places)
+            else:
+                for values, key in places:
+                    values[key] = values[key].cpu()
+
+    def restore(self, state: State, parameters: Iterable[Tensor]) -> None:
+        """Move it back; the device's next kernels wait for it, this thread does not."""
+        for parameter in parameters:
+            values = state.get(parameter, {})
+            for key, value in values.items():
+                if isinstance(value, Tensor) and value.ndim and value.device != parameter.device:
+                    if parameter.device in self._copied:
+                        here = torch.cuda.current_stream(parameter.device)
+                        here.wait_event(self._copied[parameter.device])
+                    values[key] = value.to(parameter.device, non_blocking=True)
+
+    def settle(self) -> None:
+        """Wait for the copies to the host."""
+        for copied in self._copied.values():
+            copied.synchronize()
+
+    def __getstate__(self) -> dict[str, Any]:
+        self.settle()
+        return {"_copied": {}}
+
+
+Place: TypeAlias = "tuple[dict[str, Any], str]"  # values[key]
+
+
+def _begin_copies(device: torch.device, places: Iterable[Place]) -> torch.cuda.Event:
+    """Put pinned copies in these places, beside the computation; return when they are complete."""
+    with torch.cuda.device(device):
+        beside = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        beside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(beside):
+            for values, key in places:
+                value = values[key]
+                host = torch.empty_like(value, device="cpu", pin_memory=True)
+                values[key] = host.copy_(value, non_blocking=True)
+                value.record_stream(beside)
+        copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        copied.record(beside)
+    return copied
+
+
+SHORT_NAMES: dict[str, Callable[[], IdleState]] = {"keep": Keep, "offload": Offload, "drop": Drop}
+
+
+def as_idle_state(idle_state: object, optimizer: Optimizer) -> IdleState:
+    """Return the object behind ``"keep"``, ``"offload"`` or ``"drop"``.
+
+    Raises:
+        TypeError: Not a name.
+        ValueError: An unknown name, or the state of ``optimizer`` cannot be dropped.
+    """
+    found: IdleState = by_name(
+        "idle_state",
+        idle_state,
+        SHORT_NAMES,
+        kinds=(Keep, Offload),
+        noun="idle state",
+        method="release(), restore() and settle()",
+    )
+    has_modes = callable(getattr(optimizer, "eval", None))  # schedule-free kinds
+    made_once = isinstance(optimizer, (torch.optim.ASGD, torch.optim.Adagrad))
+    if isinstance(found, Drop) and (has_modes or made_once):
+        raise ValueError(_holds_iterate(type(optimizer).__name__))
+    return found
+
+
+def _holds_iterate(what: str) -> str:
+    return (
+        f"idle_state='drop' would delete what {what} cannot make anew: it holds the weights "
+        "themselves or their mean, or is made only when the optimizer is built. Pass 'keep' or "
+        "'offload', or an optimizer such as AdamW."
+    )

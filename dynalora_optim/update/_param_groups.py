@@ -1,0 +1,158 @@
+"""The user's param groups, split per module group, and the checks that make the split safe."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Any, TypeAlias
+
+from torch import Tensor, nn
+
+from dynalora_optim._base.claims import is_claimed
+from dynalora_optim.groups._groups import ModuleGroup, plain_name
+
+ParamGroup: TypeAlias = "dict[str, Any]"
+
+PACKED = "dynalora"  # the key of a group for what a state dict saves with it; "" in a live one
+OUTSIDE = "always_active"  # the name of a param group whose parameters are in no module group
+
+
+class ParameterIndex:
+    """Which module group each parameter of a model belongs to, and what it is called."""
+
+    def __init__(self, model: nn.Module, groups: Sequence[ModuleGroup]) -> None:
+        self._groups = groups
+        self._names = {id(p): plain_name(name) for name, p in model.named_parameters()}
+        self._owners = {id(p): group.name for group in groups for p in group.parameters()}
+
+    def split(self, group: Mapping[str, Any]) -> list[ParamGroup]:
+        """Split one param group per module group, in forward order; the rest comes last.
+
+        Each piece inherits every option and carries its module group's ``"name"`` and the
+        ``"param_names"``; a name that the user gave the group is kept as ``"user_name"``.
+        """
+        pieces: dict[str, list[Tensor]] = {name: [] for name in [*self._order(), OUTSIDE]}
+        for parameter in group["params"]:
+            pieces[self._owners.get(id(parameter), OUTSIDE)].append(parameter)
+        options = {key: value for key, value in group.items() if key not in ("params", "name")}
+        if "name" in group:
+            options["user_name"] = group["name"]
+        return [
+            {
+                # A scheduler scales a tensor rate in place, once per group: no two share one.
+                **{k: v.clone() if isinstance(v, Tensor) else v for k, v in options.items()},
+                "params": parameters,
+                "name": name,
+                "param_names": self.names_of(parameters),
+                PACKED: "",
+            }
+            for name, parameters in pieces.items()
+            if parameters
+        ]
+
+    def names_of(self, parameters: Iterable[Tensor]) -> list[str]:
+        """Return what the model calls ``parameters``."""
+        return [self._names[id(parameter)] for parameter in parameters]
+
+    def groups_of(self, parameters: Iterable[Tensor]) -> list[ModuleGroup]:
+        """Return the module groups that any of ``parameters`` belongs to, in forward order."""
+        names = {self._owners.get(id(parameter)) for parameter in parameters}
+        return [group for group in self._groups if group.name in names]
+
+    def check_belongs(self, parameters: Iterable[Tensor]) -> None:
+        """Raise if a parameter is not the model's.
+
+        Raises:
+            ValueError: It is not; the message gives its position and shape.
+        """
+        strange = [
+            f"#{i} of shape {tuple(parameter.shape)}"
+            for i, parameter in enumerate(parameters)
+            if id(parameter) not in self._names
+        ]
+        if strange:
+            raise ValueError(
+                f"optimizer holds {len(strange)} parameter(s) that are not in the model: "
+                f"{_some(strange)}. Build the optimizer from the parameters of the model you pass, "
+                "after adapters are injected and the model is on its device."
+            )
+
+    def check_groups(self, parameters: Iterable[Tensor], named: Collection[str] = ()) -> None:
+        """Raise unless an optimizer that holds ``parameters`` alone can train every module group.
+
+        Groups that are not allocated may be left out, unless they are among those ``named``.
+
+        Raises:
+            ValueError: The message names the groups.
+        """
+        held = {id(parameter) for parameter in parameters}
+        groups = [g for g in self._groups if g.fate == "allocated" or g.name in named]
+        missing = [g.name for g in groups if held.isdisjoint(map(id, g.parameters()))]
+        if missing:
+            raise ValueError(
+                f"optimizer holds no parameter of {len(missing)} module group(s): "
+                f"{_some(missing)}. They would never be trained. Build the optimizer from all "
+                "adapter parameters, frozen or not (model.parameters() will do), after "
+                "injecting; to leave modules out, pass groups=callable."
+            )
+        taken = [g.name for g in groups if any(map(is_claimed, g.modules))]
+        if taken:
+            raise ValueError(
+                f"{len(taken)} module group(s) are driven by another DynamicAllocationOptimizer: "
+                f"{_some(taken)}. close() it first, or share the groups out with groups=callable."
+            )
+        frozen = [g.name for g in groups if not any(p.requires_grad for p in g.parameters())]
+        if frozen:
+            raise ValueError(
+                f"requires_grad is False for every parameter of {len(frozen)} module group(s): "
+                f"{_some(frozen)}. They would never be trained. Leave requires_grad True: the "
+                "optimizer itself keeps inactive modules from changing."
+            )
+
+    def _order(self) -> list[str]:
+        return [group.name for group in self._groups]
+
+
+def flatten(groups: Iterable[Mapping[str, Any]]) -> list[Tensor]:
+    """The parameters of all groups, in order."""
+    return [parameter for group in groups for parameter in group["params"]]
+
+
+def parameters_of(param_group: Mapping[str, Any]) -> list[Tensor]:
+    """The parameters of a group in any form that torch takes: one, many, or (name, parameter)."""
+    params = param_group["params"]
+    if isinstance(params, Tensor):
+        return [params]
+    return [item[1] if isinstance(item, tuple) else item for item in params]
+
+
+def match_always_active(patterns: Sequence[str], groups: Sequence[ModuleGroup]) -> set[str]:
+    """Return the names of the groups that match a pattern (exact names or shell-style ``*``).
+
+    Raises:
+        TypeError: ``patterns`` is a single string.
+        ValueError: A pattern matches no group, or together they leave none to allocate.
+    """
+    if isinstance(patterns, str):
+        raise TypeError(f"always_active={patterns!r} is one string; pass a sequence, e.g. a list.")
+    names = [group.name for group in groups]
+    matched: set[str] = set()
+    for pattern in patterns:
+        hits = [g.name for g in groups if fnmatch.filter([g.name, *g.aliases], pattern)]
+        if not hits:
+            raise ValueError(
+                f"always_active={pattern!r} matches none of the {len(names)} module groups; pass "
+                f"a name or a pattern with *, such as {names[-1]!r}."
+            )
+        matched.update(hits)
+    if not any(group.fate == "allocated" and group.name not in matched for group in groups):
+        raise ValueError(
+            f"always_active={list(patterns)!r} matches all {len(names)} module groups and leaves "
+            "none to allocate; use the wrapped optimizer as it is."
+        )
+    return matched
+
+
+def _some(names: Sequence[str], most: int = 5) -> str:
+    shown = ", ".join(names[:most])
+    return shown if len(names) <= most else f"{shown}, and {len(names) - most} more"

@@ -1,0 +1,213 @@
+"""Global and local learning-rate time (section 3.4 of the paper).
+
+Global: all modules follow one schedule, whether they are active or not. Local: each module follows
+it at its own pace, by the updates that it has received, C. Moments and step counts are local in
+both: a module's optimizer state advances only while it is active.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, Literal, TypeAlias
+
+from torch.optim.lr_scheduler import LambdaLR
+
+from dynalora_optim._base.checks import whole_number
+from dynalora_optim.allocation._allocation import Allocation
+from dynalora_optim.update._param_groups import ParamGroup
+
+Factor: TypeAlias = Callable[[int], float]
+
+
+class LocalLR:
+    """A rate per module: its initial rate times a factor of its own active steps.
+
+    Args:
+        factor: A function of the step, or a ``torch.optim.lr_scheduler.LambdaLR`` (all of
+            ``transformers.get_*_schedule``), whose functions are used. It may be built on the
+            optimizer that is about to be wrapped, or on the wrapper. Its own clock plays no part
+            then, and it need not be stepped.
+        horizon: ``"unscaled"``: at its u-th update a module uses factor(u). ``"scaled"``:
+            factor(u / share), where share is the share of modules that are active, so that on
+            average a module reaches the end of the schedule when the run does.
+
+    Raises:
+        TypeError: ``factor`` is neither.
+        ValueError: ``horizon`` is neither.
+
+    Example:
+        >>> schedule = get_linear_schedule_with_warmup(inner, 10, 200)  # doctest: +SKIP
+        >>> DynamicAllocationOptimizer(inner, model, lr_time=LocalLR(schedule))
+    """
+
+    def __init__(
+        self,
+        factor: LambdaLR | Factor,
+        horizon: Literal["unscaled", "scaled"] = "unscaled",
+    ) -> None:
+        if horizon not in ("unscaled", "scaled"):
+            raise ValueError(f"LocalLR(horizon={horizon!r}): pass 'unscaled' or 'scaled'.")
+        if not isinstance(factor, LambdaLR) and not callable(factor):
+            raise TypeError(
+                f"LocalLR({factor!r}): pass a function of the step, or a LambdaLR; the rate of "
+                f"other schedulers is no function of the step. lr_time='local' serves them."
+            )
+        self.is_from_scheduler = isinstance(factor, LambdaLR)
+        self._factors = list(factor.lr_lambdas) if isinstance(factor, LambdaLR) else [factor]
+        self._horizon = horizon
+
+    def factors(self, lines: Sequence[int]) -> list[Factor]:
+        """Return one factor per param group of the wrapper.
+
+        Args:
+            lines: Per param group, the number of the user group that it was split from.
+
+        Raises:
+            ValueError: A scheduler with as many functions as neither of the two.
+        """
+        if len(self._factors) == 1:
+            return self._factors * len(lines)
+        if len(self._factors) == len(lines):
+            return self._factors
+        if len(self._factors) == len(set(lines)):
+            return [self._factors[line] for line in lines]
+        raise ValueError(
+            f"LocalLR got a scheduler of {len(self._factors)} functions; the optimizer has "
+            f"{len(set(lines))} param groups of yours, split into {len(lines)}. Build the "
+            "scheduler on this optimizer, before or after it is wrapped."
+        )
+
+    def time(self, updates: int, share: float) -> int:
+        """Return the step of the schedule that a module stands at after ``updates`` updates."""
+        return round(updates / share) if self._horizon == "scaled" else updates
+
+
+LrTime: TypeAlias = "Literal['global', 'local'] | LocalLR"
+
+
+class Rates:
+    """The learning rate that each param group uses at its next update.
+
+    With ``"local"`` any scheduler becomes local: the rates that it has set are kept, and at its
+    u-th update a module uses the one that the schedule had at step u. No module has had more
+    updates than there were steps, so that rate is known.
+    """
+
+    def __init__(self, lr_time: LrTime, activation_warmup: int) -> None:
+        if lr_time not in ("global", "local") and not isinstance(lr_time, LocalLR):
+            raise ValueError(f"lr_time={lr_time!r}: pass 'global', 'local' or a LocalLR.")
+        whole_number("activation_warmup", activation_warmup, least=0)
+        self.lr_time = lr_time
+        self.last: list[Any] = []  # the rate of each param group at the last update
+        self.activation_warmup = activation_warmup
+        self._history: dict[int, list[float]] = {}  # "local": per user group, its rate by step
+
+    def check(self, lines: Sequence[int]) -> None:
+        """Raise if a `LocalLR` does not fit param groups that were split along ``lines``.
+
+        Raises:
+            ValueError: See `LocalLR.factors`.
+        """
+        if isinstance(self.lr_time, LocalLR):
+            self.lr_time.factors(lines)
+
+    def _current(
+        self, groups: Sequence[ParamGroup], lines: Sequence[int], allocation: Allocation
+    ) -> list[Any]:
+        """The rate of each group at its next update."""
+        ramps = [self._ramp(allocation.age(group["name"])) for group in groups]
+        rates = self._scheduled(groups, lines, allocation)
+        return [rate * ramp if ramp < 1 else rate for rate, ramp in zip(rates, ramps, strict=True)]
+
+    def _ramp(self, age: int | None) -> float:
+        """Rise over the first steps after an activation: 1/n, 2/n, ... 1."""
+        return (
+            1.0
+            if age is None or not self.activation_warmup
+            else min(1.0, (age + 1) / self.activation_warmup)
+        )
+
+    def _scheduled(
+        self, groups: Sequence[ParamGroup], lines: Sequence[int], allocation: Allocation
+    ) -> list[Any]:
+        if self.lr_time == "global":
+            return [group["lr"] for group in groups]
+        if isinstance(self.lr_time, LocalLR):
+            factors = self.lr_time.factors(lines)
+            return [
+                float(group["initial_lr"] if "initial_lr" in group else group["lr"])
+                * factor(self.lr_time.time(*allocation.local_time(group["name"])))
+                for group, factor in zip(groups, factors, strict=True)
+            ]
+        return [
+            # The rate that the schedule had when it was as old as the group is now.
+            self._history[line][allocation.updates[group["name"]]]
+            if group["name"] in allocation.updates
+            else group["lr"]
+            for line, group in zip(lines, groups, strict=True)
+        ]
+
+    @contextmanager
+    def applied(
+        self, groups: Sequence[ParamGroup], lines: Sequence[int], allocation: Allocation
+    ) -> Iterator[None]:
+        """Put the local rates into the groups for one update, then the scheduler's back."""
+        self._record(groups, lines, allocation.steps)
+        scheduled = [group["lr"] for group in groups]
+        is_global = self.lr_time == "global" and not self.activation_warmup
+        self.last = scheduled if is_global else self._current(groups, lines, allocation)
+        for group, rate in zip(groups, self.last, strict=True):
+            group["lr"] = rate
+        try:
+            yield
+        finally:
+            for group, rate in zip(groups, scheduled, strict=True):
+                group["lr"] = rate
+
+    def group_state(self, lines: Sequence[int], position: int) -> dict[str, Any]:
+        """Return what the param group at ``position`` saves: the history, once per user group."""
+        line = lines[position]
+        is_first = lines.index(line) == position
+        return {"lr_history": list(self._history.get(line, []))} if is_first else {}
+
+    def check_state(self, lines: Sequence[int], states: Sequence[Mapping[str, Any]]) -> None:
+        """Raise if ``"local"`` lacks the rates of the steps that a saved run has done.
+
+        Raises:
+            ValueError: It was saved under another ``lr_time``, or other param groups of the user.
+        """
+        history = self._saved_history(lines, states)
+        steps = states[0]["steps"]
+        if self.lr_time == "local" and (
+            len(history.get(0, [])) < steps or history.keys() != set(lines)
+        ):
+            raise ValueError(
+                f"state_dict lacks rates of its {steps} steps, which lr_time='local' goes on from: "
+                "it was saved with another lr_time or other param groups. Build the optimizer as "
+                "the one that saved it."
+            )
+
+    def load_state(self, lines: Sequence[int], states: Sequence[Mapping[str, Any]]) -> None:
+        """Take over what `group_state` returned, one per param group."""
+        self._history = self._saved_history(lines, states)
+
+    def restart(self) -> None:
+        """Forget the rates of all steps."""
+        self._history = {}
+
+    def _saved_history(
+        self, lines: Sequence[int], states: Sequence[Mapping[str, Any]]
+    ) -> dict[int, list[float]]:
+        return {
+            line: list(states[position]["lr_history"])
+            for line, position in ((line, lines.index(line)) for line in set(lines))
+            if "lr_history" in states[position]
+        }
+
+    def _record(self, groups: Sequence[ParamGroup], lines: Sequence[int], step: int) -> None:
+        """Keep the rates that a scheduler has set for this step."""
+        if self.lr_time == "local":
+            rates = dict(zip(lines, (group["lr"] for group in groups), strict=True))
+            for line, rate in rates.items():
+                self._history.setdefault(line, [])[step:] = [float(rate)]
