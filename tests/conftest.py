@@ -1,5 +1,6 @@
 """Hypothesis profiles, what every test starts from, and what it must leave as it was."""
 
+import gc
 import logging
 import os
 from collections.abc import Iterator
@@ -10,9 +11,10 @@ import torch
 from hypothesis import HealthCheck, settings
 
 settings.register_profile("dev", max_examples=25, deadline=None)
+settings.register_profile("deep", max_examples=1000, deadline=None)
 settings.register_profile(
     "ci",
-    max_examples=100,
+    max_examples=50,
     deadline=None,
     derandomize=True,
     print_blob=True,
@@ -22,6 +24,12 @@ settings.register_profile(
 torch.set_num_threads(1)
 
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci" if "CI" in os.environ else "dev"))
+
+
+def pytest_collection_finish() -> None:
+    """Keep what has been imported out of every garbage collection from now on: it is most of it."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -152,7 +152,7 @@ def soaked(
 @pytest.mark.parametrize(
     ("make", "steps"),
     [
-        (small, 5000),
+        (small, 2000),
         (lambda: small(importance=copy.deepcopy(PROBE)), 600),
         (budgeted, 200),
     ],
