@@ -58,7 +58,8 @@ def command_of(part: Part, folder: Path, seconds: float, *, dry_run: bool) -> li
 
 def tests_command() -> list[str]:
     """Run the tests that need a GPU, with no plugin but ours; without a GPU each is skipped."""
-    files = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("tests/test_cuda_*.py"))
+    found = ROOT.glob("tests/test_cuda_*.py")
+    files = sorted((str(path.relative_to(ROOT)) for path in found), reverse=True)  # compiling last
     plugins = ["-p", "gpu.pytest_rows", "-p", "no:cacheprovider"]
     return [sys.executable, "-m", "pytest", "-q", "--no-header", "-m", "cuda", *plugins, *files]
 

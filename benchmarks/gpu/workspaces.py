@@ -1,8 +1,8 @@
 """What no counted tensor shows: the bytes that single operations take inside themselves.
 
-A `Budget` counts the tensors that operations return. What a kernel allocates for itself (attention's
-backward, cuBLAS, a fused update) shows in the allocator only. Each row runs one operation and gives
-both; *hidden* is the difference, of the forward and of the backward by itself.
+A `Budget` counts the tensors that operations return. What a kernel allocates for itself (attention
+going backward, cuBLAS, a fused update) shows in the allocator only. Each row runs one operation and
+gives both; *hidden* is the difference, of the forward and of the backward by itself.
 """
 
 from __future__ import annotations
