@@ -81,11 +81,12 @@ def promises(lines: Sequence[Line]) -> list[list[str]]:
 def write(folder: Path) -> None:
     """Print the summary and leave it as summary.json."""
     lines = list(read(folder))
-    found = {"counts": counts(lines), "bars": promises(lines)}
+    by_part, bars = counts(lines), promises(lines)
+    found = {"counts": by_part, "bars": bars}
     (folder / "summary.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     print("\n== summary")
-    for part, by_status in found["counts"].items():
+    for part, by_status in by_part.items():
         told = ", ".join(f"{by_status[s]} {s}" for s in STATUSES if s in by_status)
         print(f"{part}: {told}")
-    for bar in found["bars"]:
+    for bar in bars:
         print(" | ".join(bar))

@@ -83,14 +83,12 @@ def passes(forward: Callable[[], Tensor], device: str) -> Values:
 
 def attention(heads: Heads, backend: SDPBackend | None, masked: bool, device: str) -> Values:
     """Run an attention, causal by itself or by a mask that says so."""
-    dtype = torch.bfloat16
-    count = {"q": heads.queries, "k": heads.keys, "v": heads.keys}
-    leaves = {
-        name: torch.randn(
-            heads.rows, number, heads.length, heads.size, dtype=dtype, device=device
-        ).requires_grad_()
-        for name, number in count.items()
-    }
+
+    def leaf(number: int) -> Tensor:
+        shape = (heads.rows, number, heads.length, heads.size)
+        return torch.randn(shape, dtype=torch.bfloat16, device=device).requires_grad_()
+
+    query, key, value = leaf(heads.queries), leaf(heads.keys), leaf(heads.keys)
     mask = None
     if masked:
         mask = torch.ones(1, 1, heads.length, heads.length, dtype=torch.bool, device=device).tril()
@@ -101,7 +99,7 @@ def attention(heads: Heads, backend: SDPBackend | None, masked: bool, device: st
         if backend is not None:
             chosen = sdpa_kernel(backend)
         with chosen:
-            return F.scaled_dot_product_attention(*leaves.values(), **options)
+            return F.scaled_dot_product_attention(query, key, value, **options)
 
     try:
         return passes(forward, device)
