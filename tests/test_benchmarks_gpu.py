@@ -118,6 +118,13 @@ def test_a_second_run_into_the_same_folder_is_refused(dry_run, capsys):
     assert "holds the rows of another run" in capsys.readouterr().err
 
 
+def test_without_a_gpu_a_dry_run_is_proposed(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(_lines, "_card", lambda: ("", ""))
+    with pytest.raises(SystemExit):
+        kit.main([str(tmp_path)])
+    assert "no GPU was found; pass --dry-run" in capsys.readouterr().err
+
+
 def test_the_parts_fit_into_eight_minutes():
     assert sum(p.seconds for p in kit.PARTS) <= 480
     assert [p.name for p in kit.PARTS] == ["tests", *part.MODULES]

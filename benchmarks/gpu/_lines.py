@@ -7,7 +7,9 @@ import json
 import os
 import platform
 import runpy
+import shutil
 import subprocess
+import sys
 from collections.abc import Iterator, Mapping
 from datetime import datetime, timezone
 from importlib import metadata
@@ -25,14 +27,21 @@ FIELDS = (
 
 
 def facts(command: str, *, dry_run: bool) -> dict[str, Any]:
-    """Return what holds for all rows of a run; neither torch nor CUDA is started for it."""
+    """Return what holds for all rows of a run; neither torch nor CUDA is started here for it.
+
+    Raises:
+        LookupError: It is no dry run, and there is no GPU.
+    """
     torch_version, cuda = _torch()
-    card, driver = ("", "") if dry_run else _card()
-    cpu = f"no GPU: {platform.machine()}, {os.cpu_count()} CPU cores"
+    card, driver = f"no GPU: {platform.machine()}, {os.cpu_count()} CPU cores", ""
+    if not dry_run:
+        card, driver = _card()
+        if not card:
+            raise LookupError("no GPU was found; pass --dry-run to rehearse the kit on the CPU.")
     return {
         "dry_run": dry_run,
         "command": command,
-        "card": card or cpu,
+        "card": card,
         "driver": driver,
         "torch": torch_version,
         "cuda": cuda,
@@ -57,14 +66,22 @@ def _version(package: str) -> str:
 
 
 def _card() -> tuple[str, str]:
-    """Name the first GPU and its driver; a program of the driver's own says it."""
-    command = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
+    """Name the GPU and its driver: by the driver's own program, or else by torch."""
+    program = shutil.which("nvidia-smi") or "/usr/local/nvidia/bin/nvidia-smi"
+    named = _said([program, "--query-gpu=name,driver_version", "--format=csv,noheader"])
+    if ", " in named:
+        card, driver = named.split(", ")
+        return card, driver
+    return _said([sys.executable, "-c", "import torch; print(torch.cuda.get_device_name())"]), ""
+
+
+def _said(command: list[str]) -> str:
+    """Return the first line that a program prints, or nothing."""
     try:
-        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20)
-        name, driver = done.stdout.splitlines()[0].split(", ")
-    except (OSError, subprocess.SubprocessError, ValueError, IndexError):
-        return "", ""
-    return name, driver
+        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return next(iter(done.stdout.splitlines()), "")
 
 
 def given_facts() -> dict[str, Any]:

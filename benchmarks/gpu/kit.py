@@ -105,7 +105,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if old := sorted(path.name for path in folder.glob("*.jsonl")):
         parser.error(f"{folder} holds the rows of another run ({', '.join(old)}); name a new one.")
     command = shlex.join(["bash", "benchmarks/gpu/run.sh", *sys.argv[1:]])
-    known = facts(command, dry_run=options.dry_run)
+    try:
+        known = facts(command, dry_run=options.dry_run)
+    except LookupError as problem:
+        parser.error(str(problem))
     os.environ[FACTS] = json.dumps(known)
     if options.dry_run:
         os.environ |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}

@@ -25,7 +25,7 @@ WRAPPERS: dict[str, Wrap] = {
     "forward measure": wrapped("forward", period=NEVER),
     "forward measure, 2/3 active": wrapped("forward", active=2 / 3, period=NEVER),
 }
-ROUNDS, WARM_UP, REPEATS = 30, 5, 3
+ROUNDS, WARM_UP, REPEATS = 20, 4, 2
 CALLS = ("cudaLaunchKernel", "cuLaunchKernel", "cudaMemcpyAsync", "cudaMemsetAsync")
 
 

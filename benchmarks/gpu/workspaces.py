@@ -7,14 +7,14 @@ gives both; *hidden* is the difference, of the forward and of the backward by it
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
-from gpu._apart import Missing, Row, Values
+from gpu._apart import Row, Values
 from gpu._steps import peak_above
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
@@ -50,13 +50,13 @@ BACKENDS = {
 OPTIMIZERS = {"fused": {"fused": True}, "foreach": {"foreach": True}}
 
 
-def passes(forward: Callable[[], Tensor], device: str) -> Values:
+def passes(forward: Callable[[], Tensor], leaves: Sequence[Tensor], device: str) -> Values:
     """Run forward and backward twice, and return what the second time took, above what was there.
 
     The first time leaves behind what is kept for good, such as cuBLAS's workspaces.
     """
     kept_before = torch.cuda.memory_allocated() if device == "cuda" else 0
-    forward().sum().backward()  # type: ignore[no-untyped-call]
+    torch.autograd.grad(forward().sum(), leaves)
     kept = torch.cuda.memory_allocated() - kept_before if device == "cuda" else 0
     values: Values = {"kept_after_the_first": kept}
     with LiveBytes() as memory:
@@ -67,7 +67,7 @@ def passes(forward: Callable[[], Tensor], device: str) -> Values:
         held = memory.live
         memory.restart()
         with peak_above(device) as second:
-            output.backward(gradient)  # type: ignore[no-untyped-call]
+            torch.autograd.grad(output, leaves, gradient)
         counted_backward = memory.peak - held
     values |= {"forward_counted": counted, "backward_counted": counted_backward}
     if device == "cuda":
@@ -81,8 +81,8 @@ def passes(forward: Callable[[], Tensor], device: str) -> Values:
     return values
 
 
-def attention(heads: Heads, backend: SDPBackend | None, masked: bool, device: str) -> Values:
-    """Run an attention, causal by itself or by a mask that says so."""
+def attention(heads: Heads, masked: bool, device: str) -> Values:
+    """Run an attention, causal by itself or by a mask that says so, with each kernel there is."""
 
     def leaf(number: int) -> Tensor:
         shape = (heads.rows, number, heads.length, heads.size)
@@ -92,28 +92,30 @@ def attention(heads: Heads, backend: SDPBackend | None, masked: bool, device: st
     mask = None
     if masked:
         mask = torch.ones(1, 1, heads.length, heads.length, dtype=torch.bool, device=device).tril()
-    options: dict[str, Any] = {"attn_mask": mask, "is_causal": not masked, "enable_gqa": True}
 
     def forward() -> Tensor:
-        chosen: AbstractContextManager[object] = nullcontext()
-        if backend is not None:
-            chosen = sdpa_kernel(backend)
-        with chosen:
-            return F.scaled_dot_product_attention(query, key, value, **options)
+        return F.scaled_dot_product_attention(
+            query, key, value, attn_mask=mask, is_causal=not masked, enable_gqa=True
+        )
 
-    try:
-        return passes(forward, device)
-    except RuntimeError as problem:
-        if "No available kernel" not in str(problem) and "No viable backend" not in str(problem):
-            raise
-        raise Missing(f"no such kernel for this shape: {str(problem).splitlines()[0]}") from problem
+    values: Values = {}
+    for name, backend in BACKENDS.items():
+        chosen = nullcontext() if backend is None else sdpa_kernel(backend)
+        try:
+            with chosen:
+                found = passes(forward, (query, key, value), device)
+        except RuntimeError as problem:  # no such kernel for these shapes, or for this mask
+            values[name] = str(problem).splitlines()[0]
+        else:
+            values |= {f"{name}: {kind}": size for kind, size in found.items()}
+    return values
 
 
 def product(size: int, device: str) -> Values:
     """Run a matrix product: what cuBLAS keeps shows in its first backward."""
     x = torch.randn(size, size, dtype=torch.bfloat16, device=device)
     weight = torch.randn(size, size, dtype=torch.bfloat16, device=device).requires_grad_()
-    return passes(lambda: x @ weight, device)
+    return passes(lambda: x @ weight, [weight], device)
 
 
 def loss(tokens: int, vocabulary: int, device: str) -> Values:
@@ -121,7 +123,7 @@ def loss(tokens: int, vocabulary: int, device: str) -> Values:
     dtype = torch.bfloat16
     logits = torch.randn(tokens, vocabulary, dtype=dtype, device=device).requires_grad_()
     labels = torch.randint(vocabulary, (tokens,), device=device)
-    return passes(lambda: F.cross_entropy(logits.float(), labels), device)
+    return passes(lambda: F.cross_entropy(logits.float(), labels), [logits], device)
 
 
 def update(how: str, size: int, device: str) -> Values:
@@ -142,15 +144,11 @@ def rows(*, dry_run: bool) -> list[Row]:
     """Return all rows."""
     device = "cpu" if dry_run else "cuda"
     size, tokens, vocabulary = (16, 8, 32) if dry_run else (2048, 4096, 128256)
+    shapes = SMALL if dry_run else SHAPES
     found = [
-        Row(
-            f"attention {shape}{', masked' * masked}: {name}",
-            partial(attention, heads, backend, masked, device),
-        )
-        for shape, heads in (SMALL if dry_run else SHAPES).items()
+        Row(f"attention {shape}{', masked' * masked}", partial(attention, heads, masked, device))
+        for shape, heads in shapes.items()
         for masked in (False, True)
-        for name, backend in BACKENDS.items()
-        if not (masked and name == "flash")  # it takes no mask
     ]
     found += [
         Row("a product", partial(product, size, device)),
