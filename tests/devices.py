@@ -12,12 +12,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dynalora_optim import LiveBytes
+from dynalora_optim import Backward, LiveBytes
 
-OFFLOAD: dict[str, Any] = {"idle_state": "offload"}
-DROP: dict[str, Any] = {"idle_state": "drop"}
-FUSED: dict[str, Any] = {"fused_backward": True}
-CHECKPOINT_IDLE: dict[str, Any] = {"checkpoint_idle": True}
+OFFLOAD: dict[str, Any] = {"pause": "offload"}
+DROP: dict[str, Any] = {"pause": "drop"}
+FUSED: dict[str, Any] = {"backward": Backward(fused=True)}
 
 _ASKS_FOR_A_VALUE = (
     torch.ops.aten._local_scalar_dense.default,

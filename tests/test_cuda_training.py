@@ -5,7 +5,6 @@ Each test runs on the CPU as well, where a slip shows without a GPU.
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable
 from functools import partial
@@ -14,7 +13,6 @@ from typing import Any
 import pytest
 import torch
 from devices import (
-    CHECKPOINT_IDLE,
     DROP,
     FUSED,
     OFFLOAD,
@@ -27,7 +25,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, AdamW
 from toy import ToyModel, batch, same, weights, wrapped
 
-from dynalora_optim import Budget, DynamicAllocationOptimizer
+from dynalora_optim import Backward, Budget, DynamicAllocationOptimizer
 from dynalora_optim.update._master_weights import MASTER, stochastically_rounded
 
 RULES: dict[str, tuple[type[torch.optim.Optimizer], dict[str, Any]]] = {
@@ -121,7 +119,7 @@ def test_a_step_that_the_scaler_skips_moves_nothing_and_counts_nothing(active, d
             with torch.autocast(device, torch.float16):
                 loss = loss_of(model, device, step) * (math.inf if step == 3 else 1.0)
             before = weights(model)
-            counts = copy.copy(optimizer._allocation.updates) if wrap else {}
+            counts = dict(optimizer._allocation.updates) if wrap else {}
             scaler.scale(loss).backward()
             scaler.unscale_(optimizer)
             nn.utils.clip_grad_norm_(model.parameters(), 0.5)
@@ -240,7 +238,7 @@ FUSED_RUNS = {
     "plain": {},
     "offloaded": OFFLOAD,
     "dropped": DROP,
-    "recomputed": CHECKPOINT_IDLE,
+    "recomputed": {"checkpoint_idle": True},
     "local rates": {"lr_time": "local"},
 }
 
@@ -250,9 +248,12 @@ FUSED_RUNS = {
 def test_updates_within_the_backward_pass_give_the_same_weights(options, rule_options, device):
     # In float64, and with few rows: the embedding's gradient is a sum in no fixed order on a GPU.
     ends = []
-    for fused in ({}, FUSED):
+    settings = dict(options)
+    recomputed = settings.pop("checkpoint_idle", False)
+    for fused in (False, True):
         model = LanguageModel(tied=False).double().to(device)
-        optimizer = by_blocks(model, partial(AdamW, **rule_options), lr=0.01, **options, **fused)
+        settings["backward"] = Backward(fused=fused, checkpoint_idle=recomputed)
+        optimizer = by_blocks(model, partial(AdamW, **rule_options), lr=0.01, **settings)
         train_language(model, optimizer, device, 7)
         ends.append(weights(model))
     torch.testing.assert_close(*ends, rtol=1e-9, atol=1e-12)

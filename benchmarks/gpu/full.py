@@ -20,7 +20,7 @@ from gpu._steps import Watch, summary
 from gpu.lora import SHAPES, fused_adamw, in_small, packed
 from torch import nn
 
-from dynalora_optim import badam
+from dynalora_optim import Backward, badam
 
 PERIOD = 4
 VISITS = 6
@@ -45,9 +45,9 @@ WAYS: dict[str, Callable[[nn.Module], Any]] = {
     ADAMW: fused_adamw,
     PACKAGE: package,
     OURS: ours,
-    OFFLOAD: partial(ours, idle_state="offload"),
-    KEEP: partial(ours, idle_state="keep"),
-    FUSED: partial(ours, fused_backward=True),
+    OFFLOAD: partial(ours, pause="offload"),
+    KEEP: partial(ours, pause="keep"),
+    FUSED: partial(ours, backward=Backward(fused=True)),
 }
 
 
