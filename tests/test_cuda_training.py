@@ -1,4 +1,4 @@
-"""On a GPU: the same numbers as the wrapped optimizer's, in every kind of loop, without waiting.
+"""On a GPU: the same numbers as the wrapped optimizer's, in every kind of loop.
 
 Each test runs on the CPU as well, where a slip shows without a GPU.
 """
@@ -6,7 +6,6 @@ Each test runs on the CPU as well, where a slip shows without a GPU.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -16,16 +15,14 @@ from devices import (
     DROP,
     FUSED,
     OFFLOAD,
-    no_waiting,
     saved_and_loaded,
-    values_asked_for,
 )
 from language_model import LanguageModel, tokens
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW
 from toy import ToyModel, batch, same, weights, wrapped
 
-from dynalora_optim import Backward, Budget, DynamicAllocationOptimizer
+from dynalora_optim import Backward, DynamicAllocationOptimizer
 from dynalora_optim.update._master_weights import MASTER, stochastically_rounded
 
 RULES: dict[str, tuple[type[torch.optim.Optimizer], dict[str, Any]]] = {
@@ -267,52 +264,3 @@ def test_one_gradient_is_alive_at_a_time(device):
     train_language(model, optimizer, device, 2)
     language_loss(model, device, 2).backward()
     assert all(p.grad is None for p in model.parameters())
-
-
-# No waiting
-
-
-WAITLESS: dict[str, tuple[Callable[[str], nn.Module], dict[str, Any]]] = {
-    "all active": (toy, {"active": 1.0}),
-    "2/3 active": (toy, {}),
-    "gradient measure": (toy, {"importance": "gradient"}),
-    "sensitivity": (toy, {"importance": "sensitivity"}),
-    "local rates": (toy, {"lr_time": "local"}),
-    "offload": (toy, OFFLOAD),
-    "updates within the backward pass": (toy, FUSED),
-    "budget": (toy, {"allocator": Budget(0.9)}),
-    "copies in float32": (
-        lambda device: toy(device).bfloat16(),
-        {"master_weights": "nearest"},
-    ),
-}
-
-
-@pytest.mark.parametrize(("make", "options"), WAITLESS.values(), ids=WAITLESS)
-@pytest.mark.parametrize("rule", [{"fused": True}, {"foreach": True}], ids=str)
-def test_a_step_between_two_reallocations_never_waits_for_the_gpu(make, options, rule, device):
-    def steps_of(wrap: bool) -> Callable[[], None]:
-        model = make(device)
-        dtype = next(model.parameters()).dtype
-        optimizer: Any = AdamW(model.parameters(), lr=0.01, **rule)
-        if wrap:
-            options_here = {"period": 100, **options}
-            optimizer = DynamicAllocationOptimizer(optimizer, model, **options_here)
-        inputs = batch().to(device, dtype)
-
-        def step() -> None:
-            model(inputs).square().mean().backward()
-            optimizer.step()
-            optimizer.zero_grad()
-
-        for _ in range(3):  # state, costs and the rehearsal of fused updates come with the first
-            step()
-        return step
-
-    ours, plain = steps_of(True), steps_of(False)
-    with no_waiting(device):
-        for _ in range(4):
-            ours()
-    # Adam counts its steps on the host; whatever else asks for a number would wait on a GPU.
-    if not ("foreach" in rule or options == FUSED):
-        assert values_asked_for(ours) == values_asked_for(plain)
