@@ -13,6 +13,7 @@ from typing import Literal, Protocol, TypeAlias, cast, get_args, runtime_checkab
 from torch import nn
 
 from dynalora_optim._base.checks import whole_number
+from dynalora_optim._base.torch_private import has_child, original, parameter_slots, plain_name
 from dynalora_optim.groups._blocks import find_blocks
 
 Fate: TypeAlias = Literal["allocated", "always_active", "frozen"]
@@ -42,7 +43,7 @@ class Slot:
     @property
     def parameter(self) -> nn.Parameter:
         """The parameter that stands there now."""
-        parameter = self.owner._parameters[self.attribute]
+        parameter = parameter_slots(self.owner)[self.attribute]
         assert isinstance(parameter, nn.Parameter)
         return parameter
 
@@ -141,7 +142,7 @@ def find_groups(model: nn.Module, rule: GroupRule = "auto") -> list[ModuleGroup]
         TypeError: ``rule`` is none of these.
         ValueError: No module forms a group.
     """
-    model = getattr(model, "_orig_mod", model)  # what torch.compile(model) was given
+    model = original(model)  # what torch.compile(model) was given
     rule = Blocks() if rule == "blocks" else rule
     if isinstance(rule, Blocks):
         claims = list(rule.claims(model))
@@ -168,11 +169,6 @@ def find_groups(model: nn.Module, rule: GroupRule = "auto") -> list[ModuleGroup]
     return _joined(replace(claim, name=plain_name(claim.name)) for claim in claims)
 
 
-def plain_name(name: str) -> str:
-    """Return a dotted path without what torch.compile puts into it."""
-    return ".".join(part for part in name.split(".") if part != "_orig_mod")
-
-
 def _no_groups(rule: GroupRule, model: nn.Module) -> str:
     if rule == "auto":
         return (
@@ -194,7 +190,7 @@ def _slots(prefix: str, module: nn.Module) -> Iterator[Slot]:
 
 
 def _own_slots(path: str, owner: nn.Module) -> Iterator[Slot]:
-    for attribute, parameter in owner._parameters.items():
+    for attribute, parameter in parameter_slots(owner).items():
         if parameter is not None:
             yield Slot(owner, attribute, f"{path}.{attribute}" if path else attribute)
 
@@ -221,7 +217,7 @@ def _adapter_slots(name: str, module: nn.Module) -> Iterator[Slot]:
 def _is_peft_layer(module: nn.Module) -> bool:
     # peft's wrapper for modules_to_save has adapter_layer_names too, but no base_layer: it holds
     # whole modules that always train, not an adapter.
-    return hasattr(module, "adapter_layer_names") and "base_layer" in module._modules
+    return hasattr(module, "adapter_layer_names") and has_child(module, "base_layer")
 
 
 def _joined(claims: Iterable[ModuleGroup]) -> list[ModuleGroup]:

@@ -9,7 +9,8 @@ from typing import Any, TypeAlias
 from torch import Tensor, nn
 
 from dynalora_optim._base.claims import is_claimed
-from dynalora_optim.groups._groups import ModuleGroup, plain_name
+from dynalora_optim._base.torch_private import plain_name
+from dynalora_optim.groups._groups import ModuleGroup
 
 ParamGroup: TypeAlias = "dict[str, Any]"
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from dynalora_optim._base.claims import is_claimed, is_owner
+from dynalora_optim._base.torch_private import has_scheduler, share_step_hooks
 from dynalora_optim.update._master_weights import MasterWeights
 from dynalora_optim.update._param_groups import ParameterIndex, ParamGroup, flatten, parameters_of
 from dynalora_optim.update._plain import UserGroup
@@ -140,9 +141,7 @@ class LateBoundOptimizer(Optimizer):
 
     def _take_charge(self) -> None:
         """Let step hooks of the wrapped optimizer fire with this one's, once per step."""
-        wrapped = self._rule.optimizer
-        self._optimizer_step_pre_hooks = wrapped._optimizer_step_pre_hooks
-        self._optimizer_step_post_hooks = wrapped._optimizer_step_post_hooks
+        share_step_hooks(self, self._rule.optimizer)
 
 
 def check_wrappable(optimizer: object, *, scheduled: bool = False) -> None:
@@ -172,7 +171,7 @@ def check_wrappable(optimizer: object, *, scheduled: bool = False) -> None:
             "optimizer=LBFGS keeps one state over all parameters together, so modules cannot be "
             "active one by one; pass a per-parameter optimizer such as AdamW."
         )
-    if hasattr(optimizer.step, "_wrapped_by_lr_sched") and not scheduled:
+    if has_scheduler(optimizer) and not scheduled:
         raise ValueError(
             f"optimizer={kind} has a learning-rate scheduler, which would go on changing rates "
             "that are no longer used; wrap first, then build the scheduler on the wrapper."
@@ -186,7 +185,7 @@ def _unhooked_step(optimizer: Optimizer) -> Callable[[], Any]:
     would fire twice.
     """
     step = type(optimizer).step
-    patched = "step" in vars(optimizer) and not hasattr(optimizer.step, "_wrapped_by_lr_sched")
+    patched = "step" in vars(optimizer) and not has_scheduler(optimizer)
     if patched or not getattr(step, "hooked", False):
         return optimizer.step
     inner = getattr(step, "__wrapped__", step)
