@@ -13,6 +13,7 @@ How the pieces divide the work. Data flows one way:
 * A `Budget` is an allocator that also decides where the backward pass ends and what it recomputes,
   from measured costs: a `MemoryReport` of `MemoryUse`, counted by `LiveBytes`.
 * `Blocks` makes whole transformer blocks the groups; `lisa` and `badam` are presets of that.
+* `show_versions` prints what an issue report needs.
 * `measure_step` counts what a training step takes; `estimate_memory` rehearses it without memory.
 * `LocalLR` lets each module follow the learning-rate schedule at its own pace.
 * The `AllocationRecord` keeps every `Reallocation`.
@@ -24,6 +25,7 @@ This package imports torch and the standard library only. It recognises adapters
 from dynalora_optim._base.live_bytes import LiveBytes
 from dynalora_optim._optimizer import DynamicAllocationOptimizer
 from dynalora_optim._presets import badam, lisa
+from dynalora_optim._versions import show_versions
 from dynalora_optim.allocation._allocators import (
     AllocationContext,
     Allocator,
@@ -88,4 +90,5 @@ __all__ = [
     "estimate_memory",
     "lisa",
     "measure_step",
+    "show_versions",
 ]

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.hooks import RemovableHandle
 
 if TYPE_CHECKING:
     from torch.utils._python_dispatch import TorchDispatchMode
@@ -94,6 +95,23 @@ def forward_hooks(module: nn.Module) -> MutableMapping[int, Callable[..., Any]]:
 def forward_pre_hooks(module: nn.Module) -> MutableMapping[int, Callable[..., Any]]:
     """Return the forward pre-hooks of ``module``; as `forward_hooks` does."""
     return getattr(module, "_forward_pre_hooks", {})
+
+
+def prepend_forward_hook(
+    module: nn.Module, hook: Callable[..., Any], *, always_call: bool = False
+) -> RemovableHandle:
+    """Register a forward hook that runs before those that ``module`` has.
+
+    The mapping is filled anew in its new order. torch.compile finds a hook by its place in the order
+    of insertion, which ``prepend=True`` does not change: up to torch 2.11, at least, it looked for
+    the attributes of one hook in another.
+    """
+    handle = module.register_forward_hook(hook, prepend=True, always_call=always_call)
+    hooks = forward_hooks(module)
+    in_order = list(hooks.items())
+    hooks.clear()
+    hooks.update(in_order)
+    return handle
 
 
 def is_batch_norm(module: nn.Module) -> bool:

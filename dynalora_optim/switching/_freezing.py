@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.hooks import RemovableHandle
 
 from dynalora_optim._base.collectives import is_sharded, world_size
+from dynalora_optim._base.torch_private import prepend_forward_hook
 from dynalora_optim.groups._groups import AdapterModule, ModuleGroup, Slot
 from dynalora_optim.switching._gate import gated, needs_gate, new_gate, set_gate
 
@@ -39,7 +40,7 @@ class _DetachedForward:
         self._handles: list[RemovableHandle] = [
             # Within the hooks by which FSDP2 puts the whole parameters into this very module.
             module.register_forward_pre_hook(self._detach),
-            module.register_forward_hook(self._restore, prepend=True, always_call=True),
+            prepend_forward_hook(module, self._restore, always_call=True),
         ]
 
     @property
