@@ -47,9 +47,12 @@ def defined(tree: ast.Module) -> Iterator[str]:
             yield node.name
         elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
             yield node.id
-        elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
-            if isinstance(node.value, ast.Name) and node.value.id == "self":
-                yield node.attr
+        elif (
+            isinstance(node, ast.Attribute)
+            and isinstance(node.ctx, ast.Store)
+            and ast.unparse(node.value) == "self"
+        ):
+            yield node.attr
 
 
 def mentioned(tree: ast.Module) -> Iterator[tuple[int, str]]:
@@ -60,9 +63,8 @@ def mentioned(tree: ast.Module) -> Iterator[tuple[int, str]]:
             yield from ((node.lineno, part) for part in parts if is_private(part))
         elif isinstance(node, ast.Attribute) and is_private(node.attr):
             yield node.lineno, node.attr
-        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
-            if node.value.isidentifier() and is_private(node.value):
-                yield node.lineno, node.value
+        elif isinstance(node, ast.Constant) and re.fullmatch(r"_[a-z]\w*", str(node.value)):
+            yield node.lineno, node.value
 
 
 @pytest.mark.parametrize("package", PRIVATE, ids=lambda package: package.__name__)
@@ -138,7 +140,7 @@ def test_a_pass_cannot_be_scored_where_torch_does_not_say_whether_it_is_a_backwa
 def test_ddp_is_refused_where_torch_does_not_say_whether_it_runs(monkeypatch):
     assert torch_private.active_ddp() is None
     monkeypatch.delattr(DistributedDataParallel, "_get_active_ddp_module")
-    with pytest.raises(RuntimeError, match="DistributedDataParallel needs .*_get_active_ddp"):
+    with pytest.raises(RuntimeError, match=r"DistributedDataParallel needs .*_get_active_ddp"):
         torch_private.active_ddp()
 
 
@@ -171,9 +173,11 @@ def test_adapters_compute_the_same_without_a_private_name(owner, name, monkeypat
 
 def test_a_lazy_layer_is_none_to_adapt_without_the_undocumented_question(monkeypatch):
     lazy = nn.LazyLinear(3)
-    assert _torch_private.is_lazy(lazy.weight) and not _torch_private.is_lazy(torch.zeros(2))
+    assert _torch_private.is_lazy(lazy.weight)
+    assert not _torch_private.is_lazy(torch.zeros(2))
     monkeypatch.delattr(nn.parameter, "is_lazy")
-    assert _torch_private.is_lazy(lazy.weight) and not _torch_private.is_lazy(torch.zeros(2))
+    assert _torch_private.is_lazy(lazy.weight)
+    assert not _torch_private.is_lazy(torch.zeros(2))
 
 
 # What is promised

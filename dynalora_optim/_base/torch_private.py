@@ -102,9 +102,9 @@ def prepend_forward_hook(
 ) -> RemovableHandle:
     """Register a forward hook that runs before those that ``module`` has.
 
-    The mapping is filled anew in its new order. torch.compile finds a hook by its place in the order
-    of insertion, which ``prepend=True`` does not change: up to torch 2.11, at least, it looked for
-    the attributes of one hook in another.
+    The mapping is filled anew in its new order. torch.compile finds a hook by its place in the
+    order of insertion, which ``prepend=True`` does not change: torch 2.11 and older look for the
+    attributes of one hook in another.
     """
     handle = module.register_forward_hook(hook, prepend=True, always_call=always_call)
     hooks = forward_hooks(module)
@@ -216,6 +216,33 @@ def _pytree(name: str) -> Callable[..., Any]:
     module = _private(torch.utils, "_pytree", feature="counting memory")
     found: Callable[..., Any] = _private(module, name, feature="counting memory")
     return found
+
+
+# What is dispatched where Python reads a value. Where torch has no such operation: None, and for a
+# model that reads a value on the meta device torch raises an error of its own.
+READ_SCALAR = getattr(getattr(torch.ops.aten, "_local_scalar_dense", None), "default", None)
+
+
+def fused_attention(  # noqa: PLR0917 - torch's own order
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    is_causal: bool,
+    attn_mask: Tensor | None,
+    scale: float | None,
+) -> Tensor:
+    """Return the attention by a kernel that keeps no scores, on the meta device too.
+
+    Raises:
+        RuntimeError: torch has no such kernel.
+    """
+    kernel = _private(
+        torch.ops.aten,
+        "_scaled_dot_product_flash_attention_for_cpu",
+        feature="rehearsing attention on the meta device",
+    )
+    output: Tensor = kernel(query, key, value, 0.0, is_causal, attn_mask=attn_mask, scale=scale)[0]
+    return output
 
 
 # --- Arithmetic on lists of tensors: one kernel for all. Without it, one for each tensor.
