@@ -23,6 +23,7 @@ from toy import ToyModel, batch, wrapped
 import dynalora_adapters
 import dynalora_optim
 from dynalora_adapters import LoRAConfig, _torch_private, inject
+from dynalora_optim import Periodic
 from dynalora_optim._base import torch_private
 
 ROOT = Path(__file__).parent.parent
@@ -155,7 +156,7 @@ def test_ddp_is_refused_where_torch_does_not_say_whether_it_runs(monkeypatch):
     ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_adapters_compute_the_same_without_a_private_name(owner, name, monkeypatch):
-    model = inject(nn.Sequential(nn.Linear(4, 3)), LoRAConfig(rank=2, targets=["0"]))
+    model = inject(nn.Sequential(nn.Linear(4, 3)), LoRAConfig(rank=2, alpha=4, targets=["0"]))
     nn.init.normal_(model[0].lora_B)
     x = torch.randn(5, 4, requires_grad=True)
 
@@ -204,7 +205,8 @@ def test_the_lower_bounds_are_the_versions_of_the_lowest_set():
     promised = {name: bound for name, bound in bounds().items() if name in lowest}
     assert {"torch", "safetensors", "transformers", "peft", "accelerate"} <= promised.keys()
     for name, bound in promised.items():
-        assert padded(lowest[name]) == padded(bound), name
+        promise = bound.split(".")
+        assert lowest[name].split(".")[: len(promise)] == promise, name
 
 
 def test_the_sets_are_between_the_lowest_and_the_newest():
@@ -260,7 +262,7 @@ def test_versions_are_shown_as_they_are_installed(capsys):
 def test_versions_show_what_each_optimizer_drives_while_it_does():
     optimizer = wrapped(ToyModel(), active=2, period=7, seed=3, allocator="topk")
     (line,) = [line for line in report().splitlines() if "ToyModel" in line or "seed=3" in line]
-    for part in (repr(optimizer), "active=2", "TopK", "Periodic(every=7)", "seed=3"):
+    for part in (repr(optimizer), "active=2", "TopK()", repr(Periodic(7)), "seed=3"):
         assert part in line
     optimizer.close()
     assert "seed=3" not in report()
