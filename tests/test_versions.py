@@ -149,7 +149,6 @@ def test_ddp_is_refused_where_torch_does_not_say_whether_it_runs(monkeypatch):
     ("owner", "name"),
     [
         (torch._C, "_are_functorch_transforms_active"),
-        (torch._C, "_get_tracing_state"),
         (nn.modules.module, "_has_any_global_hook"),
         (torch.autograd.forward_ad, "_current_level"),
     ],
