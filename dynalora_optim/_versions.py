@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import platform
 import sys
-from importlib import metadata
 from typing import TextIO
 
 import torch
 
 from dynalora_optim._base.claims import owners
+from dynalora_optim._base.packages import installed
 from dynalora_optim._optimizer import DynamicAllocationOptimizer
 
 _PACKAGES = ("dynalora-optim", "torch", "transformers", "peft", "accelerate", "safetensors")
@@ -34,19 +34,12 @@ def show_versions(file: TextIO | None = None) -> None:
         ...
     """
     rows = [("python", f"{platform.python_version()} on {platform.system()}-{platform.machine()}")]
-    rows += [(name, _version(name)) for name in _PACKAGES]
+    rows += [(name, installed(name)) for name in _PACKAGES]
     rows += [("CUDA", torch.version.cuda or "this torch is built without")]
     rows += [("device", name) for name in _devices()]
     rows += [("optimizer", text) for text in sorted(map(_driven, _in_charge()))]
     for name, value in rows:
         print(f"{name:<15} {value}", file=file or sys.stdout)
-
-
-def _version(package: str) -> str:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return "not installed"
 
 
 def _devices() -> list[str]:

@@ -23,7 +23,7 @@ from toy import ToyModel, batch, wrapped
 import dynalora_adapters
 import dynalora_optim
 from dynalora_adapters import LoRAConfig, _torch_private, inject
-from dynalora_optim import Periodic
+from dynalora_optim import Periodic, estimate_memory
 from dynalora_optim._base import torch_private
 
 ROOT = Path(__file__).parent.parent
@@ -178,6 +178,22 @@ def test_a_lazy_layer_is_none_to_adapt_without_the_undocumented_question(monkeyp
     monkeypatch.delattr(nn.parameter, "is_lazy")
     assert _torch_private.is_lazy(lazy.weight)
     assert not _torch_private.is_lazy(torch.zeros(2))
+
+
+class AsksForAutocast(ToyModel):
+    """As models of transformers before 5.4 do."""
+
+    def forward(self, x):
+        torch.is_autocast_enabled(x.device.type)
+        return super().forward(x)
+
+
+def test_a_model_that_only_a_newer_transformers_can_rehearse_names_that_version():
+    def make(model):
+        return torch.optim.SGD(model.parameters())
+
+    with pytest.raises(ValueError, match=r"before 5\.4; found (\d|not installed).*measure_step"):
+        estimate_memory(AsksForAutocast(), (batch(),), make)
 
 
 # What is promised

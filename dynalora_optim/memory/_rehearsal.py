@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from dynalora_optim._base.live_bytes import LiveBytes, tensor_bytes
+from dynalora_optim._base.packages import installed
 from dynalora_optim._base.torch_private import READ_SCALAR, fused_attention, tree_map
 from dynalora_optim.allocation._context import Allocator, CostAware
 from dynalora_optim.memory._step import Batch, Loss, StepMemory, count_step
@@ -232,9 +233,11 @@ def _explained(name: str) -> Iterator[None]:
     try:
         yield
     except (NotImplementedError, RuntimeError) as error:
+        why = str(error).splitlines()[0]
+        if "device type for autocast" in why:
+            why += f" (transformers asks for that before 5.4; found {installed('transformers')})"
         raise ValueError(
-            f"a step of {name} cannot be rehearsed on the meta device: "
-            f"{str(error).splitlines()[0]}. Tensors that are "
+            f"a step of {name} cannot be rehearsed on the meta device: {why}. Tensors that are "
             "neither parameters nor buffers stay where they are, and no value can be read; "
             "measure_step() counts a real step instead."
         ) from error
