@@ -234,8 +234,12 @@ def fused_attention(  # noqa: PLR0917 - torch's own order
     """Return the attention by a kernel that keeps no scores, on the meta device too.
 
     Raises:
-        RuntimeError: torch has no such kernel.
+        RuntimeError: torch has no such kernel, or on the meta device none for grouped queries.
     """
+    if key.shape[1] != query.shape[1] and torch.__version__ < "2.9":  # by number
+        raise RuntimeError(
+            f"grouped-query attention needs torch 2.9 there, found {torch.__version__}"
+        )
     kernel = _private(
         torch.ops.aten,
         "_scaled_dot_product_flash_attention_for_cpu",

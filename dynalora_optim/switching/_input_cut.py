@@ -33,8 +33,10 @@ class InputCut:
     def __call__(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[Any, dict[str, Any]] | None:
+        if torch.compiler.is_compiling():
+            return None
         x = hidden_states(args, kwargs)
-        if x is None or not x.requires_grad or torch.compiler.is_compiling():
+        if x is None or not x.requires_grad:
             return None
         if trainable_leaves(x) or not self._is_forced():
             return None
