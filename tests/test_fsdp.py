@@ -242,9 +242,11 @@ def losses_of_both(policy: str, rank: int) -> tuple[list[float], list[float]]:
 
 @pytest.mark.parametrize("policy", ["float32", *MIXED])
 def test_the_losses_are_those_of_ddp(policy, ranks):
+    # On torch 2.8 the last bits of float32 differ, and so at times the nearest bfloat16.
+    rounding = 1e-6 if policy == "float32" or torch.__version__ >= (2, 11) else 1e-4
     curves = [rank[f"losses, {policy}"] for rank in ranks]
     for sharded, ddp in curves:
-        assert sharded == pytest.approx(ddp, abs=1e-6)
+        assert sharded == pytest.approx(ddp, abs=rounding)
         assert len(set(ddp)) == STEPS
     assert curves[0] != curves[1], "the ranks have batches of their own"
 

@@ -66,9 +66,10 @@ class DetachedForward:
 
     def restore(self) -> None:
         """Put the parameters back; no hook does after a KeyboardInterrupt in the forward."""
-        for slot, parameter in zip(self.slots, self._held, strict=False):
-            parameter_slots(slot.owner)[slot.attribute] = parameter
-        self._held = []
+        if self._held:
+            for slot, parameter in zip(self.slots, self._held, strict=True):
+                parameter_slots(slot.owner)[slot.attribute] = parameter
+            self._held = []
         if self._checkpoint:
             self._checkpoint.remove()
             self._checkpoint = None
