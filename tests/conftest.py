@@ -58,3 +58,18 @@ def _leaves_no_trace() -> Iterator[None]:
     before = _global_state()
     yield
     assert _global_state() == before, "this test changes what other tests start from"
+
+
+CUDA = pytest.param(
+    "cuda",
+    marks=[
+        pytest.mark.cuda,
+        pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+    ],
+)
+
+
+@pytest.fixture(params=["cpu", CUDA])
+def device(request: pytest.FixtureRequest) -> str:
+    """Where a test runs: on the CPU everywhere, and on a GPU where there is one."""
+    return str(request.param)
