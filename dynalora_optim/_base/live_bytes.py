@@ -65,9 +65,10 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
         self.ops += 1
-        formula = flop_registry.get(packet_of(func))
+        packet = packet_of(func)
+        formula = flop_registry.get(packet)
         if formula is not None:
-            args_in_full = _with_all_heads(func._overloadpacket, args)
+            args_in_full = _with_all_heads(packet, args)
             self.flops += formula(*args_in_full, **kwargs, out_val=result)
         inputs = {
             storage_key(tensor)
