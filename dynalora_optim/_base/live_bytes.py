@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.flop_counter import flop_registry
 
 from dynalora_optim._base.torch_private import (
+    QUERY_POSITIONS,
     TorchDispatchMode,
     packet_of,
     storage_key,
@@ -96,20 +97,12 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.live -= size
 
 
-# Where the query stands among the arguments of torch's fused attentions.
-_QUERY = {
-    getattr(torch.ops.aten, f"_scaled_dot_product_{kind}_attention{suffix}"): position
-    for kind in ("flash", "efficient", "cudnn")
-    for suffix, position in (("", 0), ("_backward", 1))
-}
-
-
 def _with_all_heads(operation: object, args: tuple[Any, ...]) -> tuple[Any, ...]:
     """Give keys and values as many heads as the queries, as the kernel does by itself.
 
     The formulas of torch before 2.13 refuse grouped queries, which run on a GPU as they are.
     """
-    first = _QUERY.get(operation)
+    first = QUERY_POSITIONS.get(operation)
     if first is None:
         return args
     query, *others = args[first : first + 3]

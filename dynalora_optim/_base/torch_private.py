@@ -223,6 +223,16 @@ def _pytree(name: str) -> Callable[..., Any]:
 READ_SCALAR = getattr(getattr(torch.ops.aten, "_local_scalar_dense", None), "default", None)
 
 
+# Where the query stands among the arguments of torch's fused attentions. One that torch lacks is left
+# out: nothing can call it.
+QUERY_POSITIONS = {
+    getattr(torch.ops.aten, name): position
+    for kind in ("flash", "efficient", "cudnn")
+    for suffix, position in (("", 0), ("_backward", 1))
+    if hasattr(torch.ops.aten, name := f"_scaled_dot_product_{kind}_attention{suffix}")
+}
+
+
 def fused_attention(  # noqa: PLR0917 - torch's own order
     query: Tensor,
     key: Tensor,
