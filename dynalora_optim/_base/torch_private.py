@@ -223,8 +223,8 @@ def _pytree(name: str) -> Callable[..., Any]:
 READ_SCALAR = getattr(getattr(torch.ops.aten, "_local_scalar_dense", None), "default", None)
 
 
-# Where the query stands among the arguments of torch's fused attentions. One that torch lacks is left
-# out: nothing can call it.
+# Where the query stands among the arguments of torch's fused attentions. One that torch lacks is
+# left out: nothing can call it.
 QUERY_POSITIONS = {
     getattr(torch.ops.aten, name): position
     for kind in ("flash", "efficient", "cudnn")
