@@ -194,11 +194,8 @@ def tree_map(function: Callable[[Any], Any], tree: Any) -> Any:
 
 
 def _pytree(name: str) -> Callable[..., Any]:
-    import torch.utils
-
     module = _private(torch.utils, "_pytree", feature="counting memory")
-    found: Callable[..., Any] = _private(module, name, feature="counting memory")
-    return found
+    return _private(module, name, feature="counting memory")  # type: ignore[no-any-return]
 
 
 # What is dispatched where Python reads a value. Where torch has no such operation: None, and for a
