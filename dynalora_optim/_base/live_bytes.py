@@ -8,9 +8,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import flop_registry
+
+from dynalora_optim._base.torch_private import (
+    QUERY_POSITIONS,
+    TorchDispatchMode,
+    packet_of,
+    storage_key,
+    tree_leaves,
+)
 
 
 class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -51,8 +57,7 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def size(self, tensors: Iterable[Tensor]) -> int:
         """Return the bytes of those storages of ``tensors`` that are counted, each once."""
-        storages = [tensor.untyped_storage() for tensor in tensors]
-        sizes = {storage._cdata: storage.nbytes() for storage in storages}
+        sizes = {storage_key(tensor): tensor.untyped_storage().nbytes() for tensor in tensors}
         return sum(size for key, size in sizes.items() if key in self._known)
 
     def __torch_dispatch__(
@@ -61,26 +66,27 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
         self.ops += 1
-        formula = flop_registry.get(func._overloadpacket)
+        packet = packet_of(func)
+        formula = flop_registry.get(packet)
         if formula is not None:
-            args_in_full = _with_all_heads(func._overloadpacket, args)
+            args_in_full = _with_all_heads(packet, args)
             self.flops += formula(*args_in_full, **kwargs, out_val=result)
         inputs = {
-            tensor.untyped_storage()._cdata
-            for tensor in tree_iter((args, kwargs))
+            storage_key(tensor)
+            for tensor in tree_leaves((args, kwargs))
             if isinstance(tensor, Tensor)
         }
-        for tensor in tree_iter(result):
+        for tensor in tree_leaves(result):
             if isinstance(tensor, Tensor):
                 self._count(tensor, inputs)
         return result
 
     def _count(self, tensor: Tensor, inputs: set[int]) -> None:
-        storage = tensor.untyped_storage()
-        key = storage._cdata
+        key = storage_key(tensor)
         if key in inputs or key in self._known or tensor.device.type in self._uncounted:
             return
         self._known.add(key)
+        storage = tensor.untyped_storage()
         size = storage.nbytes()
         self.live += size
         self.peak = max(self.peak, self.live)
@@ -91,20 +97,12 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.live -= size
 
 
-# Where the query stands among the arguments of torch's fused attentions.
-_QUERY = {
-    getattr(torch.ops.aten, f"_scaled_dot_product_{kind}_attention{suffix}"): position
-    for kind in ("flash", "efficient", "cudnn")
-    for suffix, position in (("", 0), ("_backward", 1))
-}
-
-
 def _with_all_heads(operation: object, args: tuple[Any, ...]) -> tuple[Any, ...]:
     """Give keys and values as many heads as the queries, as the kernel does by itself.
 
     The formulas of torch before 2.13 refuse grouped queries, which run on a GPU as they are.
     """
-    first = _QUERY.get(operation)
+    first = QUERY_POSITIONS.get(operation)
     if first is None:
         return args
     query, *others = args[first : first + 3]
