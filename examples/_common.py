@@ -61,9 +61,8 @@ class Sentences:
         """Return the pretrained model under a new head: the same one for the same seed."""
         torch.manual_seed(seed)
         options |= {"num_labels": self.num_labels, "pad_token_id": self.pad_token_id}
-        model: nn.Module = pretrained(
-            "AutoModelForSequenceClassification", self.source, dtype=torch.float32, **options
-        )
+        kind = "AutoModelForSequenceClassification"
+        model: nn.Module = pretrained(kind, self.source, dtype=torch.float32, **options)
         return model.to(DEVICE)
 
 
@@ -92,11 +91,7 @@ class Texts:
 
 
 def pretrained(kind: str, source: str, **options: Any) -> Any:
-    """Load with a class of transformers, such as ``"AutoTokenizer"``, from a folder or a hub id.
-
-    Raises:
-        OSError: It cannot be had.
-    """
+    """Load with a class of transformers, such as ``"AutoTokenizer"``, from a folder or the hub."""
     import transformers
 
     transformers.logging.set_verbosity_error()  # that the head of a classifier is new, we know
@@ -259,9 +254,13 @@ def linear_schedule(optimizer: Optimizer, steps: int, warm_up: float = 0.1) -> L
     return LambdaLR(optimizer, factor)
 
 
-def column(cells: Mapping[str, str]) -> str:
-    """Lay out the table of a single run, a line each."""
-    return "\n".join(f"{label:<32}{cell:>14}" for label, cell in cells.items())
+def table(found: Mapping[str, float]) -> str:
+    """Lay out numbers by their names, a line each; bytes as MiB."""
+    rows = []
+    for name, value in found.items():
+        shown = f"{value / 2**20 if name.endswith('_bytes') else value:,.3f}".removesuffix(".000")
+        rows.append(f"{name.replace('_bytes', ' (MiB)').replace('_', ' '):<28}{shown:>16}")
+    return "\n".join(rows)
 
 
 def parser(description: str | None, **defaults: Any) -> argparse.ArgumentParser:

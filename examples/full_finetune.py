@@ -13,7 +13,6 @@ bit for bit. What the methods differ in is `optimizer_for`; the loop is `train`.
 from __future__ import annotations
 
 import json
-import math
 import pickle
 import statistics
 import sys
@@ -23,7 +22,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, astuple, dataclass, field
 from functools import partial
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -32,11 +30,11 @@ from _common import (
     DEVICE,
     Batch,
     Texts,
-    column,
     linear_schedule,
     parser,
     placed,
     positive,
+    table,
     training_batches,
 )
 from torch import Tensor, nn
@@ -44,37 +42,25 @@ from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from tqdm.auto import tqdm
 
-from dynalora_optim import (
-    Blocks,
-    DynamicAllocationOptimizer,
-    StepMemory,
-    badam,
-    lisa,
-    measure_step,
-)
+from dynalora_optim import Blocks, DynamicAllocationOptimizer, StepMemory, badam, lisa, measure_step
 
 BY_BLOCKS = {"outside", "idle_state", "checkpoint_idle", "fused_backward"}
-TAKES = {  # what else each method can be told
-    "adamw": set[str](),
-    "badam": BY_BLOCKS | {"order"},
-    "lisa": BY_BLOCKS | {"layers"},
-    "blocks": BY_BLOCKS | {"layers"},
+TAKES = {  # what trains in a step, and what else it can be told
+    "adamw": set[str](),  # everything
+    "badam": BY_BLOCKS | {"order"},  # one block at a time
+    "lisa": BY_BLOCKS | {"layers"},  # blocks drawn at random, and what is outside of them
+    "blocks": BY_BLOCKS | {"layers"},  # blocks of importance
 }
-# Starting points, for the default model and text; --lr tries others.
-RATES = {"adamw": 1e-4, "badam": 1e-3, "lisa": 3e-4, "blocks": 1e-3}
+RATES = {"adamw": 1e-4, "badam": 1e-3, "lisa": 3e-4, "blocks": 1e-3}  # to start from
 
 
 def optimizer_for(model: nn.Module, options: Namespace) -> Optimizer:
     """Return the method's optimizer over all parameters of ``model``.
 
     AdamW alone would lose most updates of weights in bfloat16: it gets float32 copies there too.
-
-    Raises:
-        ValueError: They do not go together, such as more layers than there are.
     """
-    adamw = AdamW(
-        model.parameters(), lr=RATES[options.method] if options.lr is None else options.lr
-    )
+    lr = RATES[options.method] if options.lr is None else options.lr
+    adamw = AdamW(model.parameters(), lr=lr)
     told: dict[str, Any] = {"period": options.period, "seed": options.seed, **given(options)}
     if "outside" in told:
         told["groups"] = Blocks(outside=told.pop("outside"))
@@ -108,7 +94,7 @@ class Run:
     model: nn.Module
     optimizer: Optimizer
     scheduler: LambdaLR
-    loss_before: float = math.nan  # on the held-out blocks
+    loss_before: float = 0.0  # on the held-out blocks
     losses: list[float] = field(default_factory=list)  # in training
     trained: list[int] = field(default_factory=list)  # parameters that the step could move
     memory: list[tuple[int, ...]] = field(default_factory=list)  # of a step a period: StepMemory's
@@ -244,64 +230,30 @@ def results(run: Run, after: float) -> dict[str, float]:
     }
 
 
-def table(found: dict[str, float]) -> str:
-    """Lay out the numbers, a line each."""
-    sizes = {name.removesuffix("_bytes"): n for name, n in found.items() if name.endswith("_bytes")}
-    rows = {
-        "held-out loss before": f"{found['loss_before']:.3f}",
-        "held-out loss after": f"{found['loss_after']:.3f}",
-        "trained parameters (mean)": f"{found['trained_parameters']:,.0f}",
-        "seconds per step (median)": f"{found['seconds_per_step']:.3f}",
-    }
-    rows |= {f"{n.replace('_', ' ')} (MiB)": f"{size / 2**20:,.1f}" for n, size in sizes.items()}
-    return column(rows)
-
-
-def export(run: Run, tokenizer: Any, output: Path) -> None:
-    """Save the model where --model finds it, and the history of the allocation."""
-    if isinstance(run.optimizer, DynamicAllocationOptimizer):
-        run.optimizer.record.to_json(output / "allocation.json")
-        run.optimizer.record.plot(output / "allocation.png")
-        run.optimizer.close()
-    run.model.save_pretrained(output / "model")  # type: ignore[operator]
-    tokenizer.save_pretrained(output / "model")
-
-
 def parse(arguments: Sequence[str] | None) -> Namespace:
-    """Read the command line; None stands for what the method does by itself.
-
-    Raises:
-        ValueError: Options that do not go together.
-    """
+    """Read the command line, or raise ValueError; None is what the method does by itself."""
     reader = parser(
         __doc__, model=CAUSAL_LM, steps=60, batch_size=4, length=64, period=2, output="runs/full"
     )
     add = reader.add_argument
-    add(
-        "--method",
-        choices=sorted(TAKES),
-        default="badam",
-        help="adamw: all in every step; badam: a block at a time; lisa: random blocks, and what is "
-        "outside of blocks; blocks: those of importance",
-    )
+    add("--method", choices=sorted(TAKES), default="badam", help="what trains in a step")
     add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the weights")
     add("--rounding", choices=("nearest", "stochastic"), help="of bfloat16 weights that pause")
     add("--layers", type=positive, help="blocks at a time, of lisa and blocks; None: 2")
-    orders = ("ascending", "descending", "random")
-    add("--order", choices=orders, help="of badam's blocks; None: descending")
-    outside = ("frozen", "always_active", "allocated")
-    add("--outside", choices=outside, help="embeddings, head; None: always active for lisa only")
-    states = ("keep", "offload", "drop")
-    add("--idle-state", choices=states, help="optimizer state of a block that pauses")
+    add("--order", choices=("ascending", "descending", "random"), help="of badam's blocks")
+    add("--outside", choices=("frozen", "always_active", "allocated"), help="what is not a block")
+    add("--idle-state", choices=("keep", "offload", "drop"), help="state of a block that pauses")
     flag = partial(add, action="store_const", const=True)
     flag("--checkpoint-idle", help="recompute the activations of idle blocks")
     flag("--fused-backward", help="update within the backward pass, a gradient at a time")
     add("--save-every", type=positive, help="steps; go on from the last checkpoint. None: neither")
     options = reader.parse_args(arguments)
-    if options.steps < 2:
-        raise ValueError(f"--steps {options.steps} must be 2 at least: one timed, one measured")
-    if options.length < 2:
-        raise ValueError(f"--length {options.length} must be 2 at least: a token to predict one")
+    for name, why in {
+        "steps": "one timed, one measured",
+        "length": "one token, and the next",
+    }.items():
+        if (value := getattr(options, name)) < 2:
+            raise ValueError(f"--{name} {value} must be 2 at least: {why}")
     if refused := sorted(given(options).keys() - TAKES[options.method]):
         raise ValueError(f"--method {options.method} takes no --{refused[0].replace('_', '-')}")
     if options.rounding is not None and options.dtype != "bfloat16":
@@ -324,15 +276,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.exit(f"full_finetune: {error}")
 
     start = len(run.losses)
-    if not start:
-        run.loss_before = held_out_loss(run.model, texts.held_out)
+    run.loss_before = run.loss_before or held_out_loss(run.model, texts.held_out)
     train(run, options, batches)
     found = results(run, held_out_loss(run.model, texts.held_out))
     print(f"{options.method} in {options.dtype} on {DEVICE}, from step {start}")
     print(table(found))
-    export(run, texts.tokenizer, options.output)
     summary = {**found, "training_loss": run.losses, "settings": vars(options)}
     (options.output / "summary.json").write_text(json.dumps(summary, default=str), "utf-8")
+    if isinstance(run.optimizer, DynamicAllocationOptimizer):
+        run.optimizer.record.to_json(options.output / "allocation.json")
+        run.optimizer.record.plot(options.output / "allocation.png")
+        run.optimizer.close()
+    run.model.save_pretrained(options.output / "model")  # type: ignore[operator]
+    texts.tokenizer.save_pretrained(options.output / "model")
     print(f"results in {options.output}/")
     return 0
 

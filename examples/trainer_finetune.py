@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 from _assets import CAUSAL_LM
-from _common import Texts, column, parser, positive, share
+from _common import Texts, parser, positive, share, table
 
 from dynalora_adapters import LoRAConfig, inject, save_adapter
 from dynalora_optim import Budget, DynamicAllocationOptimizer
@@ -118,22 +118,6 @@ def results(trainer: Any, start: int, seconds: float) -> dict[str, float]:
         found["peak_bytes"] = max(peaks)
         found["peak_bytes_all_active"] = optimizer.memory_report().all_active.peak
     return found
-
-
-def table(found: dict[str, float]) -> str:
-    """Lay out the numbers, a line each."""
-    rows = {
-        "held-out loss before": f"{found['loss_before']:.3f}",
-        "held-out loss after": f"{found['loss_after']:.3f}",
-        "trainable parameters": f"{found['trainable_parameters']:,}",
-        "adapter modules": f"{found['modules']}",
-        "active of them in the mean": f"{found['active_modules']:.1f}",
-        "seconds per step": f"{found['seconds_per_step']:.3f}",
-    }
-    if "peak_bytes" in found:
-        rows["peak memory of a step (MiB)"] = f"{found['peak_bytes'] / 2**20:.1f}"
-        rows["with all active"] = f"{found['peak_bytes_all_active'] / 2**20:.1f}"
-    return column(rows)
 
 
 def parse(arguments: Sequence[str] | None) -> Namespace:
