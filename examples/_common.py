@@ -266,7 +266,7 @@ def table(found: Mapping[str, float]) -> str:
 def parser(description: str | None, **defaults: Any) -> argparse.ArgumentParser:
     """Return a parser of the options that every example has, with these defaults."""
     found = argparse.ArgumentParser(
-        description=(description or "").splitlines()[0],
+        description=(description or "").partition("\n")[0],
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = found.add_argument
