@@ -262,9 +262,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--output", type=Path, default=Path("runs/full"))
     options = parser.parse_args(arguments)
-    warnings.filterwarnings("ignore")  # the badam package's, on float32
-    logging.getLogger("dynalora_optim").setLevel(logging.ERROR)
-    transformers.logging.set_verbosity_error()
     shape = ON_CUDA if options.device == "cuda" else SMOLLM2
     rounds = options.rounds
     if options.quick:
@@ -276,5 +273,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(planned_table([QUICK] if options.quick else PLANNED), flush=True)
 
 
-if __name__ == "__main__":
+if __name__ == "__main__":  # who calls main() keeps logging and warnings as they are
+    warnings.filterwarnings("ignore")  # the badam package's, on float32
+    logging.getLogger("dynalora_optim").setLevel(logging.ERROR)
+    transformers.logging.set_verbosity_error()
     main()

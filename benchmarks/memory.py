@@ -195,9 +195,6 @@ def _rss(options: argparse.Namespace, shape: Shape, name: str) -> int | None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     options = _arguments(arguments)
-    warnings.filterwarnings("ignore", category=FutureWarning)
-    logging.getLogger("dynalora_optim").setLevel(logging.ERROR)
-    transformers.logging.set_verbosity_error()
     on_cpu = [shape for shape in (ROBERTA, LLAMA) if options.shape in (shape.name, "both")]
     shapes = LARGE if options.device == "cuda" else on_cpu
     if options.quick:
@@ -210,5 +207,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         report(shape, rounds=rounds, rss=partial(_rss, options, shape), output=options.output)
 
 
-if __name__ == "__main__":
+if __name__ == "__main__":  # who calls main() keeps logging and warnings as they are
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    logging.getLogger("dynalora_optim").setLevel(logging.ERROR)
+    transformers.logging.set_verbosity_error()
     main()
