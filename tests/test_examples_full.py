@@ -53,10 +53,10 @@ def summary(folder):
         ("adamw", WHOLE, WHOLE),
         ("badam", BLOCK, BLOCK),
         ("badam --outside always_active", BLOCK + OUTSIDE, BLOCK + OUTSIDE),
-        ("badam --idle-state keep --order random", BLOCK, 3 * BLOCK),
-        ("lisa --layers 1 --idle-state drop", BLOCK + OUTSIDE, BLOCK + OUTSIDE),
+        ("badam --pause keep --order random", BLOCK, 3 * BLOCK),
+        ("lisa --layers 1 --pause drop", BLOCK + OUTSIDE, BLOCK + OUTSIDE),
         ("lisa", 2 * BLOCK + OUTSIDE, WHOLE),
-        ("blocks --layers 2 --idle-state drop --checkpoint-idle", 2 * BLOCK, 2 * BLOCK),
+        ("blocks --layers 2 --pause drop --checkpoint-idle", 2 * BLOCK, 2 * BLOCK),
         ("badam --fused-backward --period 4", BLOCK, BLOCK),
     ],
 )
@@ -124,9 +124,9 @@ def dropping_out(checkpoint, folder):
     (folder / "config.json").write_text(json.dumps({**config, "attention_dropout": 0.1}), "utf-8")
 
 
-def test_a_weighed_step_trains_like_any_other(arguments, tmp_path, monkeypatch):
+def test_a_measured_step_trains_like_any_other(arguments, tmp_path, monkeypatch):
     assert full_finetune.main(arguments) == 0
-    monkeypatch.setattr(full_finetune, "is_weighed", lambda step, settings: step == 3)
+    monkeypatch.setattr(full_finetune, "is_measured", lambda step, settings: step == 3)
     assert full_finetune.main([*arguments, "--output", str(tmp_path / "other")]) == 0
     assert left(tmp_path / "other") == left(tmp_path / "run")
 

@@ -2,9 +2,9 @@
 
 A method is a name, such as ``forward``, and may carry options after an @, such as
 ``forward@active=4,period=10`` or ``budget-0.40@activation_warmup=0``: those of
-`DynamicAllocationOptimizer`, those of `Budget` (memory, compute, base, floor), and which layers get
-an adapter: those in the top share of the blocks (``top=1/3``), or all linear ones
-(``targets=all-linear``).
+`DynamicAllocationOptimizer`, ``activation_warmup`` for its ``Pause(warmup=...)``, those of `Budget`
+(memory, compute, base, floor), and which layers get an adapter: those in the top share of the
+blocks (``top=1/3``), or all linear ones (``targets=all-linear``).
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from typing import Any
 
 import torch
 from _importances import ExpectedDecrease, UpperConfidence
-from _models import head_modules, lora_targets
+from _models import lora_targets
+from _shared import head_modules
 from torch import nn
 from torch.optim import Optimizer
 
@@ -27,6 +28,7 @@ from dynalora_optim import (
     DynamicAllocationOptimizer,
     Ema,
     ImportanceTracker,
+    Pause,
     badam,
     lisa,
 )
@@ -67,8 +69,9 @@ class Method:
 
 
 def _dynamic(adapts: str = "lora", **options: Any) -> Method:
-    usual = {"active": 2 / 3, "period": PERIOD, "activation_warmup": WARM_UP}
-    return Method(adapts, {**usual, **options})
+    usual = {"period": PERIOD, "activation_warmup": WARM_UP}
+    share = {} if "memory" in options else {"active": 2 / 3}  # a Budget decides by itself
+    return Method(adapts, {**share, **usual, **options})
 
 
 def _decrease(allocator: Any) -> Method:
@@ -218,6 +221,8 @@ def _allocation(options: Mapping[str, Any]) -> dict[str, Any]:
     shares = {key: plain.pop(key) for key in ("memory", "compute", "base", "floor") if key in plain}
     if shares:
         plain["allocator"] = Budget(**shares)
+    if "activation_warmup" in plain:
+        plain["pause"] = Pause(warmup=plain.pop("activation_warmup"))
     if plain.get("allocator") == "bandit":
         plain["allocator"] = UpperConfidence()
     if plain.get("importance") == "decrease":
