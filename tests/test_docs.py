@@ -24,7 +24,7 @@ PAGES = {
     str(path.relative_to(ROOT)): path.read_text(encoding="utf-8")
     for path in (ROOT / "README.md", *sorted(DOCS.rglob("*.md")))
 }
-README = PAGES["README.md"]
+CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")  # included by a page
 
 
 def blocks(page: str, language: str) -> list[str]:
@@ -136,7 +136,7 @@ def test_every_command_exists():
     tox = (ROOT / "tox.ini").read_text(encoding="utf-8")
     environments = {*re.findall(r"^\[testenv:(\w+)\]", tox, flags=re.M), "py"}
     found = 0
-    for page, text in PAGES.items():
+    for page, text in [*PAGES.items(), ("CONTRIBUTING.md", CONTRIBUTING)]:
         for name in re.findall(r"tox run -e (\w+)", text):
             assert name in environments, f"{page}: tox run -e {name}"
             found += 1
