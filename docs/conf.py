@@ -55,7 +55,12 @@ default_role = "py:obj"  # `Budget` in a docstring is a link
 autodoc_member_order = "bysource"
 autodoc_typehints = "description"
 autodoc_typehints_description_target = "documented"
-autodoc_default_options = {"members": True, "undoc-members": True}
+autodoc_default_options = {
+    "members": True,
+    "undoc-members": True,
+    # Of our own base classes, and not of these.
+    "inherited-members": "Optimizer,Module,TorchDispatchMode,TrainerCallback,Sequence,Protocol",
+}
 napoleon_use_ivar = True  # "Attributes:" is a list, no entries of their own
 napoleon_use_rtype = False
 
@@ -63,7 +68,7 @@ napoleon_use_rtype = False
 def home_of(name: str) -> str | None:
     """Return the public module at which ``name`` is documented: the first that exports it."""
     for module in PUBLIC:
-        if name in getattr(importlib.import_module(module), "__all__", ()):
+        if name in importlib.import_module(module).__all__:
             return module
     return None
 
@@ -75,8 +80,8 @@ def document_once(
     module = app.env.temp_data["autodoc:module"]
     if what == "module" and home_of(name) not in (None, module):
         return True
-    if what == "class" and not (callable(thing) or isinstance(thing, (property, classmethod))):
-        return True
+    if what == "class" and not isinstance(thing, (property, classmethod, staticmethod)):
+        return True if isinstance(thing, type) or not callable(thing) else None
     return None
 
 
