@@ -140,7 +140,7 @@ def test_every_command_exists():
         for name in re.findall(r"tox run -e (\w+)", text):
             assert name in environments, f"{page}: tox run -e {name}"
             found += 1
-        for script in re.findall(r"\b((?:examples|benchmarks)/[\w/]+\.(?:py|sh))\b", text):
+        for script in re.findall(r"\b((?:examples|benchmarks)/[a-z_/]+\.(?:py|sh))\b", text):
             assert (ROOT / script).is_file(), f"{page}: {script}"
             found += 1
         for module in re.findall(r"python -m ((?:examples|benchmarks)[\w.]+)", text):
