@@ -25,7 +25,7 @@ _training = importlib.import_module("_training")
 glue = importlib.import_module("glue")
 report = importlib.import_module("report")
 
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+RUNS = Path(__file__).parents[1] / "benchmarks" / "results" / "quality"
 ROWS = 400
 LABELS = [i % 2 for i in range(ROWS)]
 
@@ -369,21 +369,9 @@ def test_pairs_may_have_commas_between_them():
 # The runs that are kept
 
 
-@pytest.mark.parametrize("folder", ["sweep", "sweep/short", "sweep/mpnet"])
+@pytest.mark.parametrize("folder", ["", "short", "mpnet"])
 def test_a_sweep_goes_on_from_the_runs_that_are_kept(folder):
-    runs = _training.finished(BENCHMARKS / folder / "runs.jsonl")
+    runs = _training.finished(RUNS / folder / "runs.jsonl")
     assert runs
     for run in runs:
         assert _training.Settings(**run["settings"]).key == run["key"]
-
-
-def test_the_results_are_those_of_the_runs_that_are_kept():
-    sweep = _compare.Sweep(_training.finished(BENCHMARKS / "sweep" / "runs.jsonl"))
-    results = (BENCHMARKS / "RESULTS.md").read_text("utf-8")
-    readme = (BENCHMARKS.parent / "README.md").read_text("utf-8")
-    said = re.findall(r"^\| `?([\w.-]+)`? \| ([\d.]+) \|.* \| ([\d.]+) \|$", readme, re.MULTILINE)
-    assert len(said) >= 8
-    for name, mean, peak in said:
-        assert f"| {name} | {' | '.join(report._qualities(sweep, name))} | {mean} |" in results
-        assert mean == f"{100 * sweep.average(name, sweep.tasks):.1f}"
-        assert peak == f"{sweep.ratio(name, 'lora', 'peak_bytes', sweep.tasks):.2f}"

@@ -1,0 +1,44 @@
+"""From the stored rows of `quickstart_seeds.py` to its tables."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from _measure import markdown
+from _store import Row, described
+
+MIB = 2**20
+DEFAULTS = "--lr 4e-3 --period 20"  # of examples/quickstart.py
+SLOWER = "--lr 2e-3 --period 50"
+COLUMNS = {"LoRA": "LoRA", "DynaLoRA": "DynaLoRA, 8 of 12 modules", "Budget": "Budget(0.4, 0.6)"}
+LINES: dict[str, Callable[[Row], str]] = {
+    "held-out accuracy before": lambda run: f"{run['accuracy_before']:.3f}",
+    "held-out accuracy after": lambda run: f"{run['accuracy']:.3f}",
+    "active trainable parameters (mean)": lambda run: f"{run['active_parameters']:,.0f}",
+    "seconds per step (median)": lambda run: f"{run['seconds_per_step']:.3f}",
+    "peak memory of a step (MiB)": lambda run: f"{run['peak_bytes'] / MIB:.1f}",
+}
+
+
+def methods_table(rows: Sequence[Row]) -> str:
+    """Lay out the run with seed 0 and the default settings, a column a method."""
+    runs = {row["row"]: row for row in rows if row["seed"] == 0}
+    lines = [[label, *(cell(runs[name]) for name in COLUMNS)] for label, cell in LINES.items()]
+    return markdown(["", *COLUMNS.values()], lines)
+
+
+def described_methods_table(rows: Sequence[Row]) -> str:
+    return f"{described(rows)}\n\n{methods_table(rows)}"
+
+
+def seeds_table(parts: Mapping[str, Sequence[Row]]) -> str:
+    """Lay out the held-out accuracies after training, LoRA / DynaLoRA, a line for each setting."""
+    seeds = sorted({row["seed"] for rows in parts.values() for row in rows})
+    lines = []
+    for settings, rows in parts.items():
+        found: dict[Any, Row] = {(row["row"], row["seed"]): row for row in rows}
+        pairs = [[found[name, seed]["accuracy"] for name in ("LoRA", "DynaLoRA")] for seed in seeds]
+        cells = [" / ".join(f"{value:.3f}".lstrip("0") for value in pair) for pair in pairs]
+        lines.append([f"`{settings}`{' (the defaults)' * (settings == DEFAULTS)}", *cells])
+    return markdown(["settings", *(f"seed {seed}" for seed in seeds)], lines)
