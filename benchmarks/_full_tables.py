@@ -24,7 +24,7 @@ from _full_rows import (
     ROWS,
 )
 from _measure import markdown
-from _store import Row, described
+from _stored import Row, described
 
 from dynalora_optim import StepMemory
 

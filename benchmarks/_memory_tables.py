@@ -11,7 +11,7 @@ from _fronts import Series, plot
 from _measure import markdown
 from _rows import ALL_ACTIVE, CHECKPOINTED, FULL, PEER_FRONT, RANDOM, REFERENCE, budget_name
 from _shapes import LARGE, LLAMA, ROBERTA
-from _store import Row, described
+from _stored import Row, described
 
 MIB = 2**20
 SLACK = {shape.name: shape.slack for shape in (ROBERTA, LLAMA, *LARGE)}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from _measure import markdown
-from _store import Row, described
+from _stored import Row, described
 
 REFERENCE = "our LoRA, AdamW"
 STEP = "MiniLM step"

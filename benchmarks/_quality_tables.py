@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from _measure import markdown
-from _store import read, write
+from _stored import read, write
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 from _compare import Cell, Difference, Result, Sweep, paired

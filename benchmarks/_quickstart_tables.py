@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from _measure import markdown
-from _store import Row, described
+from _stored import Row, described
 
 MIB = 2**20
 DEFAULTS = "--lr 4e-3 --period 20"  # of examples/quickstart.py

@@ -51,7 +51,7 @@ from _full_tables import (
     times_table,
 )
 from _measure import median_seconds, quiet
-from _store import Row, run_of, write
+from _stored import Row, run_of, write
 
 from dynalora_optim import StepMemory, estimate_memory, measure_step
 

@@ -32,7 +32,7 @@ from _rows import REFERENCE, ops_without_adapters, rows
 from _rss import measured_apart, measured_here
 from _runs import Choice, Run
 from _shapes import LARGE, LLAMA, ROBERTA, Shape, quick
-from _store import Row, run_of, write
+from _stored import Row, run_of, write
 
 Rss = Callable[[str], int | None]
 

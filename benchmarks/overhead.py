@@ -28,7 +28,7 @@ import torch
 from _badam import block_optimizer, is_installed
 from _measure import dispatched_ops, median_seconds, threads
 from _overhead_tables import REFERENCE, STEP, group_table, step_table
-from _store import run_of, write
+from _stored import run_of, write
 from torch import nn
 from torch.optim import Optimizer
 from transformers import BertConfig, BertForSequenceClassification

@@ -17,7 +17,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from _quickstart_tables import COLUMNS, DEFAULTS, SLOWER, methods_table, seeds_table
-from _store import ROOT, Row, run_of, write
+from _stored import ROOT, Row, run_of, write
 
 
 def rows_of(settings: str, seed: int, more: Sequence[str] = ()) -> list[dict[str, Any]]:

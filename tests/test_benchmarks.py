@@ -27,7 +27,7 @@ _overhead_tables = importlib.import_module("_overhead_tables")
 _rows = importlib.import_module("_rows")
 _rss = importlib.import_module("_rss")
 _shapes = importlib.import_module("_shapes")
-_store = importlib.import_module("_store")
+_stored = importlib.import_module("_stored")
 full_parameter = importlib.import_module("full_parameter")
 memory = importlib.import_module("memory")
 overhead = importlib.import_module("overhead")
@@ -177,7 +177,7 @@ def test_the_benchmark_in_small(tmp_path, capsys):
     names = _rows.rows(shape)
     for name in names:
         assert f"\n| {name} | " in printed
-    rows = _store.read(path, "roberta")
+    rows = _stored.read(path, "roberta")
     assert [row["row"] for row in rows] == [*names]
     for row in rows:
         values = [value for value in row.values() if isinstance(value, (int, float))]
@@ -197,7 +197,7 @@ def test_the_benchmark_in_small(tmp_path, capsys):
 def test_the_large_shapes_run_without_a_gpu_in_small(tmp_path, capsys):
     budgets = ((0.4, 1.0), (0.01, 1.0))
     shape = replace(_shapes.quick(_shapes.LARGE[0]), device="cpu", budgets=budgets)
-    run = _store.run_of(memory.__file__, [])
+    run = _stored.run_of(memory.__file__, [])
     path = tmp_path / "memory.jsonl"
     rows = memory.report(shape, rounds=1, rss=lambda name: None, output=path, run=run)
     refused = [row["row"] for row in rows if "refused" in row]
@@ -227,7 +227,7 @@ def test_full_parameter_training_in_small_stores_what_it_prints(tmp_path, capsys
     full_parameter.main(["--quick", "--output", str(path)])
     printed = capsys.readouterr().out
     shape = full_parameter.QUICK.name
-    measured, planned = _store.read(path, shape), _store.read(path, "planned")
+    measured, planned = _stored.read(path, shape), _stored.read(path, "planned")
     for make in ("memory_table", "everywhere_table", "times_table", "bars_table"):
         assert getattr(_full_tables, make)(measured) in printed
     assert _full_tables.planned_table(planned) in printed
@@ -275,7 +275,7 @@ def test_the_wrapper_dispatches_nothing_and_the_forward_measure_little():
 
 
 def test_a_row_says_what_a_reallocation_adds():
-    expected, run = overhead.group_rows(), _store.run_of(overhead.__file__, [])
+    expected, run = overhead.group_rows(), _stored.run_of(overhead.__file__, [])
     measured = [{**row, "run": run} for row in overhead.measured_groups(3, 2)]
     table = _overhead_tables.group_table(measured)
     rows = [line.split(" | ") for line in table.splitlines()[2:]]

@@ -16,7 +16,7 @@ BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 sys.path[:0] = [str(BENCHMARKS), str(BENCHMARKS / "results")]  # as for a script there
 _full_tables = importlib.import_module("_full_tables")
 _quality_tables = importlib.import_module("_quality_tables")
-_store = importlib.import_module("_store")
+_stored = importlib.import_module("_stored")
 tables = importlib.import_module("tables")
 
 RESULTS, README = tables.TEXTS
@@ -69,7 +69,7 @@ def test_a_mark_that_is_wrong_ends_in_one_sentence(text, message, tmp_path):
 
 @pytest.mark.parametrize("path", STORED, ids=lambda path: path.stem)
 def test_each_stored_row_says_how_when_and_where_it_was_measured(path):
-    for row in _store.read(path):
+    for row in _stored.read(path):
         run = row["run"]
         script = re.search(r"python ((benchmarks|examples)/\S+\.py)", run["command"])[1]
         assert (BENCHMARKS.parent / script).is_file()
@@ -80,11 +80,11 @@ def test_each_stored_row_says_how_when_and_where_it_was_measured(path):
 
 def test_a_part_that_is_measured_again_replaces_its_rows_and_no_others(tmp_path):
     path = tmp_path / "new" / "rows.jsonl"
-    _store.write(path, "a", [{"row": "x", "value": 1}, {"row": "y", "value": 2}], RUN)
-    _store.write(path, "b", [{"row": "x", "value": 3}], RUN)
-    stored = _store.write(path, "a", [{"row": "z", "value": 4}], RUN)
-    assert stored == _store.read(path, "a") == [{"part": "a", "row": "z", "value": 4, "run": RUN}]
-    assert [row["value"] for row in _store.read(path)] == [3, 4]
+    _stored.write(path, "a", [{"row": "x", "value": 1}, {"row": "y", "value": 2}], RUN)
+    _stored.write(path, "b", [{"row": "x", "value": 3}], RUN)
+    stored = _stored.write(path, "a", [{"row": "z", "value": 4}], RUN)
+    assert stored == _stored.read(path, "a") == [{"part": "a", "row": "z", "value": 4, "run": RUN}]
+    assert [row["value"] for row in _stored.read(path)] == [3, 4]
     assert [found.name for found in path.parent.iterdir()] == ["rows.jsonl"]
 
 
@@ -103,23 +103,23 @@ def test_a_file_that_is_no_file_of_runs_is_refused(text, message, tmp_path):
     if text is not None:
         path.write_text(text + "\n", "utf-8")
     with pytest.raises(ValueError, match=message):
-        _store.read(path, "b")
+        _stored.read(path, "b")
 
 
 def test_a_run_names_its_command_from_the_root_and_what_it_ran_on(monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    run = _store.run_of(str(BENCHMARKS / "memory.py"), ["--shape", "a b"])
+    run = _stored.run_of(str(BENCHMARKS / "memory.py"), ["--shape", "a b"])
     assert run["command"] == "OMP_NUM_THREADS=1 python benchmarks/memory.py --shape 'a b'"
     assert run["versions"]["torch"] == importlib.import_module("torch").__version__
     assert run["hardware"]["cores"] >= 1
     monkeypatch.delenv("OMP_NUM_THREADS")
-    assert _store.run_of(str(BENCHMARKS / "memory.py"), [])["command"] == (
+    assert _stored.run_of(str(BENCHMARKS / "memory.py"), [])["command"] == (
         "python benchmarks/memory.py"
     )
 
 
 def test_what_is_stored_of_full_parameter_training_is_what_was_measured():
-    rows = _store.read(BENCHMARKS / "results" / "full_parameter.jsonl", "SmolLM2-135M")
+    rows = _stored.read(BENCHMARKS / "results" / "full_parameter.jsonl", "SmolLM2-135M")
     measured = _full_tables.Measured.of_rows(rows)
     again = [
         {"part": r["part"], **new, "run": r["run"]}
@@ -129,7 +129,7 @@ def test_what_is_stored_of_full_parameter_training_is_what_was_measured():
 
 
 def test_an_interval_of_other_runs_is_refused(monkeypatch, tmp_path):
-    rows = _store.read(_quality_tables.INTERVALS)
+    rows = _stored.read(_quality_tables.INTERVALS)
     moved = [row | {"value": row["value"] + 1e-6} for row in rows]
     path = tmp_path / "intervals.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in moved), "utf-8")
@@ -145,7 +145,7 @@ def test_an_interval_of_other_runs_is_refused(monkeypatch, tmp_path):
 @pytest.mark.parametrize("part", _quality_tables.PARTS)
 def test_the_intervals_are_those_of_the_runs_and_the_labels(part):
     drawn = _quality_tables.compute_intervals(part)
-    kept = _store.read(_quality_tables.INTERVALS, part)
+    kept = _stored.read(_quality_tables.INTERVALS, part)
     for new, old in zip(drawn, kept, strict=True):
         assert (new["row"], new["less"], new["tasks"]) == (old["row"], old["less"], old["tasks"])
         for number in ("value", "low", "high"):

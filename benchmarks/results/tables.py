@@ -27,7 +27,7 @@ import _memory_tables as memory
 import _overhead_tables as overhead
 import _quality_tables as quality
 import _quickstart_tables as quickstart
-from _store import Row, read, run_of
+from _stored import Row, read, run_of
 
 Table = Callable[[], str]
 HERE = Path(__file__).resolve().parent
