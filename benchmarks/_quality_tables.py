@@ -19,13 +19,14 @@ from typing import Any
 from _measure import markdown
 from _stored import read, write
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
+sys.path.insert(0, str(Path(__file__).resolve().parent / "quality"))
 from _compare import Cell, Difference, Result, Sweep, paired
 from _figures import FIGURES, save
-from _training import finished
+from _shared import STORED
+from _store import finished
 from report import interval, main_table, pairs_table, rates
 
-FOLDER = Path(__file__).parent / "results" / "quality"
+FOLDER = STORED
 INTERVALS = FOLDER / "intervals.jsonl"
 METHODS = (
     *("full", "lora", "static", "random", "forward", "gradient"),

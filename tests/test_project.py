@@ -104,7 +104,7 @@ def test_every_command_of_the_readme_exists():
         assert command in ci.splitlines(), "CI runs the README's own commands"
     assert "[testenv:quickstart]" in tox
     assert "python examples/quickstart.py" in tox
-    for script in re.findall(r"python (examples/\S+\.py)", README):
+    for script in re.findall(r"python ((?:examples|benchmarks)/\S+\.py)", README):
         assert (ROOT / script).is_file()
 
 
