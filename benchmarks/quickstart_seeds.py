@@ -1,8 +1,7 @@
-"""Store what the quickstart prints: with its defaults and with another rate, over several seeds.
+"""Store what the quickstart prints: with its defaults, and over several seeds with more steps.
 
-    python benchmarks/quickstart_seeds.py [--output runs/quickstart.jsonl]
-
-Times are seconds of the clock on the wall: run it on an idle machine.
+OMP_NUM_THREADS=1 python benchmarks/quickstart_seeds.py [--output runs/quickstart.jsonl]
+OMP_NUM_THREADS=1 python benchmarks/quickstart_seeds.py --seeds 0    # the defaults only
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from _quickstart_tables import COLUMNS, DEFAULTS, SLOWER, methods_table, seeds_table
+from _quickstart_tables import COLUMNS, DEFAULTS, OVER_SEEDS, methods_table, seeds_table
 from _stored import ROOT, Row, run_of, write
 
 
@@ -47,11 +46,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, default=Path("runs/quickstart.jsonl"))
     options, more = parser.parse_known_args(arguments)  # what it does not know, the quickstart does
     run = run_of(__file__, arguments)
-    parts: dict[str, list[Row]] = {}
-    for settings in (DEFAULTS, SLOWER):
-        rows = [row for seed in range(options.seeds) for row in rows_of(settings, seed, more)]
-        parts[settings] = [*write(options.output, settings, rows, run)]
-    print(f"{methods_table(parts[DEFAULTS])}\n\n{seeds_table(parts)}")
+    seeds = {DEFAULTS: 1} | dict.fromkeys(OVER_SEEDS, options.seeds)
+    parts: list[list[Row]] = []
+    for settings in (part for part, count in seeds.items() if count):
+        rows = [row for seed in range(seeds[settings]) for row in rows_of(settings, seed, more)]
+        parts.append([*write(options.output, settings, rows, run)])
+    print(methods_table(parts[0]))
+    if options.seeds:
+        print(f"\n{seeds_table(parts[1:])}")
 
 
 if __name__ == "__main__":

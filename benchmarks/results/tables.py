@@ -43,8 +43,8 @@ def _of(file: str, part: str, make: Callable[[Sequence[Row]], str]) -> Table:
 
 
 def _seeds() -> str:
-    parts = (quickstart.DEFAULTS, quickstart.SLOWER)
-    return quickstart.seeds_table({p: read(HERE / "quickstart.jsonl", p) for p in parts})
+    parts = [read(HERE / "quickstart.jsonl", part) for part in quickstart.OVER_SEEDS]
+    return quickstart.seeds_table(parts)
 
 
 _memory = partial(_of, "memory.jsonl")
