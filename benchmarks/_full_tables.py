@@ -150,7 +150,7 @@ def memory_table(rows: Sequence[Row]) -> str:
             masters = f"{visit.memory.master_weights / MIB:.0f}"
             lines.append([name, place, *cells, f"{visit.memory.peak / unit:.3f}", masters])
     table = markdown([*header, "peak of AdamW's", "master weights"], lines)
-    return f"{described(rows, 'transformers', 'peft', 'badam')} In MiB:\n\n{table}"
+    return f"{described(rows, 'transformers', 'peft', 'badam')}\nIn MiB:\n\n{table}"
 
 
 def everywhere_table(rows: Sequence[Row]) -> str:
@@ -167,7 +167,9 @@ def everywhere_table(rows: Sequence[Row]) -> str:
 def times_table(rows: Sequence[Row]) -> str:
     seconds = Measured.of_rows(rows).seconds
     lines = [[name, f"{s:.3f}", f"{s / seconds[PACKAGE]:.3f}"] for name, s in seconds.items()]
-    return markdown(["row", "seconds", "of the badam package's"], lines)
+    timed = [row for row in rows if row["kind"] == "timed"]
+    table = markdown(["row", "seconds", "of the badam package's"], lines)
+    return f"{described(timed, 'transformers', 'peft', 'badam')}\n\n{table}"
 
 
 def bars_table(rows: Sequence[Row]) -> str:
@@ -182,4 +184,4 @@ def planned_table(rows: Sequence[Row]) -> str:
     for row in rows:
         sizes = [f"{size / GIB:,.1f}" for size in astuple(StepMemory(**row["memory"]))]
         lines.append([row["shape"], row["row"], *sizes])
-    return f"{described(rows, 'transformers', 'peft')} In GiB:\n\n{markdown(header, lines)}"
+    return f"{described(rows, 'transformers', 'peft')}\nIn GiB:\n\n{markdown(header, lines)}"

@@ -19,8 +19,10 @@ _quality_tables = importlib.import_module("_quality_tables")
 _stored = importlib.import_module("_stored")
 tables = importlib.import_module("tables")
 
-RESULTS, README = tables.TEXTS
-STORED = sorted((BENCHMARKS / "results").glob("*.jsonl"))
+STORED = [
+    *(BENCHMARKS / "results").glob("*.jsonl"),
+    _quality_tables.INTERVALS,
+]
 RUN = {"command": "python x.py", "date": "2026-01-01", "versions": {}, "hardware": {}}
 
 
@@ -50,7 +52,7 @@ def marked(name):
 
 
 def test_no_table_of_the_results_stands_without_its_runs():
-    outside = tables.MARKED.sub("", RESULTS.read_text("utf-8"))
+    outside = tables.MARKED.sub("", tables.RESULTS.read_text("utf-8"))
     assert not re.findall(r"^\|.*", outside, re.MULTILINE)
 
 
@@ -76,6 +78,16 @@ def test_each_stored_row_says_how_when_and_where_it_was_measured(path):
         assert re.fullmatch(r"\d{4}-\d\d-\d\d", run["date"])
         assert {"torch"} <= run["versions"].keys()
         assert {"card", "processor", "cores", "threads"} == run["hardware"].keys()
+
+
+@pytest.mark.parametrize("folder", ["", "short", "mpnet"])
+def test_the_sweeps_ran_on_what_the_text_names(folder):
+    runs = _quality_tables.finished(_quality_tables.FOLDER / folder / "runs.jsonl")
+    named = {f"{r['versions']['device']}, {r['versions']['threads']} thread a run" for r in runs}
+    named |= {f"{name} {r['versions'][name]}" for r in runs for name in ("torch", "transformers")}
+    text = tables.RESULTS.read_text("utf-8")
+    assert len(named) == 3
+    assert all(what in text for what in named)
 
 
 def test_a_part_that_is_measured_again_replaces_its_rows_and_no_others(tmp_path):

@@ -32,7 +32,8 @@ from _stored import Row, read, run_of
 Table = Callable[[], str]
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
-TEXTS = (ROOT / "benchmarks" / "RESULTS.md", ROOT / "README.md")
+RESULTS, README = ROOT / "benchmarks" / "RESULTS.md", ROOT / "README.md"
+TEXTS = (RESULTS, README, *sorted((ROOT / "docs").rglob("*.md")))
 END = "<!-- end of table -->"
 MARKED = re.compile(rf"(<!-- table: (?P<name>\S+) -->\n).*?{END}", re.DOTALL)
 
