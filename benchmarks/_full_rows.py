@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.checkpoint import checkpoint
 
-from dynalora_optim import AllocationContext, badam, lisa
+from dynalora_optim import AllocationContext, Backward, badam, lisa
 
 ADAMW = "AdamW"
 PACKAGE = "badam package"
@@ -131,14 +131,14 @@ def checkpointed(model: nn.Module) -> nn.Module:
 
 ROWS = {
     ADAMW: Row(_plain),
-    LISA_KEEP: Row(partial(_lisa, idle_state="keep"), active=LISA_LAYERS, has_outside=True),
-    LISA_DROP: Row(partial(_lisa, idle_state="drop"), active=LISA_LAYERS, has_outside=True),
+    LISA_KEEP: Row(partial(_lisa, pause="keep"), active=LISA_LAYERS, has_outside=True),
+    LISA_DROP: Row(partial(_lisa, pause="drop"), active=LISA_LAYERS, has_outside=True),
     PACKAGE: Row(_package, active=1),
     OURS: Row(_badam, active=1),
-    KEEP: Row(partial(_badam, idle_state="keep"), active=1),
-    OFFLOAD: Row(partial(_badam, idle_state="offload"), active=1),
-    FUSED: Row(partial(_badam, fused_backward=True), active=1),
-    IDLE: Row(partial(_badam, checkpoint_idle=True), active=1),
+    KEEP: Row(partial(_badam, pause="keep"), active=1),
+    OFFLOAD: Row(partial(_badam, pause="offload"), active=1),
+    FUSED: Row(partial(_badam, backward=Backward(fused=True)), active=1),
+    IDLE: Row(partial(_badam, backward=Backward(checkpoint_idle=True)), active=1),
     PACKAGE_CHECKPOINTED: Row(_package, active=1, prepare=checkpointed),
     CHECKPOINTED: Row(_badam, active=1, prepare=checkpointed),
     LORA: Row(_plain, prepare=with_lora),

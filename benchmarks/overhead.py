@@ -136,9 +136,7 @@ def wrapped(importance: str, every: int = 1, *, active: float = 1.0, **options: 
 
 def in_turn(period: int) -> Wrap:
     """One group at a time, as BAdam has it, and its state dropped after its turn."""
-    return wrapped(
-        "forward", NEVER, active=1, allocator="round_robin", idle_state="drop", period=period
-    )
+    return wrapped("forward", NEVER, active=1, allocator="round_robin", pause="drop", period=period)
 
 
 def package(period: int) -> Wrap:

@@ -1,56 +1,73 @@
 """Fine-tune on a fixed budget: an optimizer that decides every period which modules get gradients.
 
-How the pieces divide the work. Data flows one way:
+How the pieces divide the work. Data flows one way, and each folder imports only from those before
+it:
 
-    model -> named groups -> scores -> selection -> freezing -> step -> record
+    groups -> importance -> allocation -> switching -> update -> state -> memory
 
 * `DynamicAllocationOptimizer` wraps a torch optimizer and takes its place in the training loop.
 * An `ImportanceTracker` scores the module groups with a measure (`ForwardNorm`, `GradientNorm`,
-  `Sensitivity`, or your own `ForwardMeasure` or `GradientMeasure`) over a window (`Ema`).
+  `Sensitivity`) over a window (`Ema`).
 * An allocator (`TopK`, `Threshold`, `Stochastic`, `DiscountedStochastic`, `UniformRandom`,
-  `RoundRobin`) chooses from an `AllocationContext`: numbers only, no modules.
+  `RoundRobin`) chooses who is active; `Bounded` sees to it that nobody waits too long.
 * A schedule (`Periodic`, `Once`) says after which optimizer steps to choose anew.
 * A `Budget` is an allocator that also decides where the backward pass ends and what it recomputes,
   from measured costs: a `MemoryReport` of `MemoryUse`, counted by `LiveBytes`.
 * `Blocks` makes whole transformer blocks the groups; `lisa` and `badam` are presets of that.
+* `Pause` says what becomes of the optimizer state of modules that pause, `Backward` how the
+  backward pass is run, and `LocalLR` lets each module follow the learning-rate schedule at its own
+  pace.
 * `measure_step` counts what a training step takes; `estimate_memory` rehearses it without memory.
-* `LocalLR` lets each module follow the learning-rate schedule at its own pace.
 * The `AllocationRecord` keeps every `Reallocation`.
+
+To write an allocator, a schedule or a measure of your own, see `dynalora_optim.allocation` and
+`dynalora_optim.importance`.
 
 This package imports torch and the standard library only. It recognises adapters by what they have
 (`AdapterModule`), whoever wrote them.
 """
 
-from dynalora_optim._base.live_bytes import LiveBytes
 from dynalora_optim._optimizer import DynamicAllocationOptimizer
 from dynalora_optim._presets import badam, lisa
-from dynalora_optim.allocation._allocators import (
+from dynalora_optim.allocation import (
     AllocationContext,
+    AllocationRecord,
     Allocator,
+    Bounded,
+    Budget,
     DiscountedStochastic,
+    Once,
+    Periodic,
+    Reallocation,
     RoundRobin,
+    Schedule,
     Stochastic,
     Threshold,
     TopK,
     UniformRandom,
 )
-from dynalora_optim.allocation._budget import Budget
-from dynalora_optim.allocation._record import AllocationRecord, Reallocation
-from dynalora_optim.allocation._schedules import Once, Periodic, Schedule
-from dynalora_optim.groups._groups import AdapterModule, Blocks
-from dynalora_optim.importance._measures import (
+from dynalora_optim.groups._module_group import AdapterModule
+from dynalora_optim.groups._rules import Blocks
+from dynalora_optim.importance import (
+    Ema,
     ForwardMeasure,
     ForwardNorm,
     ForwardPass,
     GradientMeasure,
     GradientNorm,
+    ImportanceTracker,
     Sensitivity,
 )
-from dynalora_optim.importance._tracker import ImportanceTracker
-from dynalora_optim.importance._windows import Ema
-from dynalora_optim.memory._rehearsal import estimate_memory
-from dynalora_optim.memory._report import MemoryReport, MemoryUse
-from dynalora_optim.memory._step import StepMemory, measure_step
+from dynalora_optim.memory import (
+    LiveBytes,
+    MemoryReport,
+    MemoryUse,
+    StepMemory,
+    estimate_memory,
+    measure_step,
+)
+from dynalora_optim.update._backward import Backward
+from dynalora_optim.update._pause import Pause
 from dynalora_optim.update._rates import LocalLR
 
 __all__ = [
@@ -58,7 +75,9 @@ __all__ = [
     "AllocationContext",
     "AllocationRecord",
     "Allocator",
+    "Backward",
     "Blocks",
+    "Bounded",
     "Budget",
     "DiscountedStochastic",
     "DynamicAllocationOptimizer",
@@ -74,6 +93,7 @@ __all__ = [
     "MemoryReport",
     "MemoryUse",
     "Once",
+    "Pause",
     "Periodic",
     "Reallocation",
     "RoundRobin",

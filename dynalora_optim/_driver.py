@@ -5,70 +5,74 @@ from __future__ import annotations
 import logging
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from itertools import filterfalse
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from dynalora_optim._base.claims import is_claimed
-from dynalora_optim._base.collectives import (
-    agreed,
-    check_agreement,
-    differs,
-    is_sharded,
-    largest,
-    world_size,
-)
-from dynalora_optim._base.trees import elements
-from dynalora_optim.allocation._allocation import Allocation
-from dynalora_optim.allocation._costs import Costs, Plan
-from dynalora_optim.groups._groups import ModuleGroup
+from dynalora_optim._base.collectives import check_agreement, differs, is_sharded, world_size
+from dynalora_optim.allocation._choice import Choice
+from dynalora_optim.groups._blocks import Block
+from dynalora_optim.groups._layout import BlockLayout
+from dynalora_optim.groups._module_group import ModuleGroup
 from dynalora_optim.importance._tracker import ImportanceTracker
-from dynalora_optim.memory._shaping import Shaper
 from dynalora_optim.switching._anchor import Anchor
-from dynalora_optim.switching._freezing import Freezer, drop_copied_hooks
+from dynalora_optim.switching._detach import drop_copied_hooks
+from dynalora_optim.switching._model_hooks import ModelHooks
+from dynalora_optim.switching._module_switch import ModuleSwitch, gated_groups
 from dynalora_optim.switching._probe import GradientProbe
 
 logger = logging.getLogger(__name__)
 
 
 class ModuleDriver:
-    """Keeps the chosen groups active, the backward graph in shape, and the tracker informed."""
+    """Keeps the choice in force, DDP in step, and the tracker informed.
+
+    Args:
+        model: The adapted model.
+        blocks: Its blocks; there may be none.
+        groups: The allocated groups.
+        frozen: Groups that are never active.
+        tracker: Watches the allocated groups.
+        recomputes: Whether some blocks will be recomputed.
+        by_blocks: Whether each group lies in one block, so that compiled blocks can be idle as a
+            whole.
+    """
 
     def __init__(
         self,
-        shaper: Shaper,
+        model: nn.Module,
+        blocks: Sequence[Block],
         groups: Sequence[ModuleGroup],
+        frozen: Sequence[ModuleGroup],
         tracker: ImportanceTracker,
-        allocation: Allocation,
-        frozen: Sequence[ModuleGroup] = (),
         *,
-        checkpoint_idle: bool = False,
+        recomputes: bool,
+        by_blocks: bool,
     ) -> None:
         self.is_closed = False
+        self.switch = ModuleSwitch(blocks)
+        self._model = model
+        self._blocks = blocks
         self._groups: dict[str, ModuleGroup] = {}
         self._frozen = frozen
-        self._checkpoint_idle = checkpoint_idle
         self._tracker = tracker
-        self._allocation = allocation
-        self._shaper = shaper
-        self._freezer = Freezer(self._checkpointed)
-        self._probe = GradientProbe(shaper.model, self._freezer, tracker)
+        self._by_blocks = by_blocks
+        self._hooks = ModelHooks(model, blocks, recomputes=recomputes)
+        self._probe = GradientProbe(model, self.switch, tracker)
         self._anchor = Anchor()
-        self._is_measuring = False
-        self._has_parted = False  # from the other ranks
-        self._largest = 0  # elements of the largest batch on this rank
-        self._largest_of_all = 0  # and on any, as far as all ranks know
+        self._choice = Choice(frozenset())
+        self._has_diverged = False  # from the other ranks
         self.add(groups)
-        self._freezer.set_flags(frozen, ())
+        self.switch.set_flags(frozen, ())
 
     def attach(self) -> None:
         """Set the hooks of the model as a whole."""
-        self._shaper.attach(self)
+        self._hooks.attach()
 
     def add(self, groups: Sequence[ModuleGroup]) -> None:
         """Take ``groups`` into care; they stay active until `apply` says otherwise."""
-        for module in filterfalse(is_claimed, self._shaper.model.modules()):
+        for module in filterfalse(is_claimed, self._model.modules()):
             drop_copied_hooks(module)
         self._groups.update((group.name, group) for group in groups)
         self._tracker.attach(groups)
@@ -106,78 +110,73 @@ class ModuleDriver:
                     "FSDP2 (fully_shard) instead."
                 )
 
+    def groups(self) -> list[ModuleGroup]:
+        """Return the groups in care, those that are never active among them."""
+        return [*self._groups.values(), *self._frozen]
+
     def modules(self) -> Iterator[nn.Module]:
         """Yield the modules in care."""
-        groups = [*self._groups.values(), *self._frozen]
-        return (module for group in groups for module in group.modules)
+        return (module for group in self.groups() for module in group.modules)
 
     @property
     def is_probing(self) -> bool:
         """Whether the next backward pass gives all modules a gradient."""
         return self._probe.is_waiting
 
-    def apply(self, chosen: Collection[str], *, probe: bool = False) -> None:
-        """Make the ``chosen`` groups active and the rest inactive, after one probe if asked."""
+    def apply(self, choice: Choice, *, probe: Choice | None = None) -> None:
+        """Put ``choice`` into force; before it, for one backward pass, that of the ``probe``."""
         self._probe.close()
+        self._choice = choice
         groups = list(self._groups.values())
-        self._freezer.set_active(groups, chosen)
-        self._freezer.set_gated(groups, self._shaper.gated(groups, chosen))
+        self.switch.apply(groups, choice)
+        self.switch.set_gated(groups, self._gated(groups, choice))
         if world_size() == 1:  # else DDP waits for these too
-            self._freezer.set_gated(self._frozen, ())
+            self.switch.set_gated(self._frozen, ())
         if not self.is_closed:
+            idle = (group for group in groups if group.name not in choice.active)
             self._anchor.move(
-                next(group for group in reversed(groups) if group.name in chosen),
-                [*self._frozen, *(group for group in groups if group.name not in chosen)],
+                next(group for group in reversed(groups) if group.name in choice.active),
+                [*self._frozen, *idle],
             )
         if probe:
-            self._probe.open(groups, chosen)
+            self._probe.open(groups, probe, choice)
 
-    def _checkpointed(self, active: Collection[str]) -> list[nn.Module]:
-        """The blocks to checkpoint while these groups are active."""
-        if self._checkpoint_idle:
-            return self._shaper.idle_blocks(
-                group for name, group in self._groups.items() if name not in active
-            )
-        plan = self._allocation.plan(active)
-        return [self._shaper.blocks[b].module for b in plan.checkpointed] if plan else []
+    def close_probe(self) -> None:
+        """Put the choice into force, whether or not a backward pass has come."""
+        self._probe.close()
 
-    def before_forward(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Measure a training batch that is larger than any before, and fit the choice to it."""
-        if self._is_measuring or not self._allocation.has_budget:
-            return
-        self._largest = max(self._largest, elements(args, kwargs))
-        # Several ranks measure together, and so only when all know of it: see `agree`.
-        outgrown = self._largest_of_all if world_size() > 1 else self._largest
-        if not self._allocation.is_unmeasured(outgrown):
-            return
-        is_probing = self.is_probing
-        try:
-            costs = agreed(self.measure(args, kwargs), key=lambda costs: costs.batch)
-            if costs.flops(costs.all_active):  # nothing can be told from a batch without rows
-                self._allocation.take_costs(costs)
-        finally:
-            self.apply(self._allocation.chosen, probe=is_probing)
+    def _gated(self, groups: Sequence[ModuleGroup], choice: Choice) -> Collection[str]:
+        # DDP waits for all parameters, so that compiled code must have gradients of all.
+        if not self._by_blocks or world_size() > 1:
+            return [group.name for group in groups]
+        return gated_groups(groups, choice, self._blocks)
+
+    def layout_with(self, new: Sequence[ModuleGroup]) -> BlockLayout:
+        """Return where the allocated groups are, with ``new`` ones among them."""
+        return BlockLayout.of([*self._groups.values(), *new], self._blocks)
+
+    def group(self, name: str) -> ModuleGroup:
+        """Return the group of this name that is in care."""
+        return self._groups[name]
 
     def agree(self, settings: object) -> None:
-        """Raise unless all ranks have these ``settings``; share the largest batch seen.
+        """Raise unless all ranks have these ``settings``.
 
         Raises:
             RuntimeError: The ranks disagree.
         """
-        self._freezer.give_back()
+        self.switch.restore()
         check_agreement("the allocation", settings, self.device)
-        if self._allocation.has_budget:
-            self._largest_of_all = largest(self._largest, self.device)
 
-    def watch_synchronization(self, chosen: Collection[str]) -> None:
-        """Warn, once, if the ranks have come to different weights in the ``chosen`` groups."""
-        parameters = list(self._groups[min(chosen)].parameters())
-        if self._has_parted or world_size() == 1 or any(map(is_sharded, parameters)):
+    def watch_synchronization(self) -> None:
+        """Warn, once, if the ranks have come to different weights in an active group."""
+        parameters = list(self._groups[min(self._choice.active)].parameters())
+        if self._has_diverged or world_size() == 1 or any(map(is_sharded, parameters)):
             return
-        self._has_parted = differs(
+        self._has_diverged = differs(
             torch.stack([p.detach().float().sum() for p in parameters]).sum()
         )
-        if self._has_parted:
+        if self._has_diverged:
             logger.warning(
                 "the ranks have different weights: nothing averages their gradients. Wrap the "
                 "model in DistributedDataParallel, or prepare it with Accelerate. (Calling "
@@ -185,49 +184,13 @@ class ModuleDriver:
                 "eval_on_start=True instead.)"
             )
 
-    def measure(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Costs:
-        """Return what every choice costs for this batch; the caller then calls `apply`."""
-        self._is_measuring = True
-        self._probe.close()
-        groups = [self._groups[name] for name in self._allocation.names]
-        try:
-            with self._tracker.paused():
-                return self._shaper.measure(groups, self._freezer, args, kwargs)
-        finally:
-            self._is_measuring = False
-
-    def current_costs(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Costs, Plan]:
-        """Return the costs of this batch, or of the one measured, and the choice in force.
-
-        Raises:
-            RuntimeError: There is neither, or the model is not in training mode.
-        """
-        costs = self._allocation.costs
-        if args or kwargs:
-            if not self._shaper.model.training:
-                raise RuntimeError("memory_report() is on training steps: call model.train().")
-            is_probing = self.is_probing
-            try:
-                costs = self.measure(args, kwargs)
-            finally:
-                self.apply(self._allocation.chosen, probe=is_probing)
-        if costs is None:
-            raise RuntimeError(
-                "memory_report() has no batch: none was measured so far. Pass one as the model "
-                "takes it, such as memory_report(**batch)."
-            )
-        return costs, self._allocation.current_plan(costs)
-
-    @property
-    def block_names(self) -> list[str]:
-        """The dotted paths of the model's blocks."""
-        return [block.name for block in self._shaper.blocks]
-
-    def before_update(self, chosen: Collection[str]) -> None:
+    def before_update(self) -> None:
         """Read what the backward passes left, before an optimizer step uses it."""
-        self._freezer.give_back()
+        self.switch.restore()
         self._probe.close()
-        self._tracker.observe_step(g for name, g in self._groups.items() if name in chosen)
+        self._tracker.observe_step(
+            g for name, g in self._groups.items() if name in self._choice.active
+        )
         self._tracker.share(self.device)
 
     @property
@@ -241,7 +204,7 @@ class ModuleDriver:
             return
         self.is_closed = True
         self._probe.close()
-        self._freezer.close([*self._groups.values(), *self._frozen])
+        self.switch.close(self.groups())
         self._anchor.remove()
-        self._shaper.close()
+        self._hooks.close()
         self._tracker.close()

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from dynalora_optim._optimizer import DynamicAllocationOptimizer
 from dynalora_optim.allocation._allocators import RoundRobin
-from dynalora_optim.groups._groups import Blocks
+from dynalora_optim.groups._rules import Blocks
 
 
 def lisa(
@@ -32,7 +32,7 @@ def lisa(
         layers: How many blocks are active at a time.
         period: Optimizer steps between draws.
         **options: Of `DynamicAllocationOptimizer`. LISA's own code keeps the moments of layers that
-            pause; ``idle_state="drop"`` or ``"offload"`` frees their memory.
+            pause; ``pause="drop"`` or ``"offload"`` frees their memory.
 
     Source: "LISA: Layerwise Importance Sampling" (arXiv 2403.17919), algorithm 1.
     """
@@ -73,7 +73,7 @@ def badam(
         "active": 1,
         "period": period,
         "allocator": RoundRobin(order, seed=options.get("seed", 0)),
-        "idle_state": "drop",
+        "pause": "drop",
         "master_weights": "nearest",
     }
     return DynamicAllocationOptimizer(optimizer, model, **{**preset, **options})

@@ -65,9 +65,9 @@ def shape(optimizer: DynamicAllocationOptimizer, plan: Plan) -> None:
         for group, block in zip(groups, costs.group_blocks, strict=True)
         if block is None or block in plan.active
     }
-    driver._freezer.set_flags(groups, chosen)
-    blocks = [driver._shaper.blocks[b].module for b in plan.checkpointed]
-    driver._freezer._checkpointer.set_checkpointed(blocks)
+    driver.switch.set_flags(groups, chosen)
+    blocks = [driver._blocks[b].module for b in plan.checkpointed]
+    driver.switch._recomputer.recompute(blocks)
 
 
 def some_plans(costs: Costs, count: int, seed: int = 0) -> list[Plan]:

@@ -24,9 +24,9 @@ from dynalora_optim import (
     TopK,
     UniformRandom,
 )
-from dynalora_optim.allocation._allocation import resolve_active
+from dynalora_optim.allocation._active import resolve_active
 from dynalora_optim.allocation._allocators import SHORT_NAMES, as_allocator
-from dynalora_optim.allocation._bounded import StarvationBound
+from dynalora_optim.allocation._bounded import Bounded
 
 DRAWS = 20_000
 
@@ -285,37 +285,37 @@ def test_no_module_idles_longer_than_the_bound(allocator, modules, data):
     tightest = max(1, math.ceil(modules / active) - 1)
     bound = data.draw(st.integers(tightest, tightest + 4))
     draws = random.Random(data.draw(st.integers(0, 1000)))
-    longest = idle_runs(StarvationBound(allocator, bound), modules, active, 40, draws)
+    longest = idle_runs(Bounded(allocator, bound), modules, active, 40, draws)
     assert max(longest) <= bound
 
 
 @given(fixed_size, contexts(), st.integers(0, 2**32))
 def test_the_bound_keeps_the_size_and_changes_nothing_while_it_is_far(allocator, context, seed):
-    far = StarvationBound(allocator, 10_000)
+    far = Bounded(allocator, 10_000)
     idle = tuple(m % 5 for m in range(len(context.scores)))
     with_idle = [replace(context, idle=idle, generator=random.Random(seed)) for _ in range(3)]
     free = allocator.select(with_idle[0])
     assert sorted(far.select(with_idle[1])) == sorted(free)
-    tight = StarvationBound(allocator, 5).select(with_idle[2])
+    tight = Bounded(allocator, 5).select(with_idle[2])
     assert len(tight) == len(free) or context.active * 6 < len(idle)
 
 
 def test_an_urgent_module_takes_the_place_of_the_last_pick():
     context = replace(problem([9, 8, 7, 1], active=2), idle=(0, 0, 0, 3))
-    assert sorted(StarvationBound(TopK(), 3).select(context)) == [0, 3]
-    assert sorted(StarvationBound(TopK(), 4).select(context)) == [0, 1]
+    assert sorted(Bounded(TopK(), 3).select(context)) == [0, 3]
+    assert sorted(Bounded(TopK(), 4).select(context)) == [0, 1]
 
 
 def test_deadlines_are_met_ahead_of_time_where_they_collide():
     # Three modules must be served within two selections of two: one of them goes now.
     context = replace(problem([9, 8, 3, 2, 1], active=2), idle=(0, 0, 2, 2, 2))
-    assert sorted(StarvationBound(TopK(), 3).select(context)) == [0, 2]
+    assert sorted(Bounded(TopK(), 3).select(context)) == [0, 2]
 
 
 def test_a_bound_that_cannot_be_kept_is_refused():
     with pytest.raises(ValueError, match=r"max_idle_periods=2 cannot be kept with 2 of 7.*least 3"):
-        StarvationBound(TopK(), 2).check(2, 7)
-    StarvationBound(TopK(), 3).check(2, 7)
+        Bounded(TopK(), 2).check(2, 7)
+    Bounded(TopK(), 3).check(2, 7)
 
 
 # Options and their errors

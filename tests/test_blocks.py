@@ -21,12 +21,12 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from toy import same, weights, wrapped
 
-from dynalora_optim import Blocks, Budget, DynamicAllocationOptimizer, LiveBytes
-from dynalora_optim.groups._groups import find_groups
+from dynalora_optim import Backward, Blocks, Budget, DynamicAllocationOptimizer, LiveBytes
+from dynalora_optim.groups._rules import find_groups
 
 LAYERS = [f"layers.{i}" for i in range(4)]
 IN_TURN = {"active": 1, "period": 1, "allocator": "round_robin"}
-fates = st.sampled_from(["allocated", "always_active", "frozen"])
+roles = st.sampled_from(["allocated", "always_active", "frozen"])
 
 
 def by_blocks(model: nn.Module, **options: Any) -> DynamicAllocationOptimizer:
@@ -44,10 +44,10 @@ def test_a_block_is_a_group_and_so_is_each_module_outside():
     for name in LAYERS:
         assert groups[name].modules == (model.get_submodule(name),), "hooked as a whole, once"
         assert list(groups[name].parameters()) == list(model.get_submodule(name).parameters())
-        assert (groups[name].fate, groups[name].aliases) == ("allocated", ())
+        assert (groups[name].role, groups[name].aliases) == ("allocated", ())
     assert groups["embed_tokens"].modules == (model.embed_tokens, model.lm_head)
     assert groups["embed_tokens"].aliases == ("lm_head",)
-    assert {groups[name].fate for name in ("position", "embed_tokens", "norm")} == {"always_active"}
+    assert {groups[name].role for name in ("position", "embed_tokens", "norm")} == {"always_active"}
 
 
 @functools.cache
@@ -56,7 +56,7 @@ def four_blocks(name: str) -> nn.Module:
 
 
 @pytest.mark.parametrize("name", NAMES)
-@given(size=st.integers(1, 5), outside=fates)
+@given(size=st.integers(1, 5), outside=roles)
 def test_every_parameter_is_in_one_group_and_blocks_are_apart(name, size, outside):
     model = four_blocks(name)
     groups = find_groups(model, Blocks(block_size=size, outside=outside))
@@ -66,7 +66,7 @@ def test_every_parameter_is_in_one_group_and_blocks_are_apart(name, size, outsid
     of_blocks = [group for group in groups if group.modules[0] in {*blocks}]
     assert [module for group in of_blocks for module in group.modules] == list(blocks)
     assert all(len(group.modules) == size for group in of_blocks[:-1])
-    assert {group.fate for group in groups if group not in of_blocks} <= {outside}
+    assert {group.role for group in groups if group not in of_blocks} <= {outside}
 
 
 def test_several_blocks_in_a_row_are_one_group():
@@ -103,7 +103,7 @@ def test_models_without_blocks_of_their_own_are_refused():
 # What moves
 
 
-@given(size=st.integers(1, 4), outside=fates, tied=st.booleans(), seed=st.integers(0, 9))
+@given(size=st.integers(1, 4), outside=roles, tied=st.booleans(), seed=st.integers(0, 9))
 def test_what_moves_is_the_active_blocks_and_what_outside_says(size, outside, tied, seed):
     model = LanguageModel(tied=tied)
     optimizer = by_blocks(model, groups=Blocks(size, outside), allocator="random", seed=seed)
@@ -257,7 +257,7 @@ def test_recomputing_idle_blocks_changes_no_gradient(name, outside):
         optimizer = by_blocks(
             tiny.model,
             groups=Blocks(outside=outside),
-            checkpoint_idle=checkpoint_idle,
+            backward=Backward(checkpoint_idle=checkpoint_idle),
         )
         for step in range(4):
             torch.manual_seed(step)
@@ -273,7 +273,7 @@ def test_recomputing_idle_blocks_changes_no_gradient(name, outside):
 def test_recomputation_sees_detached_parameters_in_plain_blocks():
     # The hooks that detach a block's parameters have long gone when its forward runs again.
     model = LanguageModel(dropout=0.3)
-    optimizer = by_blocks(model, checkpoint_idle=True)
+    optimizer = by_blocks(model, backward=Backward(checkpoint_idle=True))
     arrived: list[str] = []
     for name, parameter in model.named_parameters():
         parameter.register_post_accumulate_grad_hook(lambda _, name=name: arrived.append(name))
@@ -288,7 +288,9 @@ def test_recomputation_sees_detached_parameters_in_plain_blocks():
 
 def test_a_block_that_trains_in_part_is_not_recomputed():
     model = LanguageModel()
-    optimizer = by_blocks(model, checkpoint_idle=True, always_active=["layers.3"])
+    optimizer = by_blocks(
+        model, backward=Backward(checkpoint_idle=True), always_active=["layers.3"]
+    )
     assert optimizer.active_groups == ["layers.0"]
     patched = ["forward" in vars(layer) for layer in model.layers]
     assert patched == [False, True, True, False]
@@ -296,11 +298,11 @@ def test_a_block_that_trains_in_part_is_not_recomputed():
 
 def test_recomputing_idle_blocks_needs_blocks_and_no_budget():
     model = LanguageModel()
-    with pytest.raises(ValueError, match="does not go with a Budget"):
-        by_blocks(model, checkpoint_idle=True, allocator=Budget(memory=0.5))
+    with pytest.raises(ValueError, match="has no effect with Budget"):
+        by_blocks(model, backward=Backward(checkpoint_idle=True), allocator=Budget(memory=0.5))
     plain = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
     with pytest.raises(ValueError, match="found no repeated blocks in Sequential"):
-        wrapped(plain, groups=lambda name, _: name or None, checkpoint_idle=True)
+        wrapped(plain, groups=lambda name, _: name or None, backward=Backward(checkpoint_idle=True))
     assert hooks(model) == hooks(plain) == 0
 
 
@@ -312,7 +314,7 @@ def test_recomputing_idle_blocks_needs_blocks_and_no_budget():
     "options",
     [
         {"groups": Blocks(2, "always_active")},
-        {"groups": Blocks(outside="frozen"), "checkpoint_idle": True},
+        {"groups": Blocks(outside="frozen"), "backward": Backward(checkpoint_idle=True)},
         {"groups": Blocks(outside="allocated"), "allocator": "random"},
     ],
     ids=["pairs", "frozen", "allocated"],
@@ -339,7 +341,9 @@ def test_a_run_resumes_in_the_middle_of_a_period(options, at):
 @pytest.mark.parametrize("outside", ["frozen", "always_active", "allocated"])
 def test_a_copy_goes_its_own_way_as_the_original_would(outside):
     model = LanguageModel()
-    optimizer = by_blocks(model, groups=Blocks(outside=outside), checkpoint_idle=True, period=2)
+    optimizer = by_blocks(
+        model, groups=Blocks(outside=outside), backward=Backward(checkpoint_idle=True), period=2
+    )
     train(model, optimizer, 3)
     twin, its = copy.deepcopy((model, optimizer))
     before = weights(model)
@@ -363,7 +367,9 @@ def test_a_copied_model_begins_anew_with_other_settings():
 @pytest.mark.parametrize("how", ["close", "forget"])
 def test_at_the_end_everything_trains_again(how):
     model = LanguageModel()
-    optimizer = by_blocks(model, groups=Blocks(outside="frozen"), checkpoint_idle=True)
+    optimizer = by_blocks(
+        model, groups=Blocks(outside="frozen"), backward=Backward(checkpoint_idle=True)
+    )
     train(model, optimizer, 2)
     if how == "close":
         optimizer.close()
@@ -396,7 +402,9 @@ def train_on_rank(rank: int) -> list[dict[str, torch.Tensor]]:
     for outside in ("frozen", "always_active"):
         model = LanguageModel().double()
         module = DistributedDataParallel(model)
-        optimizer = by_blocks(model, groups=Blocks(outside=outside), checkpoint_idle=True)
+        optimizer = by_blocks(
+            model, groups=Blocks(outside=outside), backward=Backward(checkpoint_idle=True)
+        )
         for step in range(6):
             backward(module, 2 * step + rank)
             optimizer.step()
@@ -436,7 +444,7 @@ def test_a_model_that_keeps_keys_and_values_is_told_not_to():
     # A block that runs twice would add its keys to the cache twice.
     tiny = build("gpt2")
     assert tiny.model.config.use_cache
-    optimizer = by_blocks(tiny.model, checkpoint_idle=True)
+    optimizer = by_blocks(tiny.model, backward=Backward(checkpoint_idle=True))
     tiny.loss().backward()
     assert not tiny.model.config.use_cache
     optimizer.close()

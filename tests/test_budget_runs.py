@@ -21,7 +21,7 @@ from tiny_models import CLASSES, ROOMY, TINY, TinyModel
 from toy import ToyModel, batch, same, train, weights, wrapped
 
 from dynalora_adapters import LoRAConfig, inject
-from dynalora_optim import Budget, GradientNorm, ImportanceTracker
+from dynalora_optim import Budget, GradientNorm, ImportanceTracker, Periodic
 from dynalora_optim.allocation._search import least_peak
 
 SMALL = replace(TINY, blocks=4)
@@ -82,12 +82,12 @@ def test_a_resumed_run_goes_on_bit_for_bit_and_measures_nothing(stop, monkeypatc
     fresh.batch = whole.batch
     fresh.model.load_state_dict(states[0])
     resumed.load_state_dict(states[1])
-    monkeypatch.setattr(resumed._driver, "measure", None)
+    monkeypatch.setattr(resumed._costing, "measure", None)
     run(fresh, resumed, 12 - stop)
     assert same(weights(whole.model), weights(fresh.model))
     assert list(resumed.record) == list(optimizer.record)
     assert costs_of(resumed) == costs_of(optimizer)
-    assert resumed._allocation._compute == optimizer._allocation._compute > 0
+    assert resumed._allocation._spending._compute == optimizer._allocation._spending._compute > 0
 
 
 def test_a_copy_of_model_and_optimizer_goes_its_own_way():
@@ -207,7 +207,7 @@ def test_a_gradient_probe_stays_within_the_budget(memory):
 def test_all_modules_warm_up_within_the_budget():
     tiny = adapted("bert")
     budget = Budget(memory=0.6)
-    optimizer = on_budget(tiny, budget, warmup=3, period=1)
+    optimizer = on_budget(tiny, budget, period=Periodic(1, warmup=3))
     tiny.loss()
     limit = budget.limit(costs_of(optimizer))
     for step in range(6):
@@ -245,7 +245,7 @@ def test_of_an_encoder_and_a_decoder_the_first_is_shaped_and_the_second_always_t
     budget = Budget(memory=0.9)
     optimizer = on_budget(tiny, budget, period=1)
     tiny.loss()
-    assert all(".encoder." in f".{b.name}" for b in optimizer._driver._shaper.blocks)
+    assert all(".encoder." in f".{b.name}" for b in optimizer._driver._blocks)
     limit = budget.limit(costs_of(optimizer))
     for _ in range(5):
         clear(tiny)

@@ -16,7 +16,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.checkpoint import checkpoint
 from toy import ToyModel, batch, same, weights, wrapped
 
-from dynalora_optim import Budget, ImportanceTracker, LiveBytes, TopK
+from dynalora_optim import Budget, ImportanceTracker, LiveBytes, Pause, TopK
 from dynalora_optim.integrations.ddp import active_gradients_hook
 
 pytestmark = pytest.mark.distributed
@@ -27,7 +27,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "gradient": {"active": 2, "period": 2, "importance": "gradient"},
     "smoothed": {"active": 2, "period": 2, "importance": "sensitivity"},
     "probe": {"active": 2, "period": 2, "importance": ImportanceTracker("gradient", probe=True)},
-    "local": {"active": 2, "period": 1, "lr_time": "local", "on_activate": "reset"},
+    "local": {"active": 2, "period": 1, "lr_time": "local", "pause": Pause(moments="reset")},
     "budget": {"period": 1, "allocator": Budget(memory=1.0, compute=0.6)},
 }
 

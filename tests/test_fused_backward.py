@@ -23,7 +23,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from toy import ToyModel, same, weights, wrapped
 from toy import train as train_toy
 
-from dynalora_optim import Blocks, DynamicAllocationOptimizer, LiveBytes, LocalLR
+from dynalora_optim import Backward, Blocks, DynamicAllocationOptimizer, LiveBytes, LocalLR, Pause
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "in turn": {"allocator": "round_robin"},
@@ -33,11 +33,11 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "groups outside": {"groups": Blocks(outside="allocated"), "active": 2},
     "always active head": {"groups": Blocks(outside="frozen"), "always_active": ["lm_head"]},
     "recomputed": {"checkpoint_idle": True, "allocator": "random"},
-    "warmed up": {"activation_warmup": 3, "allocator": "random", "period": 4},
+    "warmed up": {"pause": Pause(warmup=3), "allocator": "random", "period": 4},
     "local": {"lr_time": "local", "allocator": "random"},
     "local function": {"lr_time": LocalLR(lambda step: 1 / (1 + step)), "active": 2},
-    "dropped": {"idle_state": "drop", "allocator": "random"},
-    "reset": {"on_activate": "reset_momentum", "allocator": "random"},
+    "dropped": {"pause": "drop", "allocator": "random"},
+    "reset": {"pause": Pause(moments="reset_momentum"), "allocator": "random"},
 }
 RULES: dict[str, tuple[type[torch.optim.Optimizer], dict[str, Any]]] = {
     "AdamW": (AdamW, {"weight_decay": 0.1}),
@@ -54,7 +54,10 @@ RULES: dict[str, tuple[type[torch.optim.Optimizer], dict[str, Any]]] = {
 def by_blocks(
     model: nn.Module, rule: Any = AdamW, inner: dict[str, Any] | None = None, **options: Any
 ) -> DynamicAllocationOptimizer:
-    settings = {"groups": "blocks", "active": 1, "period": 2, "fused_backward": True, **options}
+    backward = Backward(
+        fused=options.pop("fused", True), checkpoint_idle=options.pop("checkpoint_idle", False)
+    )
+    settings = {"groups": "blocks", "active": 1, "period": 2, "backward": backward, **options}
     optimizer = rule(model.parameters(), lr=0.01, **(inner or {}))
     return DynamicAllocationOptimizer(optimizer, model, **settings)
 
@@ -72,7 +75,7 @@ def run(steps: int = 9, tied: bool = True, **options: Any) -> tuple[nn.Module, A
 
 def assert_same_run(**options: Any) -> None:
     fused, its = run(**options)
-    plain, other = run(fused_backward=False, **options)
+    plain, other = run(fused=False, **options)
     assert same(weights(fused), weights(plain))
     assert its.record.state_dict() == other.record.state_dict()
     assert its._allocation.updates == other._allocation.updates
@@ -106,9 +109,9 @@ def test_for_any_blocks(size, outside, **options):
 
 def test_in_low_precision_on_copies():
     ends = []
-    for fused_backward in (True, False):
+    for fused in (True, False):
         model = LanguageModel().bfloat16()
-        optimizer = by_blocks(model, master_weights="stochastic", fused_backward=fused_backward)
+        optimizer = by_blocks(model, master_weights="stochastic", fused=fused)
         train(model, optimizer, 7)
         ends.append(weights(model))
     assert same(*ends)
@@ -116,9 +119,9 @@ def test_in_low_precision_on_copies():
 
 def test_over_adapters():
     ends = []
-    for fused_backward in (True, False):
+    for fused in (True, False):
         model = ToyModel()
-        optimizer = wrapped(model, active=2, period=2, fused_backward=fused_backward)
+        optimizer = wrapped(model, active=2, period=2, backward=Backward(fused=fused))
         train_toy(model, optimizer, 8)
         ends.append(weights(model))
     assert same(*ends)
@@ -127,9 +130,9 @@ def test_over_adapters():
 @pytest.mark.parametrize("name", ["llama", "gpt2", "encoder"])
 def test_in_models_of_others(name):
     ends = []
-    for fused_backward in (True, False):
+    for fused in (True, False):
         tiny = build(name)
-        optimizer = by_blocks(tiny.model, fused_backward=fused_backward, checkpoint_idle=True)
+        optimizer = by_blocks(tiny.model, fused=fused, checkpoint_idle=True)
         for _ in range(4):
             tiny.loss().backward()
             optimizer.step()
@@ -140,9 +143,9 @@ def test_in_models_of_others(name):
 
 def test_a_closure_does_it_too():
     ends = []
-    for fused_backward in (True, False):
+    for fused in (True, False):
         model = LanguageModel()
-        optimizer = by_blocks(model, fused_backward=fused_backward)
+        optimizer = by_blocks(model, fused=fused)
         for step in range(5):
             optimizer.zero_grad()
             optimizer.step(partial(backward, model, step))
@@ -152,10 +155,10 @@ def test_a_closure_does_it_too():
 
 def test_what_has_no_hook_is_updated_by_the_step():
     ends = []
-    for fused_backward in (True, False):
+    for fused in (True, False):
         model = LanguageModel()
         model.norm.requires_grad_(False)
-        optimizer = by_blocks(model, fused_backward=fused_backward)
+        optimizer = by_blocks(model, fused=fused)
         train(model, optimizer, 2)
         model.norm.requires_grad_(True)
         before = model.norm.weight.detach().clone()
@@ -204,9 +207,9 @@ def test_at_most_one_gradient_is_alive():
 
 
 def test_the_memory_of_gradients_is_that_of_the_largest():
-    def peak_of_second_step(fused_backward: bool) -> tuple[int, int, int]:
+    def peak_of_second_step(fused: bool) -> tuple[int, int, int]:
         tiny = build("llama", sizes=Sizes(length=2, rows=3, width=64, blocks=4))
-        optimizer = by_blocks(tiny.model, SGD, active=1.0, fused_backward=fused_backward)
+        optimizer = by_blocks(tiny.model, SGD, active=1.0, backward=Backward(fused=fused))
         tiny.loss().backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -264,7 +267,7 @@ def test_loops_that_need_all_gradients_are_refused_before_anything_moves(loop, r
     model = LanguageModel()
     optimizer = by_blocks(model)
     before = weights(model)
-    with pytest.raises(RuntimeError, match=f"fused_backward=True .*{reason}.*fused_backward=False"):
+    with pytest.raises(RuntimeError, match=rf"Backward\(fused=True\) .*{reason}.*or fused=True"):
         loop(model, optimizer)
     assert same(weights(model), before)
     assert not optimizer.state
@@ -334,14 +337,14 @@ def test_several_ranks_are_refused_before_anything_moves():
 @pytest.mark.parametrize("at", [1, 3, 4])
 def test_a_run_resumes(at):
     model = LanguageModel()
-    optimizer = by_blocks(model, activation_warmup=2, allocator="random", period=3)
+    optimizer = by_blocks(model, pause=Pause(warmup=2), allocator="random", period=3)
     train(model, optimizer, at)
     file = io.BytesIO()
     torch.save([model.state_dict(), optimizer.state_dict()], file)
     twin, its = copy.deepcopy((model, optimizer))
     train(model, optimizer, 6, start=at)
     again = LanguageModel(seed=2)
-    resumed = by_blocks(again, activation_warmup=2, allocator="random", period=3)
+    resumed = by_blocks(again, pause=Pause(warmup=2), allocator="random", period=3)
     file.seek(0)
     for thing, saved in zip((again, resumed), torch.load(file, weights_only=True), strict=True):
         thing.load_state_dict(saved)
@@ -355,7 +358,7 @@ def test_groups_added_later_are_fused_too():
     model = LanguageModel(tied=False)
     inner = AdamW([p for n, p in model.named_parameters() if "head" not in n], lr=0.01)
     optimizer = DynamicAllocationOptimizer(
-        inner, model, groups="blocks", active=1, fused_backward=True
+        inner, model, groups="blocks", active=1, backward=Backward(fused=True)
     )
     train(model, optimizer, 2)
     optimizer.add_param_group({"params": model.lm_head.parameters()})

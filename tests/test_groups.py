@@ -8,7 +8,7 @@ from torch import nn
 from toy import ToyAdapter, ToyModel, names
 
 from dynalora_optim import AdapterModule
-from dynalora_optim.groups._groups import find_groups
+from dynalora_optim.groups._rules import find_groups
 
 
 def test_adapters_are_found_in_forward_order_under_their_dotted_path():

@@ -17,7 +17,7 @@ from torch.optim import SGD, AdamW
 from toy import ToyModel, same, weights, wrapped
 from toy import train as train_toy
 
-from dynalora_optim import DynamicAllocationOptimizer
+from dynalora_optim import DynamicAllocationOptimizer, Pause
 from dynalora_optim.update._idle_state import Offload
 
 KINDS = ["keep", "offload", "drop"]
@@ -46,7 +46,7 @@ def with_state(optimizer: DynamicAllocationOptimizer) -> set[str]:
 )
 def test_state_appears_with_the_first_activation_and_goes_as_asked(kind, active, period, seed):
     model = LanguageModel()
-    optimizer = by_blocks(model, idle_state=kind, active=active, period=period, seed=seed)
+    optimizer = by_blocks(model, pause=kind, active=active, period=period, seed=seed)
     seen = set()
     for step in range(6):
         backward(model, step)
@@ -61,7 +61,7 @@ def test_state_appears_with_the_first_activation_and_goes_as_asked(kind, active,
 
 def test_a_dropped_state_is_as_if_it_had_been_reset():
     ends = []
-    for options in ({"idle_state": "drop"}, {"on_activate": "reset"}, {}):
+    for options in ({"pause": "drop"}, {"pause": Pause(moments="reset")}, {}):
         model = LanguageModel()
         train(model, by_blocks(model, allocator="round_robin", period=1, **options), 8)
         ends.append(weights(model))
@@ -71,7 +71,7 @@ def test_a_dropped_state_is_as_if_it_had_been_reset():
 
 def test_dropping_equals_a_new_optimizer_for_every_period():
     model, twin = LanguageModel(), LanguageModel()
-    optimizer = by_blocks(model, idle_state="drop")
+    optimizer = by_blocks(model, pause="drop")
     rest = AdamW([p for n, p in twin.named_parameters() if "layers" not in n], lr=0.05)
     names = [f"layers.{i}" for i in range(4)]
     before = ""
@@ -97,7 +97,7 @@ def test_offload_is_keep_to_the_last_bit(rule):
     ends = []
     for kind in ("keep", "offload"):
         model = LanguageModel()
-        train(model, by_blocks(model, rule, idle_state=kind, lr=0.01), 10)
+        train(model, by_blocks(model, rule, pause=kind, lr=0.01), 10)
         ends.append(weights(model))
     assert same(*ends)
 
@@ -106,7 +106,7 @@ def test_offload_is_keep_to_the_last_bit(rule):
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_run_resumes_whatever_becomes_of_idle_state(kind, at):
     model = LanguageModel()
-    optimizer = by_blocks(model, idle_state=kind)
+    optimizer = by_blocks(model, pause=kind)
     train(model, optimizer, at)
     file = io.BytesIO()
     torch.save([model.state_dict(), optimizer.state_dict()], file)
@@ -114,7 +114,7 @@ def test_a_run_resumes_whatever_becomes_of_idle_state(kind, at):
     train(model, optimizer, 6, start=at)
     file.seek(0)
     again = LanguageModel(seed=3)
-    resumed = by_blocks(again, idle_state=kind)
+    resumed = by_blocks(again, pause=kind)
     for thing, saved in zip((again, resumed), torch.load(file, weights_only=True), strict=True):
         thing.load_state_dict(saved)
     train(again, resumed, 6, start=at)
@@ -127,11 +127,11 @@ def test_adapters_too():
     ends = []
     for kind in ("keep", "offload"):
         model = ToyModel()
-        train_toy(model, wrapped(model, active=2, period=1, idle_state=kind), 8)
+        train_toy(model, wrapped(model, active=2, period=1, pause=kind), 8)
         ends.append(weights(model))
     assert same(*ends)
     model = ToyModel()
-    optimizer = wrapped(model, active=2, period=1, idle_state="drop")
+    optimizer = wrapped(model, active=2, period=1, pause="drop")
     train_toy(model, optimizer, 8)
     assert with_state(optimizer) <= {"always_active", *optimizer.active_groups}
 
@@ -157,14 +157,16 @@ class Lazy(SGD):
 @pytest.mark.parametrize("rule", [torch.optim.ASGD, torch.optim.Adagrad, Averaging])
 def test_what_cannot_be_made_anew_is_not_dropped(rule):
     model = LanguageModel()
-    with pytest.raises(ValueError, match=rf"idle_state='drop' would delete what {rule.__name__}"):
-        by_blocks(model, rule, idle_state="drop")
-    by_blocks(model, rule, idle_state="offload").close()
+    with pytest.raises(
+        ValueError, match=rf"Pause\(state='drop'\) would delete what {rule.__name__}"
+    ):
+        by_blocks(model, rule, pause="drop")
+    by_blocks(model, rule, pause="offload").close()
 
 
 def test_an_iterate_that_shows_late_is_not_dropped_either():
     model = LanguageModel()
-    optimizer = by_blocks(model, Lazy, idle_state="drop", period=1, allocator="round_robin")
+    optimizer = by_blocks(model, Lazy, pause="drop", period=1, allocator="round_robin")
     backward(model)
     with pytest.raises(ValueError, match="an optimizer whose state has 'z'"):
         optimizer.step()
@@ -172,10 +174,10 @@ def test_an_iterate_that_shows_late_is_not_dropped_either():
 
 
 def test_other_settings_are_refused():
-    with pytest.raises(ValueError, match="idle_state='disk'"):
-        by_blocks(LanguageModel(), idle_state="disk")
-    with pytest.raises(TypeError, match="idle_state=3"):
-        by_blocks(LanguageModel(), idle_state=3)
+    with pytest.raises(ValueError, match="state='disk'"):
+        by_blocks(LanguageModel(), pause="disk")
+    with pytest.raises(TypeError, match="pause=3"):
+        by_blocks(LanguageModel(), pause=3)
 
 
 # With devices that are not there
@@ -232,12 +234,12 @@ def test_whoever_reads_the_state_waits_for_the_copies(what, monkeypatch):
             self.waits += 1
 
     model = LanguageModel()
-    optimizer = by_blocks(model, idle_state="offload")
+    optimizer = by_blocks(model, pause="offload")
     event = Copied()
-    monkeypatch.setitem(optimizer._idle_state._copied, torch.device("cuda", 0), event)
+    monkeypatch.setitem(optimizer._updater._idle_state._copied, torch.device("cuda", 0), event)
     if what == "copy":
         twin = copy.deepcopy(optimizer)
-        assert twin._idle_state._copied == {}, "an event cannot be copied, nor need it be"
+        assert twin._updater._idle_state._copied == {}, "an event cannot be copied, nor need it be"
     else:
         getattr(optimizer, what)()
     assert event.waits == 1
@@ -248,7 +250,7 @@ def test_whoever_reads_the_state_waits_for_the_copies(what, monkeypatch):
 
 def on_gpu(kind: str, steps: int) -> tuple[nn.Module, DynamicAllocationOptimizer]:
     model = LanguageModel().cuda()
-    optimizer = by_blocks(model, idle_state=kind)
+    optimizer = by_blocks(model, pause=kind)
     for _ in range(steps):
         model(torch.randint(11, (3, 5), device="cuda")).square().mean().backward()
         optimizer.step()

@@ -25,7 +25,7 @@ from dynalora_optim import (
     ForwardPass,
     ImportanceTracker,
 )
-from dynalora_optim.groups._groups import find_groups
+from dynalora_optim.groups._rules import find_groups
 
 
 def tracked(model: nn.Module, **options) -> ImportanceTracker:

@@ -12,7 +12,7 @@ from strategies import any_allocator
 from torch.optim import lr_scheduler
 from toy import ToyModel, backward, names, same, train, weights, wrapped
 
-from dynalora_optim import DynamicAllocationOptimizer, LocalLR
+from dynalora_optim import Bounded, DynamicAllocationOptimizer, LocalLR, Pause, Periodic
 
 RATE = 0.05
 
@@ -219,8 +219,7 @@ def test_local_runs_resume_bit_for_bit(stop, lr_time, warmup):
             active=2,
             period=2,
             lr_time=LocalLR(linear(2, 9)) if lr_time == "LocalLR" else lr_time,
-            activation_warmup=warmup,
-            on_activate="reset_momentum",
+            pause=Pause(warmup=warmup, moments="reset_momentum"),
         )
         return optimizer, lr_scheduler.LambdaLR(optimizer, linear(2, 9))
 
@@ -249,7 +248,7 @@ def test_local_runs_resume_bit_for_bit(stop, lr_time, warmup):
 def test_activation_warmup_ramps_after_each_return(ramp, period):
     model = ToyModel()
     optimizer = wrapped(
-        model, active=2, period=period, allocator="round_robin", activation_warmup=ramp, lr=RATE
+        model, active=2, period=period, allocator="round_robin", pause=Pause(warmup=ramp), lr=RATE
     )
     since = dict.fromkeys(names())
     first = set(optimizer.active_groups)
@@ -267,7 +266,7 @@ def test_activation_warmup_ramps_after_each_return(ramp, period):
         active_before = active
 
 
-def returning_step(on_activate: str, rule=torch.optim.Adam, **options) -> tuple[float, float]:
+def returning_step(moments: str, rule=torch.optim.Adam, **options) -> tuple[float, float]:
     """The first move of a weight after 100 unit gradients and a pause, when its gradient turns.
 
     Returns the move in rates, in the direction of before the pause, and the second-moment sum.
@@ -279,7 +278,7 @@ def returning_step(on_activate: str, rule=torch.optim.Adam, **options) -> tuple[
         active=1,
         period=100,
         allocator="round_robin",
-        on_activate=on_activate,
+        pause=Pause(moments=moments),
     )
     weight = model.layers[0][0].A
     for step in range(200):
@@ -312,7 +311,7 @@ def test_sgd_momentum_is_reset_too():
 
 def test_a_module_that_stays_active_is_not_reset():
     model = ToyModel()
-    optimizer = wrapped(model, active=6, period=1, on_activate="reset", activation_warmup=5)
+    optimizer = wrapped(model, active=6, period=1, pause=Pause(moments="reset", warmup=5))
     reference = ToyModel()
     plain = torch.optim.AdamW(reference.parameters(), lr=0.05)
     train(model, optimizer, 4)
@@ -336,24 +335,29 @@ def test_local_time_cannot_begin_in_mid_run():
     ("options", "error", "match"),
     [
         ({"lr_time": "mine"}, ValueError, "lr_time='mine': pass 'global', 'local' or a LocalLR"),
-        ({"activation_warmup": -1}, ValueError, "activation_warmup=-1 must be a whole number"),
-        ({"activation_warmup": 1.5}, ValueError, "activation_warmup=1.5 must be"),
-        ({"on_activate": "forget"}, ValueError, "on_activate='forget' is not one of keep"),
-        ({"warmup": -1}, ValueError, "warmup=-1 must be a whole number"),
-        ({"max_idle_periods": 0}, ValueError, "max_idle_periods=0 must be a whole number"),
-        ({"max_idle_periods": 1, "active": 2}, ValueError, "at least 2, or raise active to 3"),
+        (lambda: Pause(warmup=-1), ValueError, r"Pause\(warmup\)=-1 must be a whole number"),
+        (lambda: Pause(warmup=1.5), ValueError, r"Pause\(warmup\)=1.5 must be"),
+        (lambda: Pause(moments="forget"), ValueError, "moments='forget'.*one of keep"),
+        (lambda: Pause("drop", "reset"), ValueError, "a dropped state has no moments"),
+        (lambda: Periodic(3, warmup=-1), ValueError, "warmup=-1 must be a whole number"),
+        (lambda: Bounded("topk", 0), ValueError, "max_idle_periods=0 must be a whole number"),
+        (
+            {"allocator": Bounded("discounted", 1), "active": 2},
+            ValueError,
+            "at least 2, or raise active to 3",
+        ),
     ],
 )
 def test_bad_options(options, error, match):
     model = ToyModel()
     with pytest.raises(error, match=match):
-        wrapped(model, **options)
+        wrapped(model, **options) if isinstance(options, dict) else options()
     assert all(layer[0].active for layer in model.layers)
 
 
 def test_adagrad_cannot_be_reset():
     with pytest.raises(ValueError, match="Adagrad makes only when it is built"):
-        wrapped(ToyModel(), torch.optim.Adagrad, on_activate="reset")
+        wrapped(ToyModel(), torch.optim.Adagrad, pause=Pause(moments="reset"))
 
 
 def test_what_is_no_function_of_the_step_is_refused():

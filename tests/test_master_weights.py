@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, AdamW
 from toy import same, weights, wrapped
 
-from dynalora_optim import Blocks, DynamicAllocationOptimizer
+from dynalora_optim import Backward, Blocks, DynamicAllocationOptimizer
 from dynalora_optim.update._master_weights import MASTER, stochastically_rounded
 
 BF16 = torch.bfloat16
@@ -144,7 +144,7 @@ def test_small_updates_add_up():
 def test_copies_exist_where_training_is_and_the_weights_are_their_rounding(active, period, seed):
     model = half()
     options = {"active": active, "period": period, "seed": seed, "allocator": "random"}
-    optimizer = by_blocks(model, idle_state="drop", **options)
+    optimizer = by_blocks(model, pause="drop", **options)
     seen: set[str] = set()
     for step in range(5):
         before = set(optimizer.active_groups)
@@ -168,7 +168,7 @@ def test_copies_exist_where_training_is_and_the_weights_are_their_rounding(activ
 
 def test_the_memory_of_a_copy_is_free_when_its_block_pauses():
     model = half()
-    optimizer = by_blocks(model, idle_state="keep", period=2)
+    optimizer = by_blocks(model, pause="keep", period=2)
     train(model, optimizer, 1)
     held = [
         weakref.ref(optimizer.state[parameter][MASTER].untyped_storage())
@@ -240,9 +240,9 @@ def test_weights_of_both_precisions_train_together():
 @pytest.mark.parametrize(
     "options",
     [
-        {"master_weights": "nearest", "idle_state": "drop"},
-        {"master_weights": "stochastic", "idle_state": "keep"},
-        {"master_weights": "stochastic", "idle_state": "offload", "fused_backward": True},
+        {"master_weights": "nearest", "pause": "drop"},
+        {"master_weights": "stochastic", "pause": "keep"},
+        {"master_weights": "stochastic", "pause": "offload", "backward": Backward(fused=True)},
     ],
     ids=["badam", "stochastic", "fused"],
 )

@@ -205,7 +205,7 @@ def test_measuring_leaves_no_trace(make):
     before, traced = snapshot(model), trace(model)
     grads = {n: p.grad for n, p in model.named_parameters()}
     scores = optimizer.tracker.scores()
-    optimizer._driver.before_forward(args, kwargs)
+    optimizer._costing.before_forward(args, kwargs)
     assert costs_of(optimizer)
     assert optimizer.tracker.scores() == scores
     assert same_model(before, snapshot(model))

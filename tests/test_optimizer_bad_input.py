@@ -7,11 +7,12 @@ import math
 
 import pytest
 import torch
+from kinds import Blocks
 from torch import nn
 from torch.optim import lr_scheduler
-from toy import ToyModel, backward, names, same, weights, wrapped
+from toy import ToyModel, backward, names, same, train, weights, wrapped
 
-from dynalora_optim import DynamicAllocationOptimizer
+from dynalora_optim import Backward, Budget, DynamicAllocationOptimizer, Stochastic
 
 
 def adamw(model: nn.Module) -> torch.optim.AdamW:
@@ -111,14 +112,12 @@ def test_groups_that_are_frozen_at_construction_are_named():
     )
 
 
-def test_a_second_wrapper():
+def test_a_wrapper_cannot_be_wrapped():
     model = ToyModel()
-    inner = adamw(model)
-    first = DynamicAllocationOptimizer(inner, model)
-    with pytest.raises(ValueError, match="wrapped by another DynamicAllocationOptimizer already"):
-        DynamicAllocationOptimizer(inner, model)
+    first = DynamicAllocationOptimizer(adamw(model), model)
     with pytest.raises(ValueError, match="wraps another optimizer itself"):
         DynamicAllocationOptimizer(first, model)
+    assert not first._driver.is_closed
 
 
 def test_lbfgs_cannot_be_allocated():
@@ -154,14 +153,91 @@ def test_an_allocator_that_selects_nonsense(selection):
         wrapped(model, allocator=Nonsense())
 
 
-def test_the_second_optimizer_over_the_same_adapters():
+@pytest.mark.parametrize("again", ["the same inner optimizer", "a new one"])
+def test_a_second_optimizer_takes_over_from_the_first_and_says_so(again, caplog):
+    """The notebook cell that builds the optimizer is run again."""
+    model, reference = ToyModel(), ToyModel()
+    inner, plain = adamw(model), adamw(reference)
+    first = DynamicAllocationOptimizer(inner, model, active=1.0)
+    train(model, first, 3)
+    train(reference, plain, 3)
+    if again == "a new one":
+        inner, plain = adamw(model), adamw(reference)
+    with caplog.at_level("WARNING"):
+        second = DynamicAllocationOptimizer(inner, model, active=1.0, period=1)
+    (line,) = caplog.messages
+    assert "takes over the 6 module groups of an earlier one" in line
+    train(model, second, 3, start=3)
+    train(reference, plain, 3, start=3)
+    assert same(weights(model), weights(reference))
+    with pytest.raises(RuntimeError, match=r"step\(\) after close\(\)"):
+        first.step()
+
+
+def test_an_optimizer_that_is_refused_takes_nothing_over():
+    model = ToyModel()
+    first = wrapped(model, active=1)
+    with pytest.raises(ValueError, match="active=9 exceeds"):
+        wrapped(model, active=9)
+    assert not first._driver.is_closed
+    assert len(first.active_groups) == 1
+
+
+def test_taking_over_a_part_is_refused():
     model = ToyModel()
     first = wrapped(model)
+    half = names()[:3]
     with pytest.raises(
-        ValueError, match=r"6 module group.*driven by another.*layers.0.0.*close\(\)"
+        ValueError, match=r"3 of the 6 module groups.*driven by this one too, but not layers\.3\.0"
     ):
-        wrapped(model)
-    assert first.active_groups
+        wrapped(model, active=1, groups=lambda name, _: name if name in half else None)
+    assert not first._driver.is_closed
+
+
+def test_closing_leaves_the_wrapped_optimizer_whole():
+    model, reference = ToyModel(), ToyModel()
+    inner, plain = adamw(model), adamw(reference)
+    optimizer = DynamicAllocationOptimizer(inner, model, active=1.0)
+    train(model, optimizer, 3)
+    train(reference, plain, 3)
+    optimizer.close()
+    assert [len(group["params"]) for group in inner.param_groups] == [
+        len(group["params"]) for group in plain.param_groups
+    ]
+    train(model, inner, 3, start=3)
+    train(reference, plain, 3, start=3)
+    assert same(weights(model), weights(reference))
+
+
+@pytest.mark.parametrize(
+    "allocator", ["threshold", Stochastic("bernoulli"), Budget(memory=1.0)], ids=repr
+)
+def test_active_is_refused_where_the_allocator_makes_no_use_of_it(allocator):
+    model = Blocks()
+    inner = adamw(model)
+    with pytest.raises(ValueError, match=r"active=2 has no effect with (Thr|Sto|Bud)"):
+        DynamicAllocationOptimizer(inner, model, active=2, allocator=allocator)
+    optimizer = DynamicAllocationOptimizer(inner, model, allocator=allocator)
+    with pytest.raises(ValueError, match="active=1 has no effect"):
+        optimizer.active = 1
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "match"),
+    [
+        ({"pause": 3}, TypeError, "pause=3 is neither a Pause nor one of keep"),
+        ({"pause": "disk"}, ValueError, "state='disk'"),
+        ({"backward": True}, TypeError, "backward=True is not a Backward"),
+    ],
+)
+def test_options_of_another_kind(options, error, match):
+    model = ToyModel()
+    assert_refused(lambda: wrapped(model, **options), model, error, match)
+
+
+def test_switches_of_the_backward_pass_are_bools():
+    with pytest.raises(TypeError, match=r"Backward\(fused='yes'\): pass True or False"):
+        Backward(fused="yes")
 
 
 def test_two_optimizers_over_disjoint_parts():

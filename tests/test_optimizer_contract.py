@@ -20,7 +20,7 @@ from torch.optim.optimizer import (
 )
 from toy import ToyModel, backward, batch, names, same, train, weights, wrapped
 
-from dynalora_optim import DynamicAllocationOptimizer, Once
+from dynalora_optim import Bounded, DynamicAllocationOptimizer, Once
 
 RULES = {
     "AdamW": (torch.optim.AdamW, {}),
@@ -415,7 +415,7 @@ def test_added_modules_are_considered_after_the_coming_step(period):
 
 def test_added_modules_must_not_break_the_starvation_bound():
     model = ToyModel(layers=6)
-    optimizer = wrapped(model, active=2, max_idle_periods=2)
+    optimizer = wrapped(model, active=2, allocator=Bounded("discounted", 2))
     with pytest.raises(ValueError, match="max_idle_periods=2 cannot be kept with 2 of 7"):
         grow(model, optimizer)
     assert optimizer.groups == names(6)

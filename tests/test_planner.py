@@ -10,6 +10,7 @@ from torch import nn
 from torch.optim import SGD, AdamW
 
 from dynalora_optim import (
+    Backward,
     Blocks,
     Budget,
     DynamicAllocationOptimizer,
@@ -70,7 +71,7 @@ def test_one_block_of_many_holds_its_own_gradients_and_state():
 
 def test_idle_state_that_is_kept_is_that_of_all_blocks():
     def keep(m):
-        return badam(m, adamw(m), idle_state="keep")
+        return badam(m, adamw(m), pause="keep")
 
     assert estimate_memory(Stack(), [x()], keep).optimizer_state == moments(
         BLOCKS * BLOCK, 2 * BLOCKS
@@ -78,7 +79,7 @@ def test_idle_state_that_is_kept_is_that_of_all_blocks():
 
 
 def test_lisa_holds_the_layers_it_draws_and_what_lies_outside():
-    memory = estimate_memory(Stack(), [x()], lambda m: lisa(m, adamw(m), idle_state="drop"))
+    memory = estimate_memory(Stack(), [x()], lambda m: lisa(m, adamw(m), pause="drop"))
     assert memory.gradients == 2 * BLOCK + HEAD
     assert memory.optimizer_state == moments(2 * BLOCK + HEAD, 6)
 
@@ -151,14 +152,14 @@ RULES = {
     "AdamW": adamw,
     "lisa": lambda m: lisa(m, adamw(m), allocator="round_robin", layers=2, period=2),
     "lisa, drop": lambda m: lisa(
-        m, adamw(m), allocator="round_robin", layers=2, period=2, idle_state="drop"
+        m, adamw(m), allocator="round_robin", layers=2, period=2, pause="drop"
     ),
     "badam": ascending,
-    "badam, keep": lambda m: ascending(m, idle_state="keep"),
-    "badam, checkpoint_idle": lambda m: ascending(m, checkpoint_idle=True),
-    "badam, fused_backward": lambda m: ascending(m, fused_backward=True),
+    "badam, keep": lambda m: ascending(m, pause="keep"),
+    "badam, checkpoint_idle": lambda m: ascending(m, backward=Backward(checkpoint_idle=True)),
+    "badam, fused_backward": lambda m: ascending(m, backward=Backward(fused=True)),
     "all blocks fused": lambda m: DynamicAllocationOptimizer(
-        adamw(m), m, groups=Blocks(), active=1.0, fused_backward=True
+        adamw(m), m, groups=Blocks(), active=1.0, backward=Backward(fused=True)
     ),
 }
 

@@ -20,6 +20,7 @@ from toy import same, weights, wrapped
 
 from dynalora_optim import (
     AllocationContext,
+    Backward,
     Blocks,
     DynamicAllocationOptimizer,
     RoundRobin,
@@ -141,8 +142,8 @@ def test_every_setting_of_a_preset_can_be_replaced(preset):
         allocator=RoundRobin("ascending"),
         active=1,
         period=1,
-        idle_state="keep",
-        fused_backward=True,
+        pause="keep",
+        backward=Backward(fused=True),
         always_active=["norm"],
     )
     assert optimizer.groups == ["layers.0-1", "layers.2-3"]
@@ -161,7 +162,7 @@ def spelled_out(model: nn.Module, name: str) -> DynamicAllocationOptimizer:
             active=1,
             period=2,
             allocator=RoundRobin("descending"),
-            idle_state="drop",
+            pause="drop",
             master_weights="nearest",
         ),
     }[name]()

@@ -27,6 +27,8 @@ from dynalora_optim import (
     ImportanceTracker,
     LocalLR,
     Once,
+    Pause,
+    Periodic,
     RoundRobin,
     Stochastic,
     Threshold,
@@ -94,18 +96,16 @@ class Subject:
             self._rule(settings),
             model,
             active=settings.active,
-            period=Once(settings.period) if settings.once else settings.period,
+            period=(Once if settings.once else Periodic)(settings.period, settings.warmup),
             importance=ImportanceTracker(
                 measure(p=settings.p), window=settings.window, every=settings.every
             ),
             allocator=ALLOCATORS[settings.allocator](settings.share),
             seed=settings.seed,
-            warmup=settings.warmup,
             lr_time=(
                 LocalLR(settings.factor, settings.lr_time) if by_own_clock else settings.lr_time
             ),
-            activation_warmup=settings.activation_warmup,
-            on_activate=settings.on_activate,
+            pause=Pause(moments=settings.on_activate, warmup=settings.activation_warmup),
         )
         self._has_scheduler = settings.horizon is not None and not by_own_clock
         if self._has_scheduler:

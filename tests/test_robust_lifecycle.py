@@ -24,6 +24,7 @@ from dynalora_optim import (
     DynamicAllocationOptimizer,
     Ema,
     Once,
+    Pause,
     Periodic,
     RoundRobin,
     Stochastic,
@@ -296,7 +297,7 @@ class Interrupted(AdamW):
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"lr_time": "local", "activation_warmup": 2}], ids=["global", "local"]
+    "options", [{}, {"lr_time": "local", "pause": Pause(warmup=2)}], ids=["global", "local"]
 )
 def test_an_update_that_was_interrupted_can_be_repeated(options):
     def run(interrupts: bool) -> Any:

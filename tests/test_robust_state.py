@@ -200,7 +200,7 @@ def nobody_active() -> dict[str, Any]:
 
 
 SPOILT: dict[str, tuple[Callable[[], Any], str]] = {
-    "empty": (dict, r"state_dict is damaged.*KeyError\('param_groups'\)"),
+    "empty": (dict, "state_dict is damaged.*no mapping 'state'"),
     "no dict": (lambda: 3, "state_dict is damaged"),
     "not JSON": (
         at("param_groups", 0, PACKED, value="{"),

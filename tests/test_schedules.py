@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from toy import ToyModel, backward, batch, train, wrapped
 
-from dynalora_optim import Once, Periodic
+from dynalora_optim import Bounded, Once, Periodic
 from dynalora_optim.allocation._schedules import as_schedule
 
 
@@ -99,7 +99,7 @@ def test_a_step_that_the_grad_scaler_skips_does_not_move_the_clock():
 @given(st.integers(0, 6), st.integers(1, 4), st.integers(0, 15))
 def test_warmup_keeps_all_active_then_the_schedule_begins(warmup, period, steps):
     model = ToyModel()
-    optimizer = wrapped(model, warmup=warmup, period=period, active=2)
+    optimizer = wrapped(model, period=Periodic(period, warmup=warmup), active=2)
     for step in range(steps):
         assert len(optimizer.active_groups) == (6 if step < warmup else 2)
         train(model, optimizer, 1, start=step)
@@ -109,7 +109,7 @@ def test_warmup_keeps_all_active_then_the_schedule_begins(warmup, period, steps)
 
 def test_max_idle_periods_holds_in_a_run():
     model = ToyModel()
-    optimizer = wrapped(model, active=2, period=1, allocator="topk", max_idle_periods=3)
+    optimizer = wrapped(model, active=2, period=1, allocator=Bounded("topk", 3))
     train(model, optimizer, 20)
     for start in range(len(optimizer.record) - 3):
         window = [name for entry in optimizer.record[start : start + 4] for name in entry.chosen]

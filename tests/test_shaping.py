@@ -81,7 +81,7 @@ def outputs_with_graph(tiny: TinyModel, optimizer) -> list[bool]:
             first = output if isinstance(output, torch.Tensor) else output[0]
             recorded.append(first.grad_fn is not None)
 
-    blocks = [block.module for block in optimizer._driver._shaper.blocks]
+    blocks = [block.module for block in optimizer._driver._blocks]
     handles = [block.register_forward_hook(note) for block in blocks]
     tiny.loss().backward()
     for handle in handles:
@@ -106,7 +106,7 @@ def test_blocks_are_checkpointed_as_planned_and_put_back(name):
     optimizer = on_budget(tiny)
     tiny.loss()
     shape(optimizer, Plan(frozenset({1}), frozenset({1, 3})))
-    blocks = [block.module for block in optimizer._driver._shaper.blocks]
+    blocks = [block.module for block in optimizer._driver._blocks]
     if hasattr(blocks[0], "gradient_checkpointing"):
         assert [block.gradient_checkpointing for block in blocks] == [False, True, False, True]
         assert blocks[1]._gradient_checkpointing_func.keywords == {"use_reentrant": False}
@@ -147,7 +147,7 @@ def test_blocks_that_the_user_checkpoints_stay_so():
     costs = costs_of(optimizer)
     assert costs.blocks[1].active.full.flops == costs.blocks[1].active.checkpointed.flops
     shape(optimizer, Plan(frozenset({2}), frozenset({3})))
-    blocks = [block.module for block in optimizer._driver._shaper.blocks]
+    blocks = [block.module for block in optimizer._driver._blocks]
     assert len({id(block._gradient_checkpointing_func) for block in blocks}) == 1  # the user's
     for name, gradient in seeded_gradients(tiny).items():
         torch.testing.assert_close(gradient, expected[name])
@@ -187,7 +187,7 @@ def test_enable_input_require_grads_is_undone_with_a_warning(how, caplog):
     assert sum("enable_input_require_grads" in r.message for r in caplog.records) == 1
     shape(optimizer, Plan(frozenset({2})))
     assert outputs_with_graph(tiny, optimizer) == [False, False, True, True]
-    blocks = [block.module for block in optimizer._driver._shaper.blocks]
+    blocks = [block.module for block in optimizer._driver._blocks]
     optimizer.close()
     inputs = []
     blocks[0].register_forward_pre_hook(lambda m, args: inputs.append(args[0].requires_grad))
@@ -303,4 +303,4 @@ def test_blocks_in_a_part_of_the_model_are_found():
     model = Wrapped()
     optimizer = wrapped(model, allocator=Budget(memory=0.9), period=1)
     train(model, optimizer, 4)
-    assert optimizer._driver.block_names == [f"inner.layers.{i}" for i in range(6)]
+    assert optimizer._costing.block_names == [f"inner.layers.{i}" for i in range(6)]

@@ -26,7 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import lr_scheduler
 from toy import ToyModel, backward, batch, names, same, train, weights, wrapped
 
-from dynalora_optim import DynamicAllocationOptimizer, LocalLR
+from dynalora_optim import DynamicAllocationOptimizer, LocalLR, Pause
 
 
 def assert_equal_states(left: Any, right: Any) -> None:
@@ -174,7 +174,7 @@ OPTIONS = {
 }
 RUNS: dict[str, dict[str, Any]] = {
     "default": {"active": 2, "period": 3},
-    "local": {"active": 2, "period": 2, "lr_time": "local", "activation_warmup": 2},
+    "local": {"active": 2, "period": 2, "lr_time": "local", "pause": Pause(warmup=2)},
     "momentum": {"active": 2, "period": 3, "rule": torch.optim.SGD},
     "rprop": {"active": 2, "period": 3, "rule": torch.optim.Rprop},
     "smoothed": {"active": 2, "period": 2, "importance": "sensitivity"},

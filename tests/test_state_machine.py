@@ -28,9 +28,10 @@ from dynalora_optim import (
     ImportanceTracker,
     LocalLR,
     Once,
-    Stochastic,
-    Threshold,
+    Pause,
+    Periodic,
 )
+from dynalora_optim.allocation._context import uses_active
 
 LAYERS, MOST_LAYERS, FEATURES, RATE = 3, 6, 4, 0.05
 RULES = {
@@ -77,6 +78,13 @@ class Run:
         )
         if rest["lr_time"] == "own":
             rest["lr_time"] = LocalLR(factor)
+        period, warmup = rest.pop("period"), rest.pop("warmup")
+        at = period.at if isinstance(period, Once) else period
+        rest["period"] = (Once if isinstance(period, Once) else Periodic)(at, warmup=warmup)
+        moments, ramp = rest.pop("on_activate"), rest.pop("activation_warmup")
+        rest["pause"] = Pause(moments=moments, warmup=ramp)
+        if not uses_active(rest["allocator"]):
+            del rest["active"]
         self.model = ToyModel(LAYERS, FEATURES, seed)
         self.optimizer = DynamicAllocationOptimizer(
             inner(self.model.parameters()), self.model, importance=tracker, **rest
@@ -146,7 +154,8 @@ class Run:
 
     def set_active(self, active: float) -> None:
         """Change the budget."""
-        self.optimizer.active = active
+        if uses_active(self.optimizer.allocator):
+            self.optimizer.active = active
 
     def append_layer(self) -> None:
         """Adapt one more layer."""
@@ -212,9 +221,7 @@ class TrainingScript(RuleBasedStateMachine):
         self.size = active if isinstance(active, int) else max(1, round(active * modules))
         if self.steps < self.chosen["warmup"]:
             self.size = modules
-        elif isinstance(self.chosen["allocator"], Threshold) or (
-            self.chosen["allocator"] == Stochastic(sampling="bernoulli")
-        ):
+        elif not uses_active(self.chosen["allocator"]):
             self.size = None  # as the scores have it
 
     def is_due(self) -> bool:
@@ -266,7 +273,8 @@ class TrainingScript(RuleBasedStateMachine):
 
     @rule(active=st.integers(1, LAYERS) | st.sampled_from([0.2, 0.5, 1.0]))
     def set_active(self, active):
-        self.active = active
+        if uses_active(self.chosen["allocator"]):
+            self.active = active
         self.do("set_active", active)
 
     @precondition(lambda self: len(self.run.model.layers) < MOST_LAYERS)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from dynalora_optim import DynamicAllocationOptimizer
+from dynalora_optim.allocation._context import uses_active
 
 
 class ToyAdapter(nn.Module):
@@ -73,7 +74,12 @@ def train(model: nn.Module, optimizer: Any, steps: int, start: int = 0) -> None:
 def wrapped(
     model: nn.Module, rule: type[torch.optim.Optimizer] = torch.optim.AdamW, **options: Any
 ) -> DynamicAllocationOptimizer:
-    """A DynamicAllocationOptimizer over ``rule`` with a rate at which a stray update shows."""
+    """A DynamicAllocationOptimizer over ``rule`` with a rate at which a stray update shows.
+
+    ``active`` is left out where the allocator makes no use of it.
+    """
+    if not uses_active(options.get("allocator")):
+        options.pop("active", None)
     rate = options.pop("lr", 0.05)
     return DynamicAllocationOptimizer(rule(model.parameters(), lr=rate), model, **options)
 

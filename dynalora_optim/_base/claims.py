@@ -27,10 +27,15 @@ def release(owner: object) -> None:
             del _owners[thing]
 
 
+def owner_of(thing: object) -> object | None:
+    """Return the living owner that drives ``thing``; None if there is none."""
+    ref = _owners.get(thing)
+    return ref() if ref is not None else None
+
+
 def is_claimed(thing: object) -> bool:
     """Return whether a living owner drives ``thing``."""
-    ref = _owners.get(thing)
-    return ref is not None and ref() is not None
+    return owner_of(thing) is not None
 
 
 def is_owner(thing: object) -> bool:

@@ -1,0 +1,53 @@
+"""Who is active next, and when: from scores and costs to one choice.
+
+How the pieces divide the work. An `Allocator` chooses from an `AllocationContext`: numbers only, no
+modules. A `Schedule` says after which optimizer steps. The run's `Allocation` holds the clock and
+the counters, asks both, keeps the `AllocationRecord`, and hands on a `Choice`: which groups train,
+and which blocks are recomputed. Nothing after it decides anything.
+
+A `CostAware` allocator, such as `Budget`, also sees what each choice `Costs` (measured on a
+training batch) and answers with a `Plan`. To write your own, wrap a `Budget`, or search the costs
+yourself.
+"""
+
+from dynalora_optim.allocation._allocators import (
+    DiscountedStochastic,
+    RoundRobin,
+    Stochastic,
+    Threshold,
+    TopK,
+    UniformRandom,
+)
+from dynalora_optim.allocation._bounded import Bounded
+from dynalora_optim.allocation._budget import Budget
+from dynalora_optim.allocation._choice import Choice
+from dynalora_optim.allocation._context import AllocationContext, Allocator, CostAware, Weighted
+from dynalora_optim.allocation._costs import BlockCost, BlockUses, Costs, Plan, Use
+from dynalora_optim.allocation._record import AllocationRecord, Reallocation
+from dynalora_optim.allocation._schedules import Once, Periodic, Schedule
+
+__all__ = [
+    "AllocationContext",
+    "AllocationRecord",
+    "Allocator",
+    "BlockCost",
+    "BlockUses",
+    "Bounded",
+    "Budget",
+    "Choice",
+    "CostAware",
+    "Costs",
+    "DiscountedStochastic",
+    "Once",
+    "Periodic",
+    "Plan",
+    "Reallocation",
+    "RoundRobin",
+    "Schedule",
+    "Stochastic",
+    "Threshold",
+    "TopK",
+    "UniformRandom",
+    "Use",
+    "Weighted",
+]

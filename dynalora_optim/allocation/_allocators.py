@@ -1,93 +1,25 @@
-"""Who is active next (section 3.2 of the paper): pure functions of numbers.
-
-An allocator is any object with ``select(context) -> indices``. It sees an `AllocationContext` (the
-scores, the update counters, how many modules to choose, a random generator) and returns the
-positions of the modules to activate. It never sees a module or a tensor, so that it can be tested
-without a model and written in ten lines.
-"""
+"""The allocators of the paper (section 3.2) and of its relatives."""
 
 from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Literal, Protocol, runtime_checkable
+from typing import ClassVar, Literal
 
 from dynalora_optim._base.checks import by_name
-from dynalora_optim.allocation._costs import Costs
-from dynalora_optim.importance._normalise import normalised
-
-
-@dataclass(frozen=True)
-class AllocationContext:
-    """What an allocator decides from. Modules are numbered 0 .. M-1 in forward order.
-
-    Attributes:
-        scores: The importance y of each module (equation 1), finite and >= 0.
-        updates: The counter C of each module: the gradient updates it has received.
-        active: How many modules to choose (1 <= active <= M).
-        reallocation: The number of selections made before this one.
-        generator: The random numbers of this selection, equal on every rank and after a resume.
-        idle: How many selections in a row have left each module out; () where nobody counts.
-        costs: What each choice costs; None where nobody has measured.
-        mean_compute: The FLOPs of the mean backward pass so far, as a share of one with all modules
-            active.
-    """
-
-    scores: tuple[float, ...]
-    updates: tuple[int, ...]
-    active: int
-    reallocation: int
-    generator: random.Random
-    idle: tuple[int, ...] = ()
-    costs: Costs | None = None
-    mean_compute: float = 0.0
-
-    @property
-    def importance(self) -> tuple[float, ...]:
-        """The scores normalised to sum to 1 (equation 2); uniform before any score exists."""
-        return normalised(self.scores)
-
-    def ranking(self) -> list[int]:
-        """Modules from the most to the least important.
-
-        Ties keep the forward order. Before any score exists every order is equally likely.
-        """
-        modules = range(len(self.scores))
-        if not any(self.scores):
-            return self.generator.sample(modules, len(modules))
-        return sorted(modules, key=lambda m: -self.scores[m])
-
-    def sample(self, weights: Sequence[float]) -> list[int]:
-        """Draw ``active`` different modules one after the other, each in proportion to its weight.
-
-        A module of weight 0 is drawn only when no other is left, then uniformly.
-        """
-        # Exponential races (Efraimidis & Spirakis 2006): the arrival time of module m is
-        # exponential with rate w_m, and the first k to arrive have the law of successive draws.
-        # Logarithms keep the smallest and the largest weights apart.
-        arrivals = []
-        for m, weight in enumerate(weights):
-            clock = math.log(-math.log1p(-self.generator.random()) or math.ulp(0.0))
-            arrival = clock - math.log(weight) if weight > 0 else math.inf
-            arrivals.append((arrival, clock, m))
-        return [m for *_, m in sorted(arrivals)[: self.active]]
-
-
-@runtime_checkable
-class Allocator(Protocol):
-    """Chooses the active modules of the next period."""
-
-    def select(self, context: AllocationContext) -> Collection[int]:
-        """Return the positions of the modules to activate, at least one, each once."""
-        ...
+from dynalora_optim.allocation._context import AllocationContext, Allocator
 
 
 @dataclass(frozen=True)
 class TopK:
     """The k modules of highest importance y; ties keep the forward order."""
+
+    def weights(self, context: AllocationContext) -> tuple[float, ...]:
+        """Return what the modules are ranked by: y^."""
+        return context.importance
 
     def select(self, context: AllocationContext) -> list[int]:
         """Return the first ``context.active`` modules of the ranking."""
@@ -105,6 +37,7 @@ class Threshold:
         ValueError: ``p`` is not in [0, 1].
     """
 
+    uses_active: ClassVar[bool] = False
     p: float = 0.5
 
     def __post_init__(self) -> None:
@@ -153,9 +86,18 @@ class Stochastic:
                 f"Stochastic(sampling={self.sampling!r}): pass 'fixed' or 'bernoulli'."
             )
 
+    @property
+    def uses_active(self) -> bool:
+        """Whether a fixed number of modules is drawn."""
+        return self.sampling == "fixed"
+
+    def weights(self, context: AllocationContext) -> tuple[float, ...]:
+        """Return y^."""
+        return context.importance
+
     def select(self, context: AllocationContext) -> list[int]:
         """Return the modules drawn."""
-        importance = context.importance
+        importance = self.weights(context)
         if self.sampling == "fixed":
             return context.sample(importance)
         drawn = [m for m, y in enumerate(importance) if context.generator.random() < y]
@@ -170,15 +112,23 @@ class DiscountedStochastic:
     neither excluded nor favoured a hundredfold. Exactly ``active`` different modules are drawn.
     """
 
+    def weights(self, context: AllocationContext) -> list[float]:
+        """Return y~."""
+        pairs = zip(context.importance, context.updates, strict=True)
+        return [y / max(c, 1) for y, c in pairs]
+
     def select(self, context: AllocationContext) -> list[int]:
         """Return the modules drawn."""
-        pairs = zip(context.importance, context.updates, strict=True)
-        return context.sample([y / max(c, 1) for y, c in pairs])
+        return context.sample(self.weights(context))
 
 
 @dataclass(frozen=True)
 class UniformRandom:
     """``active`` modules, every set equally likely: the control (R) of the paper's Table 1."""
+
+    def weights(self, context: AllocationContext) -> list[float]:
+        """Return the same for every module."""
+        return [1.0] * len(context.scores)
 
     def select(self, context: AllocationContext) -> list[int]:
         """Return a uniform draw without replacement."""

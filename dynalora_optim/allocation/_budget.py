@@ -10,20 +10,31 @@ in any case, so that leaving it out would save nothing.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Literal
+from typing import ClassVar
 
-from dynalora_optim.allocation._allocators import AllocationContext
+from dynalora_optim._base.checks import by_name
+from dynalora_optim.allocation._allocators import (
+    DiscountedStochastic,
+    Stochastic,
+    TopK,
+    UniformRandom,
+)
+from dynalora_optim.allocation._context import AllocationContext, Weighted
 from dynalora_optim.allocation._costs import Costs, Plan
 from dynalora_optim.allocation._search import best_plan, cheapest_plan, least_peak
+from dynalora_optim.allocation._tilt import tilt
 from dynalora_optim.importance._normalise import normalised
 
-Base = Literal["discounted", "stochastic", "random", "topk"]
-_BASES = ("discounted", "stochastic", "random", "topk")
+_BASES: dict[str, Callable[[], Weighted]] = {
+    "discounted": DiscountedStochastic,
+    "stochastic": Stochastic,
+    "random": UniformRandom,
+    "topk": TopK,
+}
 _SPREAD = 2  # selections over which an excess of compute is paid back
-_LEAST = 1e-12  # a weight of 0 could not be tilted to, were it the only one that is cheap enough
 _GIB = 2**30
 
 
@@ -43,9 +54,10 @@ class Budget:
         compute: The most FLOPs of the mean backward pass, recomputation included, as a share of the
             backward pass with all modules active; None for no bound. What one selection exceeds,
             the next ones save.
-        base: y~ is y^ / C for ``"discounted"`` (equation 3), y^ for ``"stochastic"`` (equation 2),
-            equal for ``"random"``. ``"topk"`` draws nothing: it takes the modules of the largest
-            total importance that fit, each time within ``compute``.
+        base: Gives the weights y~: ``"discounted"`` (equation 3), ``"stochastic"`` (equation 2),
+            ``"random"``, or any allocator that has ``weights(context)``. ``"topk"`` draws nothing:
+            it takes the modules of the largest total importance that fit, each time within
+            ``compute``.
         floor: The share of selections whose lowest block is drawn uniformly. Each of n blocks is
             active with a probability of at least floor / n, and of a tenth of that where
             ``compute`` is too tight for more.
@@ -55,9 +67,11 @@ class Budget:
         ValueError: A number out of range.
     """
 
+    uses_active: ClassVar[bool] = False
+
     memory: float
     compute: float | None = None
-    base: Base = "discounted"
+    base: str | Weighted = "discounted"
     floor: float = 0.1
 
     def __post_init__(self) -> None:
@@ -69,8 +83,15 @@ class Budget:
                 f"Budget(compute={self.compute!r}) is not a positive share of the backward pass "
                 "with all modules active; pass one such as 0.6, or None for no bound."
             )
-        if self.base not in _BASES:
-            raise ValueError(f"Budget(base={self.base!r}): pass one of {list(_BASES)}.")
+        base = by_name(
+            "base",
+            self.base,
+            _BASES,
+            kinds=(Weighted,),
+            noun="allocator with weights",
+            method="weights(context)",
+        )
+        object.__setattr__(self, "base", base)
         if not 0 < self.floor <= 1:
             raise ValueError(
                 f"Budget(floor={self.floor!r}): every module must keep a chance; pass a share in "
@@ -126,7 +147,7 @@ class Budget:
             ValueError: Not every block can train within the budget.
         """
         blocks = costs.group_blocks
-        if self.base != "topk":
+        if not isinstance(self.base, TopK):
             self._plans(costs, [0.0] * len(costs.blocks))
         for lowest in sorted(costs.blocks_of(chosen)):
             kept = [m for m in chosen if (block := blocks[m]) is None or block >= lowest]
@@ -140,7 +161,7 @@ class Budget:
         """The plans, one for each lowest block, and the probability of each."""
         costs = _costs(context)
         values = self._values(context)
-        if self.base == "topk":
+        if isinstance(self.base, TopK):
             return [self._top(costs, values)], [1.0]
         plans = self._plans(costs, values)
         flops = [costs.flops(plan) / costs.flops(costs.all_active) for plan in plans]
@@ -175,11 +196,8 @@ class Budget:
     def _values(self, context: AllocationContext) -> list[float]:
         """The importance y~ of each block: the sum over its modules."""
         costs = _costs(context)
-        worth: Sequence[float] = context.importance
-        if self.base == "random":
-            worth = [1.0] * len(worth)
-        elif self.base == "discounted":
-            worth = [y / max(c, 1) for y, c in zip(worth, context.updates, strict=True)]
+        assert not isinstance(self.base, str)
+        worth = self.base.weights(context)
         values = [0.0] * len(costs.blocks)
         for block, y in zip(costs.group_blocks, worth, strict=True):
             if block is not None:
@@ -234,30 +252,6 @@ class Budget:
             f"bytes ({least / _GIB:.2f} GiB) at least, of the {whole / _GIB:.2f} GiB that all "
             "modules take."
         )
-
-
-def tilt(weights: Sequence[float], costs: Sequence[float], target: float) -> tuple[float, ...]:
-    """Return probabilities p ~ w exp(-t c), with the least t >= 0 such that sum(p c) <= target.
-
-    Of all distributions of that mean cost it is the closest to ``weights`` (in relative entropy).
-    Where no t does, all weight goes to the cheapest.
-    """
-
-    def tilted(t: float) -> tuple[float, ...]:
-        logs = [math.log(max(w, _LEAST)) - t * c for w, c in zip(weights, costs, strict=True)]
-        top = max(logs)
-        return normalised([math.exp(log - top) for log in logs])
-
-    def mean(t: float) -> float:
-        return sum(p * c for p, c in zip(tilted(t), costs, strict=True))
-
-    if mean(0.0) <= target:
-        return tilted(0.0)
-    low, high = 0.0, 1e4 / max(costs)
-    for _ in range(100):
-        middle = (low + high) / 2
-        low, high = (low, middle) if mean(middle) <= target else (middle, high)
-    return tilted(high)
 
 
 def _costs(context: AllocationContext) -> Costs:

@@ -39,7 +39,7 @@ class Use:
 
 
 @dataclass(frozen=True)
-class Role:
+class BlockUses:
     """The cost of one block in one place of the backward graph, kept in full or checkpointed."""
 
     full: Use
@@ -58,9 +58,9 @@ class BlockCost:
         gradients: The bytes of the gradients of its allocated parameters.
     """
 
-    lowest: Role
-    active: Role
-    idle: Role
+    lowest: BlockUses
+    active: BlockUses
+    idle: BlockUses
     below: int
     gradients: int
 
@@ -117,7 +117,7 @@ class Costs:
             return range(1)
         return range(min(self.pinned, default=len(self.blocks) - 1) + 1)
 
-    def role(self, block: int, lowest: int, *, active: bool) -> Role:
+    def role(self, block: int, lowest: int, *, active: bool) -> BlockUses:
         """Return the costs of ``block`` when the backward pass ends at ``lowest``."""
         cost = self.blocks[block]
         if block == lowest and not self.prefix:
@@ -210,17 +210,24 @@ class Costs:
 
     @staticmethod
     def from_state_dict(state: dict[str, Any]) -> Costs:
-        """Return what `state_dict` was taken from."""
-        return Costs(
-            **{
-                **state,
-                "blocks": tuple(_block_cost(block) for block in state["blocks"]),
-                "group_blocks": tuple(state["group_blocks"]),
-                "pinned": frozenset(state["pinned"]),
-                "head": Use(**state["head"]),
-                "prefix": Use(**state["prefix"]) if state["prefix"] else None,
-            }
-        )
+        """Return what `state_dict` was taken from.
+
+        Raises:
+            ValueError: It is not of that form.
+        """
+        try:
+            return Costs(
+                **{
+                    **state,
+                    "blocks": tuple(map(_block_cost, state["blocks"])),
+                    "group_blocks": tuple(state["group_blocks"]),
+                    "pinned": frozenset(state["pinned"]),
+                    "head": Use(**state["head"]),
+                    "prefix": Use(**state["prefix"]) if state["prefix"] else None,
+                }
+            )
+        except (AttributeError, KeyError, TypeError) as error:
+            raise ValueError(f"state_dict has costs of another form: {error!r}.") from error
 
 
 def _numbers(tree: Any) -> Iterator[Any]:
@@ -236,7 +243,7 @@ def _numbers(tree: Any) -> Iterator[Any]:
 
 def _block_cost(state: dict[str, Any]) -> BlockCost:
     roles = {
-        name: Role(Use(**state[name]["full"]), Use(**state[name]["checkpointed"]))
+        name: BlockUses(Use(**state[name]["full"]), Use(**state[name]["checkpointed"]))
         for name in ("lowest", "active", "idle")
     }
     return BlockCost(**{**state, **roles})

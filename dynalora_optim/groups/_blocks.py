@@ -42,6 +42,31 @@ def find_blocks(model: nn.Module) -> list[Block]:
     return blocks
 
 
+def model_blocks(model: nn.Module, *, must: bool) -> list[Block]:
+    """Return the model's blocks; none where it has none, or such as cannot be told apart.
+
+    Args:
+        model: The adapted model.
+        must: Whether something needs them.
+
+    Raises:
+        ValueError: With ``must``: there are none.
+    """
+    try:
+        blocks = find_blocks(model)
+    except ValueError:
+        if must:
+            raise
+        return []
+    if must and not blocks:
+        raise ValueError(
+            f"found no repeated blocks in {type(model).__name__}, which a Budget and "
+            "checkpoint_idle=True need: no ModuleList of two or more modules of one class. Use an "
+            "allocator without a memory budget, such as 'discounted'."
+        )
+    return blocks
+
+
 def _repeats(module: nn.Module) -> bool:
     return isinstance(module, nn.ModuleList) and len(module) > 1 and len({*map(type, module)}) == 1
 

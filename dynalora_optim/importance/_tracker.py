@@ -17,7 +17,7 @@ from torch.utils.hooks import RemovableHandle
 
 from dynalora_optim._base.checks import whole_number
 from dynalora_optim._base.collectives import whole
-from dynalora_optim.groups._groups import ModuleGroup
+from dynalora_optim.groups._module_group import ModuleGroup
 from dynalora_optim.importance._forward_hook import ForwardHook, Watch
 from dynalora_optim.importance._measures import (
     ForwardMeasure,

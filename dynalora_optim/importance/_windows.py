@@ -236,3 +236,37 @@ def to_host(scalars: Sequence[Tensor]) -> list[float]:
         for i, value in zip(positions, together, strict=True):
             values[i] = value
     return values
+
+
+class Passes:
+    """Scores of passes that their windows have yet to take in: at most one for each window.
+
+    A window takes in its passes as they came, one after another: when it does so changes no bit.
+    """
+
+    def __init__(self) -> None:
+        self._waiting: dict[Window, Tensor] = {}
+
+    def add(self, window: Window, score: Tensor) -> None:
+        """Have ``window`` collect one pass."""
+        if window in self._waiting:
+            self.settle()
+        self._waiting[window] = score
+
+    @torch.no_grad()
+    def settle(self) -> None:
+        """Let all windows take in what waits for them, together."""
+        waiting, self._waiting = self._waiting, {}
+        begun = {window: score for window, score in waiting.items() if window.tensors}
+        for window, score in waiting.items():
+            window.count += 1
+            window.tensors = [t.to(score.device) for t in window.tensors] or window.first(score)
+        if begun:
+            columns = [list(column) for column in zip(*(w.tensors for w in begun), strict=True)]
+            columns = next(iter(begun)).join(columns, list(begun.values()))
+            for window, tensors in zip(begun, zip(*columns, strict=True), strict=True):
+                window.tensors = list(tensors)
+
+    def forget(self) -> None:
+        """Drop what waits."""
+        self._waiting = {}

@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from dynalora_optim import DynamicAllocationOptimizer
-from dynalora_optim.groups._groups import GroupRule, find_groups
+from dynalora_optim.groups._rules import GroupRule, find_groups
 
 __all__ = ["AllocationCallback", "OptimizerFactory", "dynalora_optimizer"]
 
@@ -52,6 +52,21 @@ def dynalora_optimizer(
         >>> pair = dynalora_optimizer(args, active=2 / 3, period=50)  # doctest: +SKIP
         >>> trainer = Trainer(model, args, optimizer_cls_and_kwargs=pair)  # doctest: +SKIP
     """
+    _check_options(args, optimizer_cls, optimizer_kwargs or {}, allocation)
+    chosen = {
+        "args": args,
+        "optimizer_cls": optimizer_cls,
+        "optimizer_kwargs": dict(optimizer_kwargs or {}),
+    }
+    return OptimizerFactory, {**chosen, **allocation}
+
+
+def _check_options(
+    args: object,
+    optimizer_cls: object,
+    optimizer_kwargs: Mapping[str, Any],
+    allocation: Mapping[str, Any],
+) -> None:
     if not isinstance(args, TrainingArguments):
         raise TypeError(f"args={args!r} is not a TrainingArguments; pass the Trainer's own.")
     unknown = sorted(allocation.keys() - set(_ALLOCATION_OPTIONS))
@@ -66,14 +81,11 @@ def dynalora_optimizer(
             f"optimizer_cls={optimizer_cls!r} is not a class of torch optimizers; pass one such as "
             "torch.optim.AdamW, and its options in optimizer_kwargs."
         )
-    options = dict(optimizer_kwargs or {})
-    if "weight_decay" in options:
+    if "weight_decay" in optimizer_kwargs:
         raise ValueError(
             "optimizer_kwargs holds 'weight_decay', which the Trainer sets per group: set "
             "TrainingArguments(weight_decay=...)."
         )
-    chosen = {"args": args, "optimizer_cls": optimizer_cls, "optimizer_kwargs": options}
-    return OptimizerFactory, {**chosen, **allocation}
 
 
 class OptimizerFactory:

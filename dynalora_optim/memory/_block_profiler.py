@@ -20,12 +20,13 @@ from torch.utils.hooks import RemovableHandle
 
 from dynalora_optim._base.live_bytes import LiveBytes, tensor_bytes
 from dynalora_optim._base.trees import elements, hidden_states, replaced, tensors, trainable_leaves
-from dynalora_optim.allocation._costs import BlockCost, Costs, Role, Use
+from dynalora_optim.allocation._costs import BlockCost, BlockUses, Costs, Use
 from dynalora_optim.groups._blocks import Block, outside
-from dynalora_optim.groups._groups import ModuleGroup
+from dynalora_optim.groups._module_group import ModuleGroup
 from dynalora_optim.importance._forward_hook import first_tensor
 from dynalora_optim.memory._stand_ins import enter, leave, loss_of, no_autocast, undisturbed
-from dynalora_optim.switching._freezing import Checkpointer, Freezer
+from dynalora_optim.switching._module_switch import ModuleSwitch
+from dynalora_optim.switching._recompute import Recomputer
 
 _SCALARS = 1024  # bytes for what no block shows: the loss, its gradient, a checkpoint's own
 
@@ -38,13 +39,13 @@ class Profiler:
         model: nn.Module,
         blocks: Sequence[Block],
         groups: Sequence[Sequence[ModuleGroup]],
-        freezer: Freezer,
+        switch: ModuleSwitch,
     ) -> None:
         self._model = model
         self._blocks = blocks
         self._groups = groups  # the allocated groups of each block
-        self._freezer = freezer
-        self._checkpointer = Checkpointer()
+        self._switch = switch
+        self._recomputer = Recomputer()
         self._memory = LiveBytes()
         self._costs: list[BlockCost] = []
         self._alike: dict[str, BlockCost] = {}
@@ -76,7 +77,7 @@ class Profiler:
             output = self._model(*args, **kwargs)
             self._check_complete()
             head = self._head(output)
-        self._checkpointer.set_checkpointed(())
+        self._recomputer.recompute(())
         return Costs(
             blocks=tuple(self._costs),
             group_blocks=tuple(group_blocks),
@@ -178,14 +179,14 @@ class Profiler:
         groups = self._groups[position]
         block = self._blocks[position].module
 
-        def role(*, trains: bool, passes: bool) -> Role:
-            self._freezer.set_flags(groups, [g.name for g in groups] if trains else [])
+        def role(*, trains: bool, passes: bool) -> BlockUses:
+            self._switch.set_flags(groups, [g.name for g in groups] if trains else [])
             uses = []
             for checkpointed in (False, True):
-                self._checkpointer.set_checkpointed([block] if checkpointed else [])
+                self._recomputer.recompute([block] if checkpointed else [])
                 uses.append(self._run(block, args, kwargs, passes=passes))
-            self._checkpointer.set_checkpointed([])
-            return Role(*uses)
+            self._recomputer.recompute([])
+            return BlockUses(*uses)
 
         idle = role(trains=False, passes=True)
         active = role(trains=True, passes=True)
@@ -248,7 +249,7 @@ class Profiler:
             id(p): p
             for module in outside(self._model, self._blocks)
             for p in module.parameters(recurse=False)
-            if p.requires_grad and id(p) not in before and not self._freezer.is_detached(p)
+            if p.requires_grad and id(p) not in before and not self._switch.is_detached(p)
         }
         return list(own.values())
 

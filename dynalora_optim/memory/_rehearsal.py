@@ -7,10 +7,10 @@ the optimizer, its hooks. So nothing is modelled here that could deviate from it
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import astuple
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -19,14 +19,43 @@ from torch.optim import Optimizer
 from torch.utils._pytree import tree_map
 
 from dynalora_optim._base.live_bytes import LiveBytes, tensor_bytes
-from dynalora_optim._optimizer import DynamicAllocationOptimizer
+from dynalora_optim.allocation._context import Allocator, CostAware
 from dynalora_optim.memory._step import Batch, Loss, StepMemory, count_step
-from dynalora_optim.update._idle_state import Keep
+from dynalora_optim.update._pause import Pause
 
 _ATEN = torch.ops.aten
 _ASKING = (_ATEN._local_scalar_dense.default, _ATEN.allclose.default, _ATEN.equal.default)
 
 MakeOptimizer = Callable[[nn.Module], Optimizer]
+
+
+@runtime_checkable
+class Allocating(Protocol):
+    """An optimizer that can be told which module groups are active."""
+
+    @property
+    def groups(self) -> list[str]:
+        """The names of the allocated groups."""
+        ...
+
+    @property
+    def active_groups(self) -> list[str]:
+        """The names of those that are active now."""
+        ...
+
+    @property
+    def allocator(self) -> Allocator:
+        """Who chooses."""
+        ...
+
+    @property
+    def pause(self) -> Pause:
+        """What becomes of the state of groups that pause."""
+        ...
+
+    def hold(self, groups: Collection[str]) -> None:
+        """Make just these ``groups`` active, and choose no others from here on."""
+        ...
 
 
 def estimate_memory(
@@ -68,12 +97,24 @@ def estimate_memory(
         >>> make = lambda model: badam(model, AdamW(model.parameters()))  # doctest: +SKIP
         >>> print(estimate_memory(model, batch, make))  # doctest: +SKIP
     """
+    return _largest(_rehearsals(model, batch, make_optimizer, loss, active))
+
+
+def _rehearsals(
+    model: nn.Module,
+    batch: Batch,
+    make_optimizer: MakeOptimizer,
+    loss: Loss | None,
+    active: int | Collection[str] | None,
+) -> Iterator[StepMemory]:
     batch = dict(batch) if isinstance(batch, Mapping) else tuple(batch)
     on_meta = tree_map(lambda x: x.to("meta") if isinstance(x, Tensor) else x, batch)
-    found: list[StepMemory] = []
     with _explained(type(model).__name__):
         for choice in _choices(make_optimizer(_meta_copy(model)), active):
-            found += _rehearse(_meta_copy(model), on_meta, make_optimizer, loss, choice)
+            yield from _rehearse(_meta_copy(model), on_meta, make_optimizer, loss, choice)
+
+
+def _largest(found: Iterable[StepMemory]) -> StepMemory:
     return StepMemory(*map(max, zip(*map(astuple, found), strict=True)))
 
 
@@ -86,31 +127,26 @@ def _rehearse(
 ) -> Iterator[StepMemory]:
     """Yield the first step with this choice, and the second or, if idle state is kept, a later."""
     optimizer = make_optimizer(model)
-    _hold(optimizer, choice)
+    if isinstance(optimizer, Allocating):
+        optimizer.hold(choice)
 
     def step() -> StepMemory:
         with _fused():
             return count_step(_Rehearsal(meta=True), model.train(), batch, optimizer, loss)
 
     yield step()
-    if isinstance(optimizer, DynamicAllocationOptimizer) and type(optimizer._idle_state) is Keep:
-        _hold(optimizer, optimizer.groups)
+    if isinstance(optimizer, Allocating) and optimizer.pause.state == "keep":
+        optimizer.hold(optimizer.groups)
         step()
-        _hold(optimizer, choice)
+        optimizer.hold(choice)
     yield step()
-
-
-def _hold(optimizer: Optimizer, choice: Collection[str]) -> None:
-    if isinstance(optimizer, DynamicAllocationOptimizer):
-        optimizer._allocation.hold(choice)
-        optimizer._apply_allocation(probe=False)
 
 
 def _choices(optimizer: Optimizer, active: int | Collection[str] | None) -> list[tuple[str, ...]]:
     """The choices of module groups, one of which takes the most; one of none without a wrapper."""
-    if not isinstance(optimizer, DynamicAllocationOptimizer):
+    if not isinstance(optimizer, Allocating):
         return [()]
-    if optimizer._allocation.has_budget:
+    if isinstance(optimizer.allocator, CostAware):
         raise ValueError(
             "estimate_memory() does not know what a Budget will choose, which itself keeps a peak; "
             "see DynamicAllocationOptimizer.memory_report(**batch)."

@@ -13,7 +13,8 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from dynalora_optim.state._placeholders import drop_placeholders
+from dynalora_optim.state._placeholders import MARK, drop_placeholders
+from dynalora_optim.state._validate import check_value, damaged
 from dynalora_optim.update._param_groups import PACKED, ParamGroup
 
 
@@ -34,10 +35,22 @@ def unpack(
         ValueError: ``packed`` has other module groups, or lost a part on its way.
     """
     saved = _matched(packed["param_groups"], groups)
-    values = [json.loads(group[PACKED]) for group in saved]
+    values = [_values(group) for group in saved]
     lean = drop_placeholders({**packed, "param_groups": saved}, values)
     lean["param_groups"] = [{**group, PACKED: ""} for group in saved]
     return lean, values
+
+
+def _values(group: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the values of one saved group; what each must be is checked later."""
+    try:
+        values = json.loads(group[PACKED])
+    except (TypeError, json.JSONDecodeError, RecursionError) as error:
+        raise damaged(f"{type(error).__name__} in group {group['name']}") from error
+    if not isinstance(values, dict):
+        raise damaged(f"group {group['name']} packs a {type(values).__name__}")
+    check_value(f"group {group['name']}", values, MARK)
+    return values
 
 
 def _matched(
@@ -50,6 +63,9 @@ def _matched(
             "plain optimizer's groups with these. Load a plain optimizer's state with "
             "load_state_dict(its state_dict()), or into the optimizer before wrapping it."
         )
+    for position, group in enumerate(saved_groups):
+        if not isinstance(group.get("name"), str) or "param_names" not in group:
+            raise damaged(f"param group {position} lacks its name, or those of its parameters")
     saved, ours = _keyed(saved_groups), _keyed(groups)
     if saved.keys() != ours.keys():
         raise _other_names(

@@ -1,4 +1,4 @@
-"""Optimizer state of modules that pause, or have not been active yet.
+"""Optimizer state that is not there yet, in a checkpoint.
 
 Torch optimizers create a parameter's state at its first update. A checkpoint that lacks some states
 cannot be read by ``torch.distributed.checkpoint``, so each absent value is saved as zeros, which
@@ -8,54 +8,16 @@ run creates it as the other would.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, MutableMapping, Sequence
-from typing import Any, Literal, TypeAlias, get_args
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 
 from dynalora_optim._base.collectives import is_sharded, largest, local_part, zeros_like
 from dynalora_optim.update._param_groups import ParamGroup, flatten
 
 MARK = "unmaterialized"
-FIRST_MOMENTS = ("exp_avg", "momentum_buffer")  # of all of torch's optimizers
-
-OnActivate: TypeAlias = Literal["keep", "reset_momentum", "reset"]
-
-
-def check_on_activate(on_activate: object, optimizer: Optimizer) -> None:
-    """Raise unless it is one of the three, and ``optimizer`` can do it.
-
-    Raises:
-        ValueError: It is not, or cannot.
-    """
-    if on_activate not in get_args(OnActivate):
-        raise ValueError(
-            f"on_activate={on_activate!r} is not one of {', '.join(get_args(OnActivate))}."
-        )
-    if on_activate == "reset" and isinstance(optimizer, torch.optim.Adagrad):
-        raise ValueError(
-            "on_activate='reset' deletes a state that Adagrad makes only when it is built; pass "
-            "'keep', or another optimizer."
-        )
-
-
-def reset(
-    state: MutableMapping[Tensor, Any], parameters: Iterable[Tensor], how: OnActivate
-) -> None:
-    """Forget the state of ``parameters``, or its first moment only, when they become active again.
-
-    Kept momentum goes on in the direction of before the pause: after 100 unit gradients, Adam's
-    first step on a gradient of -1 still moves 0.8 lr the old way.
-    """
-    for parameter in parameters if how != "keep" else ():
-        if how == "reset":
-            state.pop(parameter, None)
-        for key in FIRST_MOMENTS:
-            moment = state.get(parameter, {}).get(key)
-            if moment is not None:
-                moment.zero_()
 
 
 def add_placeholders(
@@ -102,6 +64,8 @@ def drop_placeholders(
     for group, mark in zip(packed["param_groups"], marks, strict=True):
         keys = dict(zip(group["param_names"], group["params"], strict=True))
         for name, unreal in mark[MARK].items():
+            if name not in keys:
+                raise ValueError(f"state_dict: group {group['name']} has no parameter {name!r}.")
             values = state.pop(keys[name], {})
             if real := {kind: value for kind, value in values.items() if kind not in unreal}:
                 state[keys[name]] = real

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -12,36 +11,41 @@ from dynalora_optim.state._placeholders import MARK
 _OPTIONAL = ("lr_history", "costs")  # in some groups only, and checked where they are used
 
 
+def damaged(why: str) -> ValueError:
+    """Return the error for a state dict in which something is not what it must be."""
+    return ValueError(
+        f"state_dict is damaged, or of another kind of optimizer ({why}). Nothing was loaded; pass "
+        "one that state_dict() returned."
+    )
+
+
 @contextmanager
-def damage_refused() -> Iterator[None]:
-    """Raise ValueError for whatever a state dict that lacks something runs into."""
+def misfit_named() -> Iterator[None]:
+    """Say of an error about a saved value that it comes from the state dict."""
     try:
         yield
-    except (
-        json.JSONDecodeError,
-        AttributeError,
-        IndexError,
-        KeyError,
-        OverflowError,
-        RecursionError,
-        TypeError,
-    ) as error:
-        raise ValueError(
-            f"state_dict is damaged, or of another kind of optimizer ({error!r}). Nothing was "
-            "loaded; pass one that state_dict() returned."
-        ) from error
     except ValueError as error:
         if "state_dict" in str(error):
             raise
         raise ValueError(f"state_dict does not fit this optimizer: {error}") from error
 
 
-def check_keys(packed: Mapping[str, Any]) -> None:
-    """Raise unless each parameter has a key of its own in torch's state dict ``packed``.
+def check_structure(packed: object) -> None:
+    """Raise unless ``packed`` is built as the state dict of a torch optimizer.
 
     Raises:
-        ValueError: A key is neither a number nor a name, or is there twice.
+        ValueError: A part is missing or of another kind, or a parameter has no key of its own.
     """
+    if not isinstance(packed, Mapping):
+        raise damaged(f"it is a {type(packed).__name__}")
+    for key, kind in (("state", Mapping), ("param_groups", list)):
+        if not isinstance(packed.get(key), kind):
+            raise damaged(f"it has no {kind.__name__.lower()} {key!r}")
+    for position, group in enumerate(packed["param_groups"]):
+        if not isinstance(group, Mapping) or not isinstance(group.get("params"), list):
+            raise damaged(f"param group {position} has no list 'params'")
+        if not _are_strings(group.get("param_names", [])):
+            raise damaged(f"param group {position} has 'param_names' that are no names")
     keys = [key for group in packed["param_groups"] for key in group["params"]]
     if any(type(key) not in (int, str) for key in keys) or len(set(keys)) < len(keys):
         raise ValueError("state_dict does not have one key for each parameter in param_groups.")
@@ -65,19 +69,26 @@ def check_values(
     """
     for position, (saved, template) in enumerate(zip(values, own, strict=True)):
         for key in (template.keys() | {MARK}) - set(_OPTIONAL):
-            _check(f"param group {position}", saved, key)
+            check_value(f"param group {position}", saved, key)
         if "lr_history" in saved:
-            _check(f"param group {position}", saved, "lr_history")
+            check_value(f"param group {position}", saved, "lr_history")
     if not isinstance(record, list):
         raise ValueError(f"state_dict has a record of kind {type(record).__name__}, not a list.")
     for position, entry in enumerate(record):
+        if not isinstance(entry, Mapping):
+            raise damaged(f"record entry {position} is a {type(entry).__name__}")
         for key in ("step", "steps", "scores", "chosen"):
-            _check(f"record entry {position}", entry, key)
+            check_value(f"record entry {position}", entry, key)
         if not entry["scores"].keys() >= set(entry["chosen"]):
             raise ValueError(f"state_dict: record entry {position} chose groups without a score.")
 
 
-def _check(where: str, saved: Mapping[str, Any], key: str) -> None:
+def check_value(where: str, saved: Mapping[str, Any], key: str) -> None:
+    """Raise unless the value of ``key`` is there and of its kind.
+
+    Raises:
+        ValueError: It is not.
+    """
     if key not in saved:
         raise ValueError(f"state_dict lacks {key!r} in {where}.")
     if key in _KINDS and not _KINDS[key](saved[key]):
@@ -114,6 +125,7 @@ _KINDS: dict[str, Callable[[Any], bool]] = {
     "count": is_count,
     "closed_count": is_count,
     "activated": lambda value: value == -1 or is_count(value),
+    "active_setting": _is_number,
     "is_due": _is_bool,
     "active": _is_bool,
     "probing": _is_bool,

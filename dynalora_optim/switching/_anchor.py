@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.hooks import RemovableHandle
 
 from dynalora_optim._base.trees import replaced
-from dynalora_optim.groups._groups import ModuleGroup
+from dynalora_optim.groups._module_group import ModuleGroup
 from dynalora_optim.importance._forward_hook import first_tensor
 
 

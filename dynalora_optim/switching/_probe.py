@@ -15,21 +15,23 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from dynalora_optim.groups._groups import ModuleGroup
+from dynalora_optim.allocation._choice import Choice
+from dynalora_optim.groups._module_group import ModuleGroup
 from dynalora_optim.importance._tracker import ImportanceTracker
-from dynalora_optim.switching._freezing import Freezer, lent_gradients, set_aside
+from dynalora_optim.switching._gradients import set_aside, temporary_gradients
+from dynalora_optim.switching._module_switch import ModuleSwitch
 
 
 class GradientProbe:
     """Opens all modules for one backward pass and closes the inactive ones after it."""
 
-    def __init__(self, model: nn.Module, freezer: Freezer, tracker: ImportanceTracker) -> None:
+    def __init__(self, model: nn.Module, switch: ModuleSwitch, tracker: ImportanceTracker) -> None:
         self._model = model
-        self._freezer = freezer
+        self._switch = switch
         self._tracker = tracker
         self._handles: list[RemovableHandle] = []
         self._groups: Collection[ModuleGroup] = ()
-        self._chosen: Collection[str] = ()
+        self._choice = Choice(frozenset())
         self._waiting: dict[str, set[int]] = {}
         self._aside: dict[Tensor, Tensor] = {}  # gradients of inactive modules not scored yet
         self._seen = False
@@ -39,10 +41,10 @@ class GradientProbe:
         """Whether the backward pass of this period is still to come."""
         return bool(self._handles) and not self._seen
 
-    def open(self, groups: Collection[ModuleGroup], chosen: Collection[str]) -> None:
-        """Let all ``groups`` get a gradient once; then only the ``chosen`` ones."""
+    def open(self, groups: Collection[ModuleGroup], everyone: Choice, choice: Choice) -> None:
+        """Put ``everyone`` into force for one backward pass, and ``choice`` after it."""
         self.close()
-        self._groups, self._chosen, self._seen, self._waiting = groups, chosen, False, {}
+        self._groups, self._choice, self._seen, self._waiting = groups, choice, False, {}
         for group in groups:
             parameters = [p for p in group.parameters() if p.requires_grad]
             self._waiting[group.name] = {id(p) for p in parameters}
@@ -51,7 +53,7 @@ class GradientProbe:
                 handle = parameter.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
                 self._handles.append(handle)
         self._handles.append(self._model.register_forward_pre_hook(self._close_if_seen))
-        self._freezer.set_active(groups, self._waiting)
+        self._switch.apply(groups, everyone)
 
     def close(self) -> None:
         """Close the inactive modules, if open."""
@@ -60,12 +62,12 @@ class GradientProbe:
                 handle.remove()
             self._handles = []
             self._aside.clear()
-            self._freezer.set_active(self._groups, self._chosen)
+            self._switch.apply(self._groups, self._choice)
 
     def _take(self, group: ModuleGroup, parameter: Tensor) -> None:
         """Score a group once all its parameters have a gradient, in the first backward pass."""
         self._seen = True
-        gradient = None if group.name in self._chosen else set_aside(parameter)
+        gradient = None if group.name in self._choice.active else set_aside(parameter)
         waiting = self._waiting[group.name]
         if not waiting:
             return
@@ -77,7 +79,7 @@ class GradientProbe:
         own: dict[Tensor, Tensor] = {
             p: self._aside.pop(p) for p in group.parameters() if p in self._aside
         }
-        with torch.no_grad(), lent_gradients(own):
+        with torch.no_grad(), temporary_gradients(own):
             self._tracker.observe(group)
 
     def _close_if_seen(self, module: nn.Module, args: Any) -> None:

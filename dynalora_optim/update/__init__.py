@@ -1,0 +1,1 @@
+"""From gradients to weights: param groups, rates, optimizer state, and the wrapped optimizer."""

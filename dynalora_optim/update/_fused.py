@@ -123,6 +123,6 @@ def _mark(gradient: Tensor) -> tuple[int, Tensor]:
 def refusal(why: str) -> str:
     """Return the message for a loop in which updates cannot be fused, and ``why``."""
     return (
-        f"fused_backward=True updates each parameter within the backward pass, but {why}. Leave "
-        "that out, or pass fused_backward=False."
+        f"Backward(fused=True) updates each parameter within the backward pass, but {why}. Leave "
+        "that out, or fused=True."
     )

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, MutableMapping
+from collections.abc import Iterable, MutableMapping
 from typing import Any, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from dynalora_optim._base.checks import by_name
+from dynalora_optim.update._pause import Pause, PausedState
 
 # What optimizers call a state that holds the weights themselves, or their mean: ASGD's, those of
 # the schedule-free kinds, Prodigy's. A new one would not be what training had come to.
@@ -130,34 +130,29 @@ def _begin_copies(device: torch.device, places: Iterable[Place]) -> torch.cuda.E
     return copied
 
 
-SHORT_NAMES: dict[str, Callable[[], IdleState]] = {"keep": Keep, "offload": Offload, "drop": Drop}
+_KINDS: dict[PausedState, type[Keep | Offload]] = {
+    "keep": Keep,
+    "offload": Offload,
+    "drop": Drop,
+}
 
 
-def as_idle_state(idle_state: object, optimizer: Optimizer) -> IdleState:
-    """Return the object behind ``"keep"``, ``"offload"`` or ``"drop"``.
+def idle_state(pause: Pause, optimizer: Optimizer) -> IdleState:
+    """Return what does with the state of ``optimizer`` as ``pause`` says.
 
     Raises:
-        TypeError: Not a name.
-        ValueError: An unknown name, or the state of ``optimizer`` cannot be dropped.
+        ValueError: It cannot be dropped.
     """
-    found: IdleState = by_name(
-        "idle_state",
-        idle_state,
-        SHORT_NAMES,
-        kinds=(Keep, Offload),
-        noun="idle state",
-        method="release(), restore() and settle()",
-    )
     has_modes = callable(getattr(optimizer, "eval", None))  # schedule-free kinds
     made_once = isinstance(optimizer, (torch.optim.ASGD, torch.optim.Adagrad))
-    if isinstance(found, Drop) and (has_modes or made_once):
+    if pause.state == "drop" and (has_modes or made_once):
         raise ValueError(_holds_iterate(type(optimizer).__name__))
-    return found
+    return _KINDS[pause.state]()
 
 
 def _holds_iterate(what: str) -> str:
     return (
-        f"idle_state='drop' would delete what {what} cannot make anew: it holds the weights "
+        f"Pause(state='drop') would delete what {what} cannot make anew: it holds the weights "
         "themselves or their mean, or is made only when the optimizer is built. Pass 'keep' or "
         "'offload', or an optimizer such as AdamW."
     )

@@ -38,8 +38,33 @@ class MasterWeights:
         self._rounding = rounding
         self._seed = seed
 
+    def check(self, optimizer: Optimizer) -> None:
+        """Raise unless the rounding is one of the two or None, and goes with ``optimizer``.
+
+        Raises:
+            ValueError: It does not.
+        """
+        rounding = self._rounding
+        if rounding is None:
+            return
+        if rounding not in get_args(Rounding):
+            raise ValueError(
+                f"master_weights={rounding!r} is none of {', '.join(get_args(Rounding))}, None."
+            )
+        if callable(getattr(optimizer, "eval", None)):
+            raise ValueError(
+                f"master_weights={rounding!r} does not go with {type(optimizer).__name__}, which "
+                "puts weights of its own into the model; pass an optimizer such as AdamW."
+            )
+        halves = [p for p in flatten(optimizer.param_groups) if p.dtype == torch.float16]
+        if rounding == "stochastic" and halves:
+            raise ValueError(
+                f"master_weights='stochastic' rounds to bfloat16, but {len(halves)} parameter(s) "
+                "are float16; pass 'nearest', or load the model with dtype=torch.bfloat16."
+            )
+
     @contextmanager
-    def lent(self, groups: Sequence[ParamGroup], state: State) -> Iterator[State]:
+    def in_place(self, groups: Sequence[ParamGroup], state: State) -> Iterator[State]:
         """Put the copies into ``groups``, in place, for one update; yield the state to update with.
 
         Afterwards the weights follow. ``groups`` must be the caller's own.
@@ -53,23 +78,23 @@ class MasterWeights:
             yield state
             return
         owners = {copy: parameter for parameter, copy in copies.items()}
-        lent_state: State = type(state)(dict)  # type: ignore[call-arg]
+        their_state: State = type(state)(dict)  # type: ignore[call-arg]
         for parameter in flatten(groups):
             values = state.get(parameter, {})
             if parameter in copies:
                 values = {key: value for key, value in values.items() if key != MASTER}
             if values:
-                lent_state[copies.get(parameter, parameter)] = values
+                their_state[copies.get(parameter, parameter)] = values
         for group in groups:
             group["params"] = [copies.get(parameter, parameter) for parameter in group["params"]]
         for parameter, copy in copies.items():
             assert parameter.grad is not None
             copy.grad = parameter.grad.float()
-        yield lent_state
+        yield their_state
         for group in groups:
-            group["params"] = [owners.get(lent, lent) for lent in group["params"]]
-        for lent, values in lent_state.items():
-            state[owners.get(lent, lent)] = values
+            group["params"] = [owners.get(held, held) for held in group["params"]]
+        for held, values in their_state.items():
+            state[owners.get(held, held)] = values
         for parameter, copy in copies.items():
             copy.grad = None
             state[parameter][MASTER] = copy
@@ -119,30 +144,3 @@ def restore_dtypes(
         for name, value in packed["state"].get(key, {}).items():
             if isinstance(value, Tensor) and value.dtype != state[parameter][name].dtype:
                 state[parameter][name] = value.to(state[parameter][name].device)
-
-
-def check_master_weights(
-    rounding: object, optimizer: Optimizer, parameters: Iterable[Tensor]
-) -> None:
-    """Raise unless ``rounding`` is one of the two or None, and goes with the rest.
-
-    Raises:
-        ValueError: It does not.
-    """
-    if rounding is None:
-        return
-    if rounding not in get_args(Rounding):
-        raise ValueError(
-            f"master_weights={rounding!r} is none of {', '.join(get_args(Rounding))}, None."
-        )
-    if callable(getattr(optimizer, "eval", None)):
-        raise ValueError(
-            f"master_weights={rounding!r} does not go with {type(optimizer).__name__}, which puts "
-            "weights of its own into the model; pass an optimizer such as AdamW."
-        )
-    halves = [p for p in parameters if p.dtype == torch.float16]
-    if rounding == "stochastic" and halves:
-        raise ValueError(
-            f"master_weights='stochastic' rounds to bfloat16, but {len(halves)} parameter(s) are "
-            "float16; pass 'nearest', or load the model with dtype=torch.bfloat16."
-        )

@@ -8,8 +8,8 @@ from typing import Any, TypeAlias
 
 from torch import Tensor, nn
 
-from dynalora_optim._base.claims import is_claimed
-from dynalora_optim.groups._groups import ModuleGroup, plain_name
+from dynalora_optim.groups._module_group import ModuleGroup
+from dynalora_optim.groups._rules import plain_name
 
 ParamGroup: TypeAlias = "dict[str, Any]"
 
@@ -86,7 +86,7 @@ class ParameterIndex:
             ValueError: The message names the groups.
         """
         held = {id(parameter) for parameter in parameters}
-        groups = [g for g in self._groups if g.fate == "allocated" or g.name in named]
+        groups = [g for g in self._groups if g.role == "allocated" or g.name in named]
         missing = [g.name for g in groups if held.isdisjoint(map(id, g.parameters()))]
         if missing:
             raise ValueError(
@@ -94,12 +94,6 @@ class ParameterIndex:
                 f"{_some(missing)}. They would never be trained. Build the optimizer from all "
                 "adapter parameters, frozen or not (model.parameters() will do), after "
                 "injecting; to leave modules out, pass groups=callable."
-            )
-        taken = [g.name for g in groups if any(map(is_claimed, g.modules))]
-        if taken:
-            raise ValueError(
-                f"{len(taken)} module group(s) are driven by another DynamicAllocationOptimizer: "
-                f"{_some(taken)}. close() it first, or share the groups out with groups=callable."
             )
         frozen = [g.name for g in groups if not any(p.requires_grad for p in g.parameters())]
         if frozen:
@@ -145,7 +139,7 @@ def match_always_active(patterns: Sequence[str], groups: Sequence[ModuleGroup]) 
                 f"a name or a pattern with *, such as {names[-1]!r}."
             )
         matched.update(hits)
-    if not any(group.fate == "allocated" and group.name not in matched for group in groups):
+    if not any(group.role == "allocated" and group.name not in matched for group in groups):
         raise ValueError(
             f"always_active={list(patterns)!r} matches all {len(names)} module groups and leaves "
             "none to allocate; use the wrapped optimizer as it is."

@@ -35,7 +35,7 @@ class UserGroup:
 def is_plain(packed: Mapping[str, Any], groups: Sequence[ParamGroup]) -> bool:
     """Return whether ``packed`` is the state dict of an optimizer that nothing wraps."""
     saved = packed["param_groups"]
-    ours = {group["name"] for group in groups}
+    ours = [group["name"] for group in groups]
     return not any(
         PACKED in group or group.keys() <= {"params"} or group.get("name") in ours
         for group in saved
@@ -75,6 +75,26 @@ def from_plain(
             for group, line in zip(groups, lines, strict=True)
         ],
     }
+
+
+def user_groups(
+    groups: Sequence[ParamGroup], lines: Sequence[int], users: Sequence[UserGroup]
+) -> list[ParamGroup]:
+    """Return the user's groups with the parameters and options of now.
+
+    Where pieces of one have come to differ in an option, it has that of the first.
+    """
+    found = []
+    for number, user in enumerate(users):
+        pieces = [group for group, line in zip(groups, lines, strict=True) if line == number]
+        parameters = _by_name(pieces)
+        options = {key: value for key, value in pieces[0].items() if key not in _OURS}
+        if "user_name" in pieces[0]:
+            options["name"] = pieces[0]["user_name"]
+        if user.has_names:
+            options["param_names"] = list(user.names)
+        found.append({**options, "params": [parameters[name] for name in user.names]})
+    return found
 
 
 def to_plain(

@@ -9,15 +9,35 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, Protocol, TypeAlias
 
 from torch.optim.lr_scheduler import LambdaLR
 
-from dynalora_optim._base.checks import whole_number
-from dynalora_optim.allocation._allocation import Allocation
 from dynalora_optim.update._param_groups import ParamGroup
 
 Factor: TypeAlias = Callable[[int], float]
+
+
+class Clock(Protocol):
+    """The numbers that rates are functions of."""
+
+    @property
+    def steps(self) -> int:
+        """The optimizer steps done."""
+        ...
+
+    @property
+    def updates(self) -> Mapping[str, int]:
+        """The updates that each allocated group has received."""
+        ...
+
+    def age(self, name: str) -> int | None:
+        """Return the steps since the group came back from a pause; None if it never paused."""
+        ...
+
+    def local_time(self, name: str) -> tuple[int, float]:
+        """Return the updates of a group, and the share of modules that are active with it."""
+        ...
 
 
 class LocalLR:
@@ -86,6 +106,11 @@ class LocalLR:
 LrTime: TypeAlias = "Literal['global', 'local'] | LocalLR"
 
 
+def is_from_scheduler(lr_time: LrTime) -> bool:
+    """Return whether the rates are functions of a scheduler on the optimizer to be wrapped."""
+    return isinstance(lr_time, LocalLR) and lr_time.is_from_scheduler
+
+
 class Rates:
     """The learning rate that each param group uses at its next update.
 
@@ -94,14 +119,28 @@ class Rates:
     updates than there were steps, so that rate is known.
     """
 
-    def __init__(self, lr_time: LrTime, activation_warmup: int) -> None:
+    def __init__(self, lr_time: LrTime, warmup: int) -> None:
         if lr_time not in ("global", "local") and not isinstance(lr_time, LocalLR):
             raise ValueError(f"lr_time={lr_time!r}: pass 'global', 'local' or a LocalLR.")
-        whole_number("activation_warmup", activation_warmup, least=0)
-        self.lr_time = lr_time
+        self.lr_time: LrTime = lr_time
         self.last: list[Any] = []  # the rate of each param group at the last update
-        self.activation_warmup = activation_warmup
+        self.warmup = warmup
         self._history: dict[int, list[float]] = {}  # "local": per user group, its rate by step
+
+    def replace(self, lr_time: LrTime, lines: Sequence[int], steps: int) -> None:
+        """Follow another ``lr_time`` from here on.
+
+        Raises:
+            ValueError: It does not fit ``lines``, or needs the rates of the ``steps`` done.
+        """
+        Rates(lr_time, self.warmup).check(lines)
+        if steps and lr_time == "local":
+            raise ValueError(
+                f"lr_time='local' replays the schedule from its first step, but {steps} steps are "
+                "done; set it before, or use a LocalLR."
+            )
+        self.lr_time = lr_time
+        self.restart()
 
     def check(self, lines: Sequence[int]) -> None:
         """Raise if a `LocalLR` does not fit param groups that were split along ``lines``.
@@ -113,23 +152,19 @@ class Rates:
             self.lr_time.factors(lines)
 
     def _current(
-        self, groups: Sequence[ParamGroup], lines: Sequence[int], allocation: Allocation
+        self, groups: Sequence[ParamGroup], lines: Sequence[int], clock: Clock
     ) -> list[Any]:
         """The rate of each group at its next update."""
-        ramps = [self._ramp(allocation.age(group["name"])) for group in groups]
-        rates = self._scheduled(groups, lines, allocation)
+        ramps = [self._ramp(clock.age(group["name"])) for group in groups]
+        rates = self._scheduled(groups, lines, clock)
         return [rate * ramp if ramp < 1 else rate for rate, ramp in zip(rates, ramps, strict=True)]
 
     def _ramp(self, age: int | None) -> float:
         """Rise over the first steps after an activation: 1/n, 2/n, ... 1."""
-        return (
-            1.0
-            if age is None or not self.activation_warmup
-            else min(1.0, (age + 1) / self.activation_warmup)
-        )
+        return 1.0 if age is None or not self.warmup else min(1.0, (age + 1) / self.warmup)
 
     def _scheduled(
-        self, groups: Sequence[ParamGroup], lines: Sequence[int], allocation: Allocation
+        self, groups: Sequence[ParamGroup], lines: Sequence[int], clock: Clock
     ) -> list[Any]:
         if self.lr_time == "global":
             return [group["lr"] for group in groups]
@@ -137,26 +172,26 @@ class Rates:
             factors = self.lr_time.factors(lines)
             return [
                 float(group["initial_lr"] if "initial_lr" in group else group["lr"])
-                * factor(self.lr_time.time(*allocation.local_time(group["name"])))
+                * factor(self.lr_time.time(*clock.local_time(group["name"])))
                 for group, factor in zip(groups, factors, strict=True)
             ]
         return [
             # The rate that the schedule had when it was as old as the group is now.
-            self._history[line][allocation.updates[group["name"]]]
-            if group["name"] in allocation.updates
+            self._history[line][clock.updates[group["name"]]]
+            if group["name"] in clock.updates
             else group["lr"]
             for line, group in zip(lines, groups, strict=True)
         ]
 
     @contextmanager
     def applied(
-        self, groups: Sequence[ParamGroup], lines: Sequence[int], allocation: Allocation
+        self, groups: Sequence[ParamGroup], lines: Sequence[int], clock: Clock
     ) -> Iterator[None]:
         """Put the local rates into the groups for one update, then the scheduler's back."""
-        self._record(groups, lines, allocation.steps)
+        self._record(groups, lines, clock.steps)
         scheduled = [group["lr"] for group in groups]
-        is_global = self.lr_time == "global" and not self.activation_warmup
-        self.last = scheduled if is_global else self._current(groups, lines, allocation)
+        is_global = self.lr_time == "global" and not self.warmup
+        self.last = scheduled if is_global else self._current(groups, lines, clock)
         for group, rate in zip(groups, self.last, strict=True):
             group["lr"] = rate
         try:

@@ -1,73 +1,16 @@
-"""From a model to its ordered, named module groups: the units that are active or inactive.
-
-A group knows *where* its parameters live (owner module and attribute), never the parameter objects
-themselves: FSDP2 and ``accelerator.prepare`` put new ones in their place.
-"""
+"""From a model to its ordered, named module groups: which rule finds which groups."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, Protocol, TypeAlias, cast, get_args, runtime_checkable
+from typing import Literal, TypeAlias, cast, get_args
 
 from torch import nn
 
 from dynalora_optim._base.checks import whole_number
 from dynalora_optim.groups._blocks import find_blocks
-
-Fate: TypeAlias = Literal["allocated", "always_active", "frozen"]
-
-
-@runtime_checkable
-class AdapterModule(Protocol):
-    """What an adapter layer has for ``groups="auto"`` to recognise it.
-
-    If it also carries a boolean attribute ``active`` and uses detached parameters while that is
-    False, the optimizer sets the flag; any other module is made inactive from outside.
-    """
-
-    def adapter_params(self) -> list[str]:
-        """Return the names of the adapter's parameters, relative to the module."""
-        ...
-
-
-@dataclass(frozen=True)
-class Slot:
-    """The place of one parameter: ``getattr(owner, attribute)``; ``name`` is its dotted path."""
-
-    owner: nn.Module
-    attribute: str
-    name: str
-
-    @property
-    def parameter(self) -> nn.Parameter:
-        """The parameter that stands there now."""
-        parameter = self.owner._parameters[self.attribute]
-        assert isinstance(parameter, nn.Parameter)
-        return parameter
-
-
-@dataclass(frozen=True)
-class ModuleGroup:
-    """A named set of modules whose adapter parameters get gradients together or not at all.
-
-    Attributes:
-        name: The dotted path of the module in the model, or what a user's rule returned.
-        modules: One module; more where they share a parameter or a user's rule joins them.
-        slots: The places of the group's parameters; a tied one has several.
-        aliases: The names of groups that were joined with this one.
-        fate: Whether allocators choose it.
-    """
-
-    name: str
-    modules: tuple[nn.Module, ...]
-    slots: tuple[Slot, ...]
-    aliases: tuple[str, ...] = ()
-    fate: Fate = "allocated"
-
-    def parameters(self) -> Iterator[nn.Parameter]:
-        """Yield the parameters that stand in the slots now, each once."""
-        return iter({id(p): p for p in (slot.parameter for slot in self.slots)}.values())
+from dynalora_optim.groups._module_group import AdapterModule, GroupRole, ModuleGroup, Slot
 
 
 @dataclass(frozen=True)
@@ -76,7 +19,7 @@ class Blocks:
 
     Args:
         block_size: So many blocks in a row form one group; the last may have fewer.
-        outside: What becomes of the modules that lie in no block, such as embeddings, the final
+        outside: The role of the modules that lie in no block, such as embeddings, the final
             norm and the head: ``"always_active"``; ``"frozen"``; or ``"allocated"``: they are
             groups too. Those that ``always_active=`` names are always active in any case.
 
@@ -85,13 +28,13 @@ class Blocks:
     """
 
     block_size: int = 1
-    outside: Fate = "always_active"
+    outside: GroupRole = "always_active"
 
     def __post_init__(self) -> None:
         whole_number("block_size", self.block_size, least=1, of="blocks")
-        if self.outside not in get_args(Fate):
+        if self.outside not in get_args(GroupRole):
             raise ValueError(
-                f"Blocks(outside={self.outside!r}): pass one of {', '.join(get_args(Fate))}."
+                f"Blocks(outside={self.outside!r}): pass one of {', '.join(get_args(GroupRole))}."
             )
 
     def claims(self, model: nn.Module) -> Iterator[ModuleGroup]:
@@ -119,9 +62,9 @@ class Blocks:
             elif module in holders:
                 # It is no module apart: its own parameters are, such as a position embedding.
                 for slot in _own_slots(name, module):
-                    yield ModuleGroup(slot.name, (module,), (slot,), fate=self.outside)
+                    yield ModuleGroup(slot.name, (module,), (slot,), role=self.outside)
             elif _parent(model, name) in holders and (slots := tuple(_slots(name, module))):
-                yield ModuleGroup(name, (module,), slots, fate=self.outside)
+                yield ModuleGroup(name, (module,), slots, role=self.outside)
 
 
 GroupRule: TypeAlias = "Literal['auto', 'blocks'] | Blocks | Callable[[str, nn.Module], str | None]"
@@ -244,11 +187,11 @@ def _union(family: Sequence[ModuleGroup]) -> ModuleGroup:
     slots = {(id(s.owner), s.attribute): s for group in family for s in group.slots}
     modules = dict.fromkeys(module for group in family for module in group.modules)
     names = dict.fromkeys(group.name for group in family)
-    fates = {group.fate for group in family}
+    roles = {group.role for group in family}
     return ModuleGroup(
         family[0].name,
         tuple(modules),
         tuple(slots.values()),
         aliases=tuple(names)[1:],
-        fate=fates.pop() if len(fates) == 1 else "allocated",
+        role=roles.pop() if len(roles) == 1 else "allocated",
     )

@@ -1,0 +1,98 @@
+"""Putting together what drives a model: all checks first, then the hooks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from dynalora_optim._costing import StepCosting
+from dynalora_optim._driver import ModuleDriver
+from dynalora_optim._grouping import Grouping
+from dynalora_optim.allocation._allocation import Allocation
+from dynalora_optim.allocation._context import Allocator, CostAware
+from dynalora_optim.allocation._schedules import Schedule
+from dynalora_optim.groups._blocks import model_blocks
+from dynalora_optim.groups._layout import BlockLayout
+from dynalora_optim.importance._measures import GradientMeasure
+from dynalora_optim.importance._tracker import ImportanceTracker
+from dynalora_optim.memory._block_meter import BlockMeter
+from dynalora_optim.update._backward import Backward
+from dynalora_optim.update._fused import refusal
+
+
+@dataclass(frozen=True)
+class Choosing:
+    """Who chooses, when, how many, and by which random numbers."""
+
+    allocator: Allocator
+    schedule: Schedule
+    active: float | None
+    seed: int
+
+
+class Assembly:
+    """What drives a model, checked; it has changed nothing yet.
+
+    Args:
+        model: The adapted model.
+        grouping: Its groups.
+        backward: How the backward pass is run.
+        choosing: How groups are chosen.
+        tracker: Scores them.
+
+    Attributes:
+        allocation: Who is active at the start.
+
+    Raises:
+        TypeError: ``active`` is not a number.
+        ValueError: The options do not go together, or the model lacks blocks that they need.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        grouping: Grouping,
+        backward: Backward,
+        choosing: Choosing,
+        tracker: ImportanceTracker,
+    ) -> None:
+        allocator, groups = choosing.allocator, grouping.allocated
+        needs_costs = isinstance(allocator, CostAware)
+        if needs_costs and backward.checkpoint_idle:
+            raise ValueError(
+                f"Backward(checkpoint_idle=True) has no effect with {type(allocator).__name__}, "
+                "which itself decides what to recompute; leave it out."
+            )
+        self._model: nn.Module = getattr(model, "_orig_mod", model)  # what torch.compile was given
+        self._grouping = grouping
+        self._recomputes = needs_costs or backward.checkpoint_idle
+        self._blocks = model_blocks(self._model, must=self._recomputes)
+        self._meter = BlockMeter(self._model, self._blocks)
+        if needs_costs:
+            self._meter.check(groups)
+        self._tracker = tracker
+        self._check_tracker(backward)
+        self.allocation = Allocation(
+            [group.name for group in groups],
+            **vars(choosing),
+            layout=BlockLayout.of(groups, self._blocks) if backward.checkpoint_idle else None,
+        )
+
+    def _check_tracker(self, backward: Backward) -> None:
+        self._tracker.check(self._grouping.allocated)
+        if backward.fused and isinstance(self._tracker.measure, GradientMeasure):
+            raise ValueError(refusal("importance= measures gradients at step()"))
+
+    def attach(self) -> tuple[ModuleDriver, StepCosting]:
+        """Set the hooks of the modules; return what drives them and what measures them."""
+        driver = ModuleDriver(
+            self._model,
+            self._blocks,
+            self._grouping.allocated,
+            self._grouping.frozen,
+            self._tracker,
+            recomputes=self._recomputes,
+            by_blocks=self.allocation.needs_costs,
+        )
+        return driver, StepCosting(self._meter, self.allocation, driver, self._tracker)

@@ -1,0 +1,122 @@
+"""What an optimizer drives: the groups of its model, by their role, and whom it takes them from."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+from torch import nn
+from torch.optim import Optimizer
+
+from dynalora_optim._base.claims import owner_of
+from dynalora_optim.groups._module_group import ModuleGroup
+from dynalora_optim.groups._rules import GroupRule, find_groups
+from dynalora_optim.update._param_groups import ParameterIndex, flatten, match_always_active
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Grouping:
+    """The module groups of a model.
+
+    Attributes:
+        index: Which group each parameter belongs to.
+        allocated: The groups to choose among.
+        frozen: The groups that never train.
+        always_active: The groups that always do.
+    """
+
+    index: ParameterIndex
+    allocated: Sequence[ModuleGroup]
+    frozen: Sequence[ModuleGroup]
+    always_active: Sequence[ModuleGroup]
+
+    @staticmethod
+    def of(
+        model: nn.Module, rule: GroupRule, always_active: Sequence[str], optimizer: Optimizer
+    ) -> Grouping:
+        """Find the groups, and check that ``optimizer`` can train them.
+
+        Raises:
+            TypeError: ``rule`` or ``always_active`` is of another kind.
+            ValueError: There are no groups, or the optimizer does not hold their parameters.
+        """
+        groups = find_groups(model, rule)
+        parameters = flatten(optimizer.param_groups)
+        index = ParameterIndex(model, groups)
+        index.check_belongs(parameters)
+        exempt = match_always_active(always_active, groups)
+        index.check_groups(parameters, named=exempt)
+
+        def of_role(role: str) -> list[ModuleGroup]:
+            return [g for g in groups if g.role == role and g.name not in exempt]
+
+        named = [group for group in groups if group.name in exempt]
+        return Grouping(
+            index, of_role("allocated"), of_role("frozen"), named + of_role("always_active")
+        )
+
+    def lines(self, optimizer: Optimizer) -> list[int]:
+        """Return, for each piece of the optimizer's split groups, the group it is split from."""
+        groups = optimizer.param_groups
+        return [number for number, group in enumerate(groups) for _ in self.index.split(group)]
+
+    def groups(self) -> Iterator[ModuleGroup]:
+        """Yield all groups."""
+        yield from self.allocated
+        yield from self.frozen
+        yield from self.always_active
+
+
+@runtime_checkable
+class Owner(Protocol):
+    """An optimizer that drives module groups."""
+
+    def driven_groups(self) -> list[ModuleGroup]:
+        """Return the groups that it makes active and inactive."""
+        ...
+
+    def close(self) -> None:
+        """Drive them no more."""
+        ...
+
+
+def owners_to_replace(grouping: Grouping, optimizer: Optimizer) -> list[Owner]:
+    """Return the optimizers that drive what a new one over ``optimizer`` is about to drive.
+
+    Raises:
+        ValueError: One of them also drives what the new one would not.
+    """
+    groups = list(grouping.groups())
+    mine = _places(groups)
+    modules = (module for group in groups for module in group.modules)
+    found = {id(o): o for o in map(owner_of, [optimizer, *modules]) if isinstance(o, Owner)}
+    for owner in found.values():
+        theirs = owner.driven_groups()
+        left = [group.name for group in theirs if not _places([group]) <= mine]
+        if left:
+            raise ValueError(
+                f"{len(theirs) - len(left)} of the {len(theirs)} module groups that another "
+                "DynamicAllocationOptimizer drives are to be driven by this one too, but not "
+                f"{left[0]}. close() the other one first, or share the groups out with "
+                "groups=callable."
+            )
+    return list(found.values())
+
+
+def replace_owners(owners: Iterable[Owner]) -> None:
+    """Close ``owners``, for another optimizer takes their place, and say so."""
+    for owner in owners:
+        owner.close()
+        logger.warning(
+            "a new DynamicAllocationOptimizer takes over the %d module groups of an earlier one, "
+            "which is closed.",
+            len(owner.driven_groups()),
+        )
+
+
+def _places(groups: Iterable[ModuleGroup]) -> set[tuple[int, str]]:
+    return {(id(slot.owner), slot.attribute) for group in groups for slot in group.slots}

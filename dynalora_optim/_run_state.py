@@ -1,0 +1,81 @@
+"""Between the parts of an optimizer and one state dict."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from dynalora_optim.allocation._allocation import Allocation
+from dynalora_optim.importance._tracker import ImportanceTracker
+from dynalora_optim.state._validate import check_values
+from dynalora_optim.update._rates import Rates
+
+
+class RunState:
+    """All that decides the future of a run beside torch's own state, as values per param group."""
+
+    def __init__(self, allocation: Allocation, tracker: ImportanceTracker, rates: Rates) -> None:
+        self._allocation = allocation
+        self._tracker = tracker
+        self._rates = rates
+
+    def values(
+        self, names: Sequence[str], lines: Sequence[int], *, is_probing: bool
+    ) -> list[dict[str, Any]]:
+        """Return the values of the param groups of these ``names``."""
+        clock = {
+            **self._allocation.clock_state(),
+            "importance": self._tracker.description,
+            "probing": is_probing,
+        }
+        scores = self._tracker.state_dict()
+        costs = self._allocation.costs
+        once = {"costs": costs.state_dict() if costs else None}  # large: in the first group only
+        return [
+            {
+                **clock,
+                **(once if position == 0 else {}),
+                **self._allocation.group_state(name),
+                **scores.get(name, {}),
+                **self._rates.group_state(lines, position),
+            }
+            for position, name in enumerate(names)
+        ]
+
+    def check(
+        self,
+        values: Sequence[Mapping[str, Any]],
+        names: Sequence[str],
+        lines: Sequence[int],
+        record: Any,
+    ) -> None:
+        """Raise unless `load` can take over ``values`` and the ``record``.
+
+        Raises:
+            ValueError: They are damaged, or of a run with other settings.
+        """
+        by_name = dict(zip(names, values, strict=True))
+        check_values(values, self.values(names, lines, is_probing=False), record)
+        self._tracker.check_description(values[0]["importance"])
+        self._tracker.check_state(by_name)
+        self._allocation.check_state(values[0], by_name)
+        self._rates.check_state(lines, values)
+
+    def load(
+        self,
+        values: Sequence[Mapping[str, Any]],
+        names: Sequence[str],
+        lines: Sequence[int],
+        record: Sequence[Mapping[str, Any]],
+    ) -> None:
+        """Take over what `check` has found good."""
+        by_name = dict(zip(names, values, strict=True))
+        self._allocation.load_state(values[0], by_name, record)
+        self._tracker.load_state_dict(by_name, step=self._allocation.steps)
+        self._rates.load_state(lines, values)
+
+    def restart(self) -> None:
+        """Begin anew."""
+        self._allocation.restart()
+        self._tracker.restart()
+        self._rates.restart()

@@ -1,0 +1,61 @@
+"""What is counted for each group: its updates, its pauses, and when it came back."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping
+from typing import Any
+
+_NEVER = -1  # the step at which a group that never paused came back
+
+
+class GroupCounters:
+    """Counters of named groups.
+
+    Attributes:
+        updates: The gradient updates that each group has received (the counter C of equation 3).
+        idle: How many selections in a row have left each group out.
+    """
+
+    def __init__(self, names: Iterable[str]) -> None:
+        self.updates: dict[str, int] = {}
+        self.idle: dict[str, int] = {}
+        self._activated: dict[str, int] = {}
+        self.add(names)
+
+    def add(self, names: Iterable[str]) -> None:
+        """Begin to count for these groups."""
+        for name in names:
+            self.updates[name], self.idle[name], self._activated[name] = 0, 0, _NEVER
+
+    def count_updates(self, names: Iterable[str]) -> None:
+        """Count one update of each of these groups that is allocated."""
+        for name in names:
+            if name in self.updates:
+                self.updates[name] += 1
+
+    def count_selection(self, chosen: Collection[str]) -> None:
+        """Count one selection."""
+        self.idle = {name: 0 if name in chosen else n + 1 for name, n in self.idle.items()}
+
+    def mark_returned(self, names: Iterable[str], step: int) -> None:
+        """Note that these groups came back from a pause after optimizer step ``step``."""
+        self._activated.update(dict.fromkeys(names, step))
+
+    def age(self, name: str, step: int) -> int | None:
+        """Return the steps since the group came back from a pause; None if it never paused."""
+        activated = self._activated.get(name, _NEVER)
+        return None if activated == _NEVER else step - activated
+
+    def state(self, name: str) -> dict[str, int]:
+        """Return the numbers of one group."""
+        return {
+            "updates": self.updates[name],
+            "idle": self.idle[name],
+            "activated": self._activated[name],
+        }
+
+    def load(self, groups: Mapping[str, Mapping[str, Any]]) -> None:
+        """Take over what `state` returned for each group."""
+        self.updates = {name: groups[name]["updates"] for name in self.updates}
+        self.idle = {name: groups[name]["idle"] for name in self.updates}
+        self._activated = {name: groups[name]["activated"] for name in self.updates}

@@ -1,0 +1,100 @@
+"""Measuring what the blocks of a model cost, where they can be told apart."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dynalora_optim._base.collectives import is_fully_sharded
+from dynalora_optim.allocation._costs import Costs
+from dynalora_optim.groups._blocks import Block, model_blocks
+from dynalora_optim.groups._layout import block_of
+from dynalora_optim.groups._module_group import ModuleGroup
+from dynalora_optim.memory._block_profiler import Profiler
+from dynalora_optim.switching._module_switch import ModuleSwitch
+from dynalora_optim.switching._recompute import checkpoints_itself, is_compiled, is_reentrant
+
+
+class BlockMeter:
+    """Measures the blocks of ``model``; decides nothing by what they cost."""
+
+    def __init__(self, model: nn.Module, blocks: Sequence[Block]) -> None:
+        self.model = model
+        self.blocks = blocks
+
+    def check(self, groups: Sequence[ModuleGroup]) -> None:
+        """Raise unless every block can be measured, and every group lies in one.
+
+        Raises:
+            ValueError: The message names the block or group, and the way out.
+        """
+        if any(map(is_fully_sharded, self.model.modules())):
+            raise ValueError(
+                "Budget and memory_report() run the blocks one by one to measure them, which a "
+                "model under fully_shard (FSDP2) does not allow; use an allocator without a memory "
+                "budget, such as 'discounted', or DistributedDataParallel."
+            )
+        if not self.blocks:
+            model_blocks(self.model, must=True)
+        for group in groups:
+            block_of(group, self.blocks)
+        for block in self.blocks:
+            if hasattr(block.module, "_orig_mod"):
+                raise ValueError(
+                    f"Budget: {block.name} is wrapped by torch.compile, so that it cannot be "
+                    "measured; compile the block itself, in place: block.compile()."
+                )
+            if checkpoints_itself(block.module) and is_reentrant(block.module):
+                raise ValueError(
+                    f"Budget: {block.name} is checkpointed with use_reentrant=True, which keeps "
+                    "the backward pass from ending at a block; enable gradient checkpointing with "
+                    'gradient_checkpointing_kwargs={"use_reentrant": False}, or not at all.'
+                )
+
+    def measure(
+        self,
+        groups: Sequence[ModuleGroup],
+        switch: ModuleSwitch,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Costs:
+        """Return what every choice among ``groups`` costs for this batch.
+
+        The flags that ``switch`` set are lost; the caller sets them anew.
+
+        Raises:
+            ValueError: The model has no blocks, or not such as can be told apart.
+        """
+        self.check(groups)
+        places = [block_of(group, self.blocks) for group in groups]
+        members = [
+            [group for group, place in zip(groups, places, strict=True) if place == position]
+            for position in range(len(self.blocks))
+        ]
+        switch.clear(groups)
+        profiler = Profiler(self.model, self.blocks, members, switch)
+        with self._uncompiled():
+            costs = profiler.measure(args, kwargs, group_blocks=places)
+        self._check_prefix(groups, profiler.prefix_parameters)
+        return costs
+
+    def _uncompiled(self) -> AbstractContextManager[object]:
+        """What runs in here runs block by block and operation by operation."""
+        if any(is_compiled(block.module) for block in self.blocks):
+            eager: AbstractContextManager[object] = torch.compiler.set_stance("force_eager")
+            return eager
+        return nullcontext()  # the other would import all that compiling needs
+
+    def _check_prefix(self, groups: Sequence[ModuleGroup], prefix: Iterable[Tensor]) -> None:
+        before = {id(parameter) for parameter in prefix}
+        for group in groups:
+            if any(id(parameter) in before for parameter in group.parameters()):
+                raise ValueError(
+                    f"Budget: group {group.name!r} runs before the blocks, so that no gradient "
+                    f"could stop at one while it is active. Leave it out of the adapter's targets, "
+                    f"or pass always_active=[{group.name!r}] and train it at that price."
+                )

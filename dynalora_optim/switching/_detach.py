@@ -1,0 +1,90 @@
+"""Detached parameters for modules that have no ``active`` flag of their own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from dynalora_optim.groups._module_group import AdapterModule, Slot
+from dynalora_optim.switching._gate import gated, needs_gate, new_gate, set_gate
+from dynalora_optim.switching._recompute import LayerCheckpoint
+
+
+class DetachedForward:
+    """Hooks that give a module detached parameters for each forward while it is inactive.
+
+    They serve modules that have no ``active`` flag of their own: peft's layers, a user's. They stay
+    when it is active: hooks that come and go would make torch.compile begin anew.
+    """
+
+    def __init__(self, module: nn.Module, slots: Sequence[Slot]) -> None:
+        self.slots = slots
+        self.gated = True
+        self._active = True
+        self._gate = new_gate()
+        self._held: list[nn.Parameter | None] = []
+        self._checkpoint: LayerCheckpoint | None = None
+        self._handles: list[RemovableHandle] = [
+            # Within the hooks by which FSDP2 puts the whole parameters into this very module.
+            module.register_forward_pre_hook(self._detach),
+            module.register_forward_hook(self._restore, prepend=True, always_call=True),
+        ]
+
+    @property
+    def active(self) -> bool:
+        return self._active
+
+    @active.setter
+    def active(self, active: bool) -> None:
+        self.restore()
+        self._active = active
+        set_gate(self._gate, active)
+
+    def _detach(self, module: nn.Module, args: object) -> None:
+        is_gated = self.gated and needs_gate()
+        if not is_gated and self._active:  # in this order: compiled code is not to ask for it
+            return
+        self.restore()
+        self._held = [slot.owner._parameters[slot.attribute] for slot in self.slots]
+        for slot, parameter in zip(self.slots, self._held, strict=True):
+            if parameter is not None:
+                replacement = gated(parameter, self._gate) if is_gated else parameter.detach()
+                # _parameters takes only Parameters through setattr; the forward needs a Tensor.
+                slot.owner._parameters[slot.attribute] = replacement  # type: ignore[assignment]
+        self._checkpoint = LayerCheckpoint.over(module)
+
+    def _restore(self, module: nn.Module, args: object, output: object) -> None:
+        self.restore()
+
+    def restore(self) -> None:
+        """Put the parameters back; no hook does after a KeyboardInterrupt in the forward."""
+        for slot, parameter in zip(self.slots, self._held, strict=False):
+            slot.owner._parameters[slot.attribute] = parameter
+        self._held = []
+        if self._checkpoint:
+            self._checkpoint.remove()
+            self._checkpoint = None
+
+    def holds(self, parameter: Tensor) -> bool:
+        places = (slot.owner._parameters[slot.attribute] for slot in self.slots)
+        return any(held is parameter for held in (self._held or places))
+
+    def remove(self) -> None:
+        self.restore()
+        for handle in self._handles:
+            handle.remove()
+
+
+def drop_copied_hooks(module: nn.Module) -> None:
+    """Remove the hooks that a copy of a model has brought along from the original's optimizer."""
+    for hooks in (module._forward_pre_hooks, module._forward_hooks):
+        for key, hook in list(hooks.items()):
+            if isinstance(getattr(hook, "__self__", None), DetachedForward):
+                del hooks[key]
+
+
+def has_flag(module: nn.Module) -> bool:
+    """Return whether ``module`` itself uses detached parameters while it is inactive."""
+    return isinstance(module, AdapterModule) and isinstance(getattr(module, "active", None), bool)

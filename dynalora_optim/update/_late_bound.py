@@ -1,0 +1,108 @@
+"""A torch optimizer that owns groups and state, and leaves the update to another optimizer.
+
+That one owns nothing in between. Sharing param groups between the two optimizers instead would
+break at the first ``load_state_dict``, which ``accelerator.prepare`` calls.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+from torch.optim import Optimizer
+
+from dynalora_optim.update._param_groups import ParameterIndex, flatten, parameters_of
+from dynalora_optim.update._plain import UserGroup, user_groups
+from dynalora_optim.update._rule import UpdateRule
+
+
+class LateBoundOptimizer(Optimizer):
+    """A torch optimizer that owns groups and state, and leaves the update to another optimizer.
+
+    Its param groups are those of the other, split by a `ParameterIndex`; its state begins as the
+    other's.
+    """
+
+    # GradScaler must unscale the gradients itself: the wrapped optimizer's fused kernel, which
+    # could do it, never sees the scaler.
+    _step_supports_amp_scaling = False
+
+    def __init__(self, optimizer: Optimizer, index: ParameterIndex, rule: UpdateRule) -> None:
+        self._rule = rule
+        self._index = index
+        self._lines: list[int] = []  # per param group, the number of the user group it came from
+        self._users: list[UserGroup] = []
+        self._is_provisional = False  # the state was created for a checkpoint, not by training
+        self.param_groups = []
+        super().__init__(optimizer.param_groups, dict(optimizer.defaults))
+        self.state.update(optimizer.state)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a param group, split per module group.
+
+        Raises:
+            ValueError: A parameter is held already. Nothing is changed then.
+        """
+        parameters = self._check_new(param_group)
+        pieces = self._index.split({**param_group, "params": parameters})
+        if pieces:
+            self._lines += [len(self._users)] * len(pieces)
+            names = tuple(self._index.names_of(parameters))
+            self._users.append(UserGroup(names, has_names="param_names" in param_group))
+        for piece in pieces:
+            super().add_param_group(piece)
+
+    def _rehearse(self) -> None:
+        """Create all state, and change nothing else."""
+        options = [dict(group) for group in self.param_groups]
+        self._rule.step(self.param_groups, self.state)
+        for group, before in zip(self.param_groups, options, strict=True):
+            group.clear()
+            group.update(before)
+        self._is_provisional = True
+
+    def _drop_provisional(self) -> None:
+        """Let training create the state that was only rehearsed."""
+        if self._is_provisional:
+            self.state.clear()
+            self._is_provisional = False
+
+    def _check_new(self, param_group: dict[str, Any]) -> list[Tensor]:
+        held = {id(parameter) for parameter in flatten(self.param_groups)}
+        parameters = parameters_of(param_group)
+        if any(id(parameter) in held for parameter in parameters):
+            raise ValueError("add_param_group() got a parameter that another param group holds.")
+        return parameters
+
+    def _give_back(self) -> None:
+        """Leave the wrapped optimizer with the groups of its user, their options and the state."""
+        groups = user_groups(self.param_groups, self._lines, self._users)
+        self._rule.optimizer.param_groups = groups
+        self._rule.optimizer.state = self.state
+
+    def train(self) -> None:
+        """Switch a wrapped optimizer that has modes (schedule-free kinds) to training."""
+        self._rule.switch_mode("train", self.param_groups, self.state)
+
+    def eval(self) -> None:
+        """Switch a wrapped optimizer that has modes (schedule-free kinds) to evaluation."""
+        self._rule.switch_mode("eval", self.param_groups, self.state)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # As for every torch optimizer, hooks and a scheduler's patch of step() stay behind.
+        return {
+            key: value
+            for key, value in self.__dict__.items()
+            if key != "step" and not key.endswith("_hooks")
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if "_rule" in state:  # a copy; load_state_dict comes through here too
+            self._take_charge()
+
+    def _take_charge(self) -> None:
+        """Let step hooks of the wrapped optimizer fire with this one's, once per step."""
+        wrapped = self._rule.optimizer
+        self._optimizer_step_pre_hooks = wrapped._optimizer_step_pre_hooks
+        self._optimizer_step_post_hooks = wrapped._optimizer_step_post_hooks

@@ -1,0 +1,96 @@
+"""What becomes of the optimizer state of modules that pause, and how they come back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, MutableMapping
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias, get_args
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from dynalora_optim._base.checks import whole_number
+
+PausedState: TypeAlias = Literal["keep", "offload", "drop"]
+Moments: TypeAlias = Literal["keep", "reset_momentum", "reset"]
+
+_FIRST_MOMENTS = ("exp_avg", "momentum_buffer")  # of all of torch's optimizers
+
+
+@dataclass(frozen=True)
+class Pause:
+    """What becomes of the optimizer state of a module that pauses.
+
+    Attributes:
+        state: While it is inactive: ``"keep"``; ``"offload"``: it moves to the host and comes back
+            unchanged; or ``"drop"``: it is deleted, and the module begins anew.
+        moments: When it returns: ``"keep"``, ``"reset_momentum"`` (the first moment only), or
+            ``"reset"``.
+        warmup: When it returns, its rate rises over so many steps: 1/n, 2/n, ... 1.
+
+    Raises:
+        ValueError: A value out of its range, or ``moments`` of a state that is dropped.
+    """
+
+    state: PausedState = "keep"
+    moments: Moments = "keep"
+    warmup: int = 0
+
+    def __post_init__(self) -> None:
+        if self.state not in get_args(PausedState):
+            raise ValueError(
+                f"Pause(state={self.state!r}): pass one of {', '.join(get_args(PausedState))}."
+            )
+        if self.moments not in get_args(Moments):
+            raise ValueError(
+                f"Pause(moments={self.moments!r}): pass one of {', '.join(get_args(Moments))}."
+            )
+        if self.state == "drop" and self.moments != "keep":
+            raise ValueError(
+                f"Pause(state='drop', moments={self.moments!r}): a dropped state has no moments; "
+                "leave moments out."
+            )
+        whole_number("Pause(warmup)", self.warmup, least=0)
+
+    def check(self, optimizer: Optimizer) -> None:
+        """Raise unless ``optimizer`` can do without the moments that are to be reset.
+
+        Raises:
+            ValueError: It cannot.
+        """
+        if self.moments == "reset" and isinstance(optimizer, torch.optim.Adagrad):
+            raise ValueError(
+                "Pause(moments='reset') deletes a state that Adagrad makes only when it is built; "
+                "pass 'keep', or another optimizer."
+            )
+
+    def welcome(self, state: MutableMapping[Tensor, Any], returning: Iterable[Tensor]) -> None:
+        """Reset the state of ``returning`` parameters as ``moments`` says.
+
+        Kept momentum goes on in the direction of before the pause: after 100 unit gradients, Adam's
+        first step on a gradient of -1 still moves 0.8 lr the old way.
+        """
+        for parameter in returning if self.moments != "keep" else ():
+            if self.moments == "reset":
+                state.pop(parameter, None)
+            for key in _FIRST_MOMENTS:
+                moment = state.get(parameter, {}).get(key)
+                if moment is not None:
+                    moment.zero_()
+
+
+def as_pause(pause: object) -> Pause:
+    """Return ``pause`` itself; a string is short for ``Pause(state=...)``.
+
+    Raises:
+        TypeError: Neither.
+        ValueError: An unknown string.
+    """
+    if isinstance(pause, Pause):
+        return pause
+    if isinstance(pause, str):
+        return Pause(state=pause)  # type: ignore[arg-type]  # checked there
+    raise TypeError(
+        f"pause={pause!r} is neither a Pause nor one of {', '.join(get_args(PausedState))}."
+    )

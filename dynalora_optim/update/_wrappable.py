@@ -1,0 +1,37 @@
+"""Which optimizers can be wrapped."""
+
+from __future__ import annotations
+
+import torch
+from torch.optim import Optimizer
+
+from dynalora_optim._base.claims import is_owner
+
+
+def check_wrappable(optimizer: object, *, scheduled: bool = False) -> None:
+    """Raise unless ``optimizer`` can serve as an update rule; one that is ``scheduled`` may.
+
+    Raises:
+        TypeError: It is no torch optimizer.
+        ValueError: It wraps another itself, has a learning-rate scheduler, or cannot be allocated.
+    """
+    if not isinstance(optimizer, Optimizer):
+        raise TypeError(
+            f"optimizer={optimizer!r} is not a torch.optim.Optimizer; pass an instance such as "
+            "torch.optim.AdamW(model.parameters(), lr=4e-4)."
+        )
+    kind = type(optimizer).__name__
+    if is_owner(optimizer):
+        raise ValueError(
+            f"optimizer={kind} wraps another optimizer itself; pass that one, or use this as it is."
+        )
+    if isinstance(optimizer, torch.optim.LBFGS):
+        raise ValueError(
+            "optimizer=LBFGS keeps one state over all parameters together, so modules cannot be "
+            "active one by one; pass a per-parameter optimizer such as AdamW."
+        )
+    if hasattr(optimizer.step, "_wrapped_by_lr_sched") and not scheduled:
+        raise ValueError(
+            f"optimizer={kind} has a learning-rate scheduler, which would go on changing rates "
+            "that are no longer used; wrap first, then build the scheduler on the wrapper."
+        )
