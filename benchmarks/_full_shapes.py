@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
-from _models import DEFAULT_CAUSAL_LM, load_causal_lm, locate
+from _assets import CAUSAL_LM, locate
+from _common import pretrained
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,8 @@ class FullShape:
 
 
 def _smollm2() -> nn.Module:
-    return load_causal_lm(locate(DEFAULT_CAUSAL_LM))
+    model: nn.Module = pretrained("AutoModelForCausalLM", locate(CAUSAL_LM), dtype=torch.float32)
+    return model
 
 
 SMOLLM2 = FullShape("SmolLM2-135M", _smollm2, rows=4, length=256, timed_length=64)

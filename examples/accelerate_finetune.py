@@ -8,23 +8,32 @@ Run the same command again after a kill: it continues from the last checkpoint, 
 
 from __future__ import annotations
 
+import json
 import shutil
 import sys
+from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from _data import Batch
-from _monitor import accuracy
-from _report import write_json
-from _setup import Settings, Work, parser, positive
+from _assets import CLASSIFIER
+from _common import (
+    Batch,
+    Sentences,
+    accuracy,
+    head_modules,
+    linear_schedule,
+    parser,
+    placed,
+    positive,
+    share,
+)
 from accelerate import Accelerator
 from accelerate.utils import DataLoaderConfiguration, set_seed
-from quickstart import adapted, linear_schedule
 from torch.utils.data import DataLoader
 
-from dynalora_adapters import save_adapter
+from dynalora_adapters import LoRAConfig, inject, save_adapter
 from dynalora_optim import Allocator, Budget, DynamicAllocationOptimizer
 
 ALLOCATORS = ("discounted", "topk", "threshold", "stochastic", "random", "round_robin", "budget")
@@ -32,20 +41,22 @@ ALLOCATORS = ("discounted", "topk", "threshold", "stochastic", "random", "round_
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Train, saving as we go; return 0."""
-    settings, options = parse(arguments)
+    options = parse(arguments)
     accelerator = Accelerator(
-        dataloader_config=DataLoaderConfiguration(
-            use_seedable_sampler=True, data_seed=settings.seed
-        )
+        dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=options.seed)
     )
-    work = Work.prepare(settings, device="cpu")
-    model, optimizer, loader, scheduler = prepare(accelerator, work, options)
-    set_seed(settings.seed, device_specific=True)
-    step = resume(accelerator, settings.output)
+    try:
+        sentences = Sentences.load(options)
+        model, optimizer, loader, scheduler = prepare(accelerator, sentences, options)
+    except (OSError, ValueError) as error:
+        sys.exit(f"accelerate_finetune: {error}")
+    options.output.mkdir(parents=True, exist_ok=True)
+    set_seed(options.seed, device_specific=True)
+    step = resume(accelerator, options.output)
     accelerator.print(f"{accelerator.num_processes} processes, from step {step}")
 
     model.train()
-    for batch in batches(accelerator, loader, start=step, stop=settings.steps):
+    for batch in batches(accelerator, loader, start=step, stop=options.steps):
         loss = model(**batch).loss
         accelerator.backward(loss)
         accelerator.clip_grad_norm_(model.parameters(), 1.0)
@@ -53,44 +64,47 @@ def main(arguments: Sequence[str] | None = None) -> int:
         scheduler.step()
         optimizer.zero_grad()
         step += 1
-        if step % options["save_every"] == 0:
-            save(accelerator, settings.output, step)
+        if step % options.save_every == 0:
+            save(accelerator, options.output, step)
 
-    finish(accelerator, accelerator.unwrap_model(model), optimizer.optimizer, work)
+    model = accelerator.unwrap_model(model)
+    finish(accelerator, model, optimizer.optimizer, sentences.held_out, options.output)
     return 0
 
 
-def prepare(accelerator: Accelerator, work: Work, options: dict[str, Any]) -> tuple[Any, ...]:
+def prepare(accelerator: Accelerator, sentences: Sentences, options: Namespace) -> tuple[Any, ...]:
     """Build what a run consists of; the optimizer is the one line that differs from LoRA."""
-    settings = work.settings
-    model = adapted(work)
-    inner = torch.optim.AdamW(model.parameters(), lr=settings.lr)
+    model = sentences.classifier(options.seed)
+    lora = LoRAConfig(rank=8, alpha=16, targets=options.targets, trainable=head_modules(model))
+    model = inject(model, lora)
+    inner = torch.optim.AdamW(model.parameters(), lr=options.lr)
     optimizer = DynamicAllocationOptimizer(
         inner,
         model,
-        active=settings.active,
-        period=settings.period,
-        allocator=allocator(settings, options["allocator"]),
-        lr_time=options["lr_time"],
-        seed=settings.seed,
+        active=options.active,
+        period=options.period,
+        allocator=allocator(options),
+        lr_time=options.lr_time,
+        seed=options.seed,
     )
     # Accelerate moves the scheduler once for every process.
-    scheduler = linear_schedule(optimizer, settings.steps * accelerator.num_processes)
+    scheduler = linear_schedule(optimizer, options.steps * accelerator.num_processes)
     loader: DataLoader[Batch] = DataLoader(
-        work.examples,  # type: ignore[arg-type]  # a list is a map-style dataset
-        batch_size=settings.batch_size,
+        sentences.train,  # type: ignore[arg-type]  # a list is a map-style dataset
+        batch_size=options.batch_size,
         shuffle=True,
         drop_last=True,
         # Its own random numbers: a loader that begins anew must not disturb the global ones.
-        generator=torch.Generator().manual_seed(settings.seed),
+        generator=torch.Generator().manual_seed(options.seed),
     )
     prepared: tuple[Any, ...] = accelerator.prepare(model, optimizer, loader, scheduler)
     return prepared
 
 
-def allocator(settings: Settings, name: str) -> str | Allocator:
-    """Return the allocator of this name."""
-    return Budget(settings.memory, settings.compute) if name == "budget" else name
+def allocator(options: Namespace) -> str | Allocator:
+    """Return the allocator that is asked for."""
+    budget = options.allocator == "budget"
+    return Budget(options.memory, options.compute) if budget else str(options.allocator)
 
 
 def batches(accelerator: Accelerator, loader: Any, *, start: int, stop: int) -> Iterator[Batch]:
@@ -146,37 +160,41 @@ def finish(
     accelerator: Accelerator,
     model: torch.nn.Module,
     optimizer: DynamicAllocationOptimizer,
-    work: Work,
+    held_out: list[Batch],
+    output: Path,
 ) -> None:
     """Evaluate and export, on one process."""
     if accelerator.is_main_process:
-        output = work.settings.output
-        held_out = [
-            {name: field.to(accelerator.device) for name, field in batch.items()}
-            for batch in work.held_out
-        ]
-        found = accuracy(model, held_out)
+        found = accuracy(model, (placed(batch, accelerator.device) for batch in held_out))
         print(f"held-out accuracy {found:.3f}")
         save_adapter(model, output / "adapter")
         optimizer.record.to_json(output / "record.json")
-        write_json(
-            output / "summary.json",
-            {"accuracy": found, "num_processes": accelerator.num_processes},
-        )
+        summary = {"accuracy": found, "num_processes": accelerator.num_processes}
+        (output / "summary.json").write_text(json.dumps(summary), "utf-8")
     accelerator.end_training()
 
 
-def parse(arguments: Sequence[str] | None) -> tuple[Settings, dict[str, Any]]:
+def parse(arguments: Sequence[str] | None) -> Namespace:
     """Read the command line: what all examples take, and what this one adds."""
-    reader = parser((__doc__ or "").splitlines()[0], "runs/accelerate")
-    reader.add_argument("--allocator", choices=ALLOCATORS, default="discounted", help="who is next")
-    reader.add_argument("--lr-time", choices=("global", "local"), default="global")
-    reader.add_argument("--save-every", type=positive, default=100, help="steps")
-    values = vars(reader.parse_args(arguments))
-    options = {name: values.pop(name) for name in ("allocator", "lr_time", "save_every")}
-    settings = Settings(**values)
-    settings.output.mkdir(parents=True, exist_ok=True)
-    return settings, options
+    reader = parser(
+        __doc__,
+        model=CLASSIFIER,
+        steps=300,
+        batch_size=16,
+        length=48,
+        lr=4e-3,
+        period=20,
+        output="runs/accelerate",
+    )
+    add = reader.add_argument
+    add("--targets", nargs="+", default=["query", "value"], metavar="NAME", help="layers to adapt")
+    add("--active", type=share, default=2 / 3, help="active modules: 8, or a share: 0.5, 2/3")
+    add("--allocator", choices=ALLOCATORS, default="discounted", help="what decides who is active")
+    add("--memory", type=float, default=0.40, help="of --allocator budget: a share of LoRA's peak")
+    add("--compute", type=float, default=0.6, help="and a share of LoRA's backward pass")
+    add("--lr-time", choices=("global", "local"), default="global", help="the schedule's steps")
+    add("--save-every", type=positive, default=100, help="steps")
+    return reader.parse_args(arguments)
 
 
 if __name__ == "__main__":

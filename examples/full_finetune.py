@@ -12,174 +12,284 @@ bit for bit. What the methods differ in is `optimizer_for`; the loop is `train`.
 
 from __future__ import annotations
 
+import json
+import pickle
 import statistics
 import sys
 import time
+from argparse import Namespace
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, astuple
+from dataclasses import asdict, astuple, dataclass, field
+from functools import partial
 from itertools import islice
 from typing import Any
 
 import torch
-from _data import Batch, training_batches
-from _full_methods import PERIOD, Settings, optimizer_for, parse
-from _full_run import Progress, Run, checkpoint_of, resume, save
-from _models import load_causal_lm
-from _report import column, loss_cells, loss_numbers, versions, write_json
-from _setup import DEVICE, TextWork
-from quickstart import linear_schedule
-from torch import nn
+from _assets import CAUSAL_LM
+from _common import (
+    DEVICE,
+    Batch,
+    Texts,
+    linear_schedule,
+    parser,
+    placed,
+    positive,
+    table,
+    training_batches,
+)
+from torch import Tensor, nn
+from torch.optim import AdamW, Optimizer
+from torch.optim.lr_scheduler import LambdaLR
 from tqdm.auto import tqdm
 
-from dynalora_optim import DynamicAllocationOptimizer, StepMemory, measure_step
+from dynalora_optim import Blocks, DynamicAllocationOptimizer, StepMemory, badam, lisa, measure_step
+
+BY_BLOCKS = {"outside", "idle_state", "checkpoint_idle", "fused_backward"}
+TAKES = {  # what trains in a step, and what else it can be told
+    "adamw": set[str](),  # everything
+    "badam": BY_BLOCKS | {"order"},  # one block at a time
+    "lisa": BY_BLOCKS | {"layers"},  # blocks drawn at random, and what is outside of them
+    "blocks": BY_BLOCKS | {"layers"},  # blocks of importance
+}
+RATES = {"adamw": 1e-4, "badam": 1e-3, "lisa": 3e-4, "blocks": 1e-3}  # to start from
 
 
-def prepare(settings: Settings, source: str) -> Run:
-    """Build what a run consists of, as it is before its first step.
+def optimizer_for(model: nn.Module, options: Namespace) -> Optimizer:
+    """Return the method's optimizer over all parameters of ``model``.
 
-    Raises:
-        OSError: There is no such model.
-        ValueError: It does not go with the method.
+    AdamW alone would lose most updates of weights in bfloat16: it gets float32 copies there too.
     """
-    model = load_causal_lm(source, getattr(torch, settings.dtype)).to(DEVICE).train()
-    optimizer = optimizer_for(model, settings)
-    torch.manual_seed(settings.seed)  # of dropout, where a model has some
-    return Run(model, optimizer, linear_schedule(optimizer, settings.steps))
+    lr = RATES[options.method] if options.lr is None else options.lr
+    adamw = AdamW(model.parameters(), lr=lr)
+    told: dict[str, Any] = {"period": options.period, "seed": options.seed, **given(options)}
+    if "outside" in told:
+        told["groups"] = Blocks(outside=told.pop("outside"))
+    if options.dtype == "bfloat16":
+        told["master_weights"] = options.rounding or "nearest"
+    if options.method == "badam":
+        return badam(model, adamw, **told)
+    if options.method == "lisa":
+        return lisa(model, adamw, **told)
+    if options.method == "blocks":
+        told = {"active": told.pop("layers", 2), "groups": Blocks(outside="frozen"), **told}
+        return DynamicAllocationOptimizer(adamw, model, **told)
+    if options.dtype == "float32":
+        return adamw
+    return DynamicAllocationOptimizer(adamw, model, groups="blocks", active=1.0, **told)
 
 
-def train(run: Run, settings: Settings, batches: Iterator[Batch]) -> None:
-    """Take the steps that are left: a plain loop, but for the steps that are weighed."""
-    model, optimizer, progress = run.model, run.optimizer, run.progress
-    for step, batch in left(batches, settings, progress):
-        progress.trained.append(run.trained_parameters)
-        if is_weighed(step, settings):
-            memory = measure_step(model, batch, optimizer, loss=progress.loss)
-            progress.weighed.append(astuple(memory))
-        else:
-            with timed(progress.seconds):
-                progress.loss(model(**batch)).backward()  # type: ignore[no-untyped-call]
-                optimizer.step()
-                optimizer.zero_grad()
-        run.scheduler.step()
-        if settings.save_every and (step + 1) % settings.save_every == 0:
-            save(run, settings)
+def given(options: Namespace) -> dict[str, Any]:
+    """Return the options of single methods that are on the command line."""
+    names = sorted(set().union(*TAKES.values()))
+    return {name: value for name in names if (value := getattr(options, name)) is not None}
 
 
-def is_weighed(step: int, settings: Settings) -> bool:
-    """One step a period is: the second one, which holds the state that the first one made."""
-    return step % max(2, settings.period or PERIOD) == 1
+PROGRESS = ("loss_before", "losses", "trained", "memory", "seconds")  # in a checkpoint as well
 
 
-def left(
-    batches: Iterator[Batch], settings: Settings, progress: Progress
-) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yield the steps to take and their batches, those of an uninterrupted run."""
-    start = len(progress.losses)
-    rest = islice(batches, start, None)
+@dataclass
+class Run:
+    """What trains, and what its steps so far were like."""
+
+    model: nn.Module
+    optimizer: Optimizer
+    scheduler: LambdaLR
+    loss_before: float = 0.0  # on the held-out blocks
+    losses: list[float] = field(default_factory=list)  # in training
+    trained: list[int] = field(default_factory=list)  # parameters that the step could move
+    memory: list[tuple[int, ...]] = field(default_factory=list)  # of a step a period: StepMemory's
+    seconds: list[float] = field(default_factory=list)  # of the other steps
+
+    def loss(self, output: Any) -> Tensor:
+        """Return the loss in what the model returned, and keep its value."""
+        loss: Tensor = output.loss
+        self.losses.append(loss.item())
+        return loss
+
+    def trained_parameters(self) -> int:
+        """Return how many parameters the next step can move."""
+        if isinstance(self.optimizer, DynamicAllocationOptimizer):
+            return sum(parameter.numel() for parameter in self.optimizer.active_parameters())
+        return sum(parameter.numel() for parameter in self.model.parameters())
+
+
+def prepare(texts: Texts, options: Namespace) -> Run:
+    """Build a run as it is before its first step."""
+    model = texts.model(getattr(torch, options.dtype)).to(DEVICE).train()
+    optimizer = optimizer_for(model, options)
+    torch.manual_seed(options.seed)  # of dropout, where a model has some
+    return Run(model, optimizer, linear_schedule(optimizer, options.steps))
+
+
+def train(run: Run, options: Namespace, batches: Iterator[Batch]) -> None:
+    """Take the steps that are left: a plain loop, but for the steps whose memory is measured."""
+    model, optimizer, start = run.model, run.optimizer, len(run.losses)
+    left = islice(batches, start, None)  # those of an uninterrupted run
     seconds = 0.1 if sys.stderr.isatty() else 10  # a log file wants few lines
-    with tqdm(rest, settings.method, settings.steps, initial=start, mininterval=seconds) as bar:
-        for step, batch in enumerate(bar, start):
-            yield step, inputs(batch)
-            bar.set_postfix(loss=f"{progress.losses[-1]:.3f}", refresh=False)
+    bar = tqdm(left, options.method, options.steps, initial=start, mininterval=seconds)
+    for step, batch in enumerate(map(inputs, bar), start):
+        run.trained.append(run.trained_parameters())
+        if is_measured(step, options):
+            run.memory.append(astuple(measure_step(model, batch, optimizer, loss=run.loss)))
+        else:
+            began = clock()
+            run.loss(model(**batch)).backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+            optimizer.zero_grad()
+            run.seconds.append(clock() - began)
+        run.scheduler.step()
+        bar.set_postfix(loss=f"{run.losses[-1]:.3f}", refresh=False)
+        if options.save_every and (step + 1) % options.save_every == 0:
+            save(run, options)
 
 
 def inputs(batch: Batch) -> dict[str, Any]:
     """Return what the model is called with; it would keep keys and values to generate with."""
-    return {name: column.to(DEVICE) for name, column in batch.items()} | {"use_cache": False}
+    return {**placed(batch), "use_cache": False}
 
 
-@contextmanager
-def timed(seconds: list[float]) -> Iterator[None]:
-    start = time.perf_counter()
-    yield
+def is_measured(step: int, options: Namespace) -> bool:
+    """One step a period is: the second one, which holds the state that the first one made."""
+    return bool(step % max(2, options.period) == 1)
+
+
+def clock() -> float:
     if DEVICE == "cuda":
         torch.cuda.synchronize()
-    seconds.append(time.perf_counter() - start)
+    return time.perf_counter()
 
 
 @torch.no_grad()
 def held_out_loss(model: nn.Module, blocks: Sequence[Batch]) -> float:
     """Return the mean over the blocks, which are of one length."""
     model.eval()
-    alone = [{name: column[None] for name, column in block.items()} for block in blocks]
+    alone = [{name: field[None] for name, field in block.items()} for block in blocks]
     losses = [float(model(**inputs(batch)).loss) for batch in alone]
     model.train()
     return statistics.fmean(losses)
 
 
+def identity(options: Namespace) -> dict[str, str]:
+    """Return what the two halves of an interrupted run must share."""
+    return {k: str(v) for k, v in vars(options).items() if k not in ("output", "save_every")}
+
+
+def save(run: Run, options: Namespace) -> None:
+    """Write the checkpoint beside and rename it, so that a killed run leaves no half of one."""
+    state = {
+        "options": identity(options),
+        "model": run.model.state_dict(),
+        "optimizer": run.optimizer.state_dict(),
+        "scheduler": run.scheduler.state_dict(),
+        "random": torch.get_rng_state(),
+        "random_cuda": torch.cuda.get_rng_state_all(),
+        "progress": {name: getattr(run, name) for name in PROGRESS},
+    }
+    beside = options.output / ".checkpoint.tmp"
+    torch.save(state, beside)
+    beside.replace(options.output / "checkpoint.pt")
+
+
+def resume(run: Run, options: Namespace) -> None:
+    """Put ``run`` where its checkpoint is, if there is one.
+
+    Raises:
+        ValueError: The file is no checkpoint, or that of a run with other options.
+    """
+    path = options.output / "checkpoint.pt"
+    if not (options.save_every and path.is_file()):
+        return
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        saved = state["options"]
+    except (EOFError, KeyError, RuntimeError, pickle.UnpicklingError) as error:
+        raise ValueError(f"{path} is no checkpoint of this script; remove it") from error
+    for name, value in identity(options).items():
+        if saved.get(name) != value:
+            found = f"{path} is of a run with {name}={saved.get(name)}, not {value}"
+            raise ValueError(f"{found}; remove it, or pass another --output")
+    run.model.load_state_dict(state["model"])
+    run.optimizer.load_state_dict(state["optimizer"])
+    run.scheduler.load_state_dict(state["scheduler"])
+    torch.set_rng_state(state["random"])
+    torch.cuda.set_rng_state_all(state["random_cuda"])
+    for name in PROGRESS:
+        setattr(run, name, state["progress"][name])
+
+
 def results(run: Run, after: float) -> dict[str, float]:
-    """What the run was like, by flat keys."""
-    progress = run.progress
-    memory = StepMemory(*map(max, zip(*progress.weighed, strict=True)))
+    """Return what the run was like, by flat keys."""
+    memory = StepMemory(*map(max, zip(*run.memory, strict=True)))
     return {
-        **loss_numbers(progress.loss_before, after),
+        "loss_before": run.loss_before,
+        "loss_after": after,
         "parameters": sum(p.numel() for p in run.model.parameters()),
-        "trained_parameters": statistics.fmean(progress.trained),
+        "trained_parameters": statistics.fmean(run.trained),
+        "seconds_per_step": statistics.median(run.seconds),
         **{f"{name}_bytes": size for name, size in asdict(memory).items()},
-        "seconds_per_step": statistics.median(progress.seconds),
     }
 
 
-def table(found: dict[str, float]) -> str:
-    """Lay out the numbers, a line each."""
-    sizes = [name.removesuffix("_bytes") for name in found if name.endswith("_bytes")]
-    return column(
-        {
-            **loss_cells(found),
-            "parameters": f"{found['parameters']:,}",
-            "trained in a step (mean)": f"{found['trained_parameters']:,.0f}",
-            **{
-                f"{n.replace('_', ' ')} (MiB)": f"{found[f'{n}_bytes'] / 2**20:,.1f}" for n in sizes
-            },
-            "seconds per step (median)": f"{found['seconds_per_step']:.3f}",
-        }
+def parse(arguments: Sequence[str] | None) -> Namespace:
+    """Read the command line, or raise ValueError; None is what the method does by itself."""
+    reader = parser(
+        __doc__, model=CAUSAL_LM, steps=60, batch_size=4, length=64, period=2, output="runs/full"
     )
-
-
-def export(run: Run, settings: Settings, work: TextWork) -> None:
-    """Save the model where --model finds it, and the history of the allocation."""
-    if isinstance(run.optimizer, DynamicAllocationOptimizer):
-        run.optimizer.record.to_json(settings.output / "allocation.json")
-        run.optimizer.record.plot(settings.output / "allocation.png")
-        run.optimizer.close()
-    run.model.save_pretrained(settings.output / "model")  # type: ignore[operator]
-    work.tokenizer.save_pretrained(settings.output / "model")
+    add = reader.add_argument
+    add("--method", choices=sorted(TAKES), default="badam", help="what trains in a step")
+    add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the weights")
+    add("--rounding", choices=("nearest", "stochastic"), help="of bfloat16 weights that pause")
+    add("--layers", type=positive, help="blocks at a time, of lisa and blocks; None: 2")
+    add("--order", choices=("ascending", "descending", "random"), help="of badam's blocks")
+    add("--outside", choices=("frozen", "always_active", "allocated"), help="what is not a block")
+    add("--idle-state", choices=("keep", "offload", "drop"), help="state of a block that pauses")
+    flag = partial(add, action="store_const", const=True)
+    flag("--checkpoint-idle", help="recompute the activations of idle blocks")
+    flag("--fused-backward", help="update within the backward pass, a gradient at a time")
+    add("--save-every", type=positive, help="steps; go on from the last checkpoint. None: neither")
+    options = reader.parse_args(arguments)
+    for name, why in {
+        "steps": "one timed, one measured",
+        "length": "one token, and the next",
+    }.items():
+        if (value := getattr(options, name)) < 2:
+            raise ValueError(f"--{name} {value} must be 2 at least: {why}")
+    if refused := sorted(given(options).keys() - TAKES[options.method]):
+        raise ValueError(f"--method {options.method} takes no --{refused[0].replace('_', '-')}")
+    if options.rounding is not None and options.dtype != "bfloat16":
+        raise ValueError("--rounding is of weights in bfloat16: pass --dtype bfloat16 as well")
+    return options
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Train, print a table, and save the model."""
     try:
-        settings = parse(arguments, (__doc__ or "").splitlines()[0])
-        work = TextWork.prepare(settings)
+        options = parse(arguments)
+        texts = Texts.load(options)
         batches = training_batches(
-            work.train, batch_size=settings.batch_size, steps=settings.steps, seed=settings.seed
+            texts.train, batch_size=options.batch_size, steps=options.steps, seed=options.seed
         )
-        run = prepare(settings, work.source)
-        settings.output.mkdir(parents=True, exist_ok=True)
-        if settings.save_every and checkpoint_of(settings).is_file():
-            resume(run, settings)
+        run = prepare(texts, options)
+        options.output.mkdir(parents=True, exist_ok=True)
+        resume(run, options)
     except (OSError, ValueError) as error:
         sys.exit(f"full_finetune: {error}")
 
-    start = len(run.progress.losses)
-    if not start:
-        run.progress.loss_before = held_out_loss(run.model, work.held_out)
-    train(run, settings, batches)
-    found = results(run, held_out_loss(run.model, work.held_out))
-    print(f"{settings.method} in {settings.dtype} on {DEVICE}, from step {start}")
+    start = len(run.losses)
+    run.loss_before = run.loss_before or held_out_loss(run.model, texts.held_out)
+    train(run, options, batches)
+    found = results(run, held_out_loss(run.model, texts.held_out))
+    print(f"{options.method} in {options.dtype} on {DEVICE}, from step {start}")
     print(table(found))
-    export(run, settings, work)
-    write_json(
-        settings.output / "summary.json",
-        {
-            **found,
-            "training_loss": run.progress.losses,
-            "settings": asdict(settings),
-            "versions": versions(),
-        },
-    )
-    print(f"results in {settings.output}/")
+    summary = {**found, "training_loss": run.losses, "settings": vars(options)}
+    (options.output / "summary.json").write_text(json.dumps(summary, default=str), "utf-8")
+    if isinstance(run.optimizer, DynamicAllocationOptimizer):
+        run.optimizer.record.to_json(options.output / "allocation.json")
+        run.optimizer.record.plot(options.output / "allocation.png")
+        run.optimizer.close()
+    run.model.save_pretrained(options.output / "model")  # type: ignore[operator]
+    texts.tokenizer.save_pretrained(options.output / "model")
+    print(f"results in {options.output}/")
     return 0
 
 

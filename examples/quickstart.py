@@ -1,140 +1,298 @@
-"""Fine-tune a small classifier with LoRA, with DynaLoRA, and on a budget, and compare.
+"""Fine-tune a small classifier with LoRA, with DynaLoRA, and on a budget, side by side.
 
     python examples/quickstart.py                        # all-MiniLM-L6-v2 on Rotten Tomatoes
-    python examples/quickstart.py --model roberta-base --task sst2 --max-length 128 --lr 5e-4
-    python examples/quickstart.py --model my-folder --data my-texts.csv
+    python examples/quickstart.py --model roberta-base --data my-texts.csv --length 128 --lr 5e-4
 
-The training loop is `train`. All that the methods change in it is one line.
+All that the methods change in the training loop is one line; `plain_loop.py` is that loop alone.
+
+The three take turns, step by step: whatever else the machine does slows down all three alike. Each
+has its own model, optimizer, batches and random numbers, so each comes to what it comes to alone.
 """
 
 from __future__ import annotations
 
+import json
+import statistics
 import sys
 import time
-from collections.abc import Sequence
-from dataclasses import asdict
+import warnings
+from argparse import Namespace
+from collections.abc import Callable, Mapping, Sequence
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import torch
-from _models import head_modules, lora_targets
-from _monitor import Measurements, Monitor, accuracy
-from _report import peft_disagreement, plot_training, summary, table, versions, write_json
-from _setup import Work, parse
+from _assets import CLASSIFIER
+from _common import (
+    DEVICE,
+    Batch,
+    Sentences,
+    accuracy,
+    head_modules,
+    linear_schedule,
+    parser,
+    placed,
+    positive,
+    share,
+    training_batches,
+)
+from torch.nn import Module
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LambdaLR
+from tqdm.auto import tqdm
 
 from dynalora_adapters import LoRAConfig, inject, save_adapter
-from dynalora_optim import Budget, DynamicAllocationOptimizer
+from dynalora_optim import Budget, DynamicAllocationOptimizer, LiveBytes
 
+EVALUATIONS = 3  # on the held-out rows, over a run
+WEIGHED = 10  # in one step of so many the bytes are counted; the others are timed
 TOLERANCE = 1e-5  # between peft's logits and ours
 
 
-def adapted(work: Work) -> torch.nn.Module:
+def adapted(sentences: Sentences, options: Namespace) -> Module:
     """Put a LoRA adapter on every target of the pretrained model; the same start at every call."""
-    model, rank = work.classifier(), work.settings.rank
+    model = sentences.classifier(options.seed, **blocks_kept(options))
     config = LoRAConfig(
-        rank=rank,
-        alpha=2 * rank,
-        targets=work.settings.targets or lora_targets(model),
+        rank=options.rank,
+        alpha=2 * options.rank,
+        targets=options.targets,
         trainable=head_modules(model),
     )
     return inject(model, config)
 
 
-def methods(work: Work) -> dict[str, dict[str, Any] | None]:
-    """What each run passes to DynamicAllocationOptimizer; plain LoRA does without."""
-    settings = work.settings
-    budget = Budget(memory=settings.memory, compute=settings.compute)
-    return {"LoRA": None, "DynaLoRA": {"active": settings.active}, "Budget": {"allocator": budget}}
+def blocks_kept(options: Namespace) -> dict[str, int]:
+    """What --layers changes in the pretrained model's configuration."""
+    return {} if options.layers is None else {"num_hidden_layers": options.layers}
 
 
-def train(model: torch.nn.Module, work: Work, method: str) -> tuple[Measurements, Optimizer]:
-    """Train ``model`` in place; the methods differ in one line."""
-    settings = work.settings
-    optimizer: Optimizer = torch.optim.AdamW(model.parameters(), lr=settings.lr)
-    if (options := methods(work)[method]) is not None:
-        # The one line: the wrapper takes the optimizer's place, and nothing below knows of it.
-        optimizer = DynamicAllocationOptimizer(
-            optimizer, model, period=settings.period, seed=settings.seed, **options
+def methods(options: Namespace) -> dict[str, dict[str, Any] | None]:
+    """What each method passes to DynamicAllocationOptimizer; plain LoRA does without."""
+    budget = Budget(memory=options.memory, compute=options.compute)
+    return {"LoRA": None, "DynaLoRA": {"active": options.active}, "Budget": {"allocator": budget}}
+
+
+class Run:
+    """One method in training, and what its steps were like."""
+
+    def __init__(self, method: str, sentences: Sentences, options: Namespace) -> None:
+        self.loss: list[float] = []
+        self.accuracy: dict[int, float] = {}  # steps done -> on the held-out rows
+        self.seconds: list[float] = []  # of the steps that were timed
+        self.peaks: list[int] = []  # most bytes alive, of the other steps
+        self.updated: list[int] = []  # parameters that a step had a gradient for
+        self.model = adapted(sentences, options).train()
+        optimizer: Optimizer = torch.optim.AdamW(self.model.parameters(), lr=options.lr)
+        if (chosen := methods(options)[method]) is not None:
+            # The one line: the wrapper takes the optimizer's place; nothing below knows of it.
+            optimizer = DynamicAllocationOptimizer(
+                optimizer, self.model, period=options.period, seed=options.seed, **chosen
+            )
+        self.optimizer = optimizer
+        self.scheduler = linear_schedule(optimizer, options.steps)
+        self._batches = training_batches(
+            sentences.train, batch_size=options.batch_size, steps=options.steps, seed=options.seed
         )
+        self._random = random_state()
 
-    scheduler = linear_schedule(optimizer, settings.steps)
-    monitor = Monitor(
-        model, optimizer, lambda: accuracy(model, work.held_out), steps=settings.steps
-    )
-    model.train()
-    for batch in monitor.watch(work.batches(), label=method):
-        loss = model(**batch).loss
+    def step(self, batch: Batch) -> None:
+        """Train on a batch, as any loop does."""
+        loss = self.model(**batch).loss
         loss.backward()
-        optimizer.step()
-        scheduler.step()
-        optimizer.zero_grad()
-    return monitor.measured, optimizer
+        self.updated.append(sum(p.numel() for p in self.model.parameters() if p.grad is not None))
+        self.optimizer.step()
+        self.scheduler.step()
+        self.optimizer.zero_grad()
+        self.loss.append(loss.item())
+
+    def turn(self) -> None:
+        """Take the next step, and measure it."""
+        set_random_state(self._random)
+        batch = placed(next(self._batches))
+        if len(self.loss) % WEIGHED == 0:
+            with LiveBytes() as memory:
+                self.step(batch)
+            self.peaks.append(memory.peak)
+        else:
+            start = clock()
+            self.step(batch)
+            self.seconds.append(clock() - start)
+        self._random = random_state()
 
 
-def linear_schedule(optimizer: Optimizer, steps: int, warm_up: float = 0.1) -> LambdaLR:
-    """Raise the rate over the first tenth of the steps and lower it to 0 over the others."""
-    rising = max(1, round(warm_up * steps))
-
-    def factor(step: int) -> float:
-        return (step + 1) / rising if step < rising else (steps - step) / max(1, steps - rising)
-
-    return LambdaLR(optimizer, factor)
+def random_state() -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """Where PyTorch's random numbers, of dropout say, have come to."""
+    return torch.get_rng_state(), torch.cuda.get_rng_state_all()
 
 
-def compare(work: Work) -> tuple[dict[str, Measurements], torch.nn.Module]:
-    """Train with each method from the same start; return the last one's model too."""
-    runs = {}
-    for method in methods(work):
-        model = adapted(work)
-        runs[method], optimizer = train(model, work, method)
-        if isinstance(optimizer, DynamicAllocationOptimizer):
-            optimizer.record.plot(work.settings.output / f"allocation-{method.lower()}.png")
-            optimizer.close()
-    return runs, model
+def set_random_state(state: tuple[torch.Tensor, list[torch.Tensor]]) -> None:
+    torch.set_rng_state(state[0])
+    torch.cuda.set_rng_state_all(state[1])
 
 
-def check_with_peft(model: torch.nn.Module, work: Work) -> tuple[float | None, bool]:
-    """Print whether peft reads the exported adapter as we do; return by how much it differs."""
-    adapter = work.settings.output / "adapter"
-    difference = peft_disagreement(model, work.classifier(), adapter, work.held_out)
-    if difference is None:
+def clock() -> float:
+    """CPU time of this process, which others do not lengthen; on a GPU the time on the clock."""
+    if DEVICE == "cpu":
+        return time.process_time()
+    torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def compare(sentences: Sentences, options: Namespace) -> dict[str, Run]:
+    """Train with all methods in turn, step by step."""
+    held_out = [placed(batch) for batch in sentences.held_out]
+    runs = {method: Run(method, sentences, options) for method in methods(options)}
+    before = accuracy(next(iter(runs.values())).model, held_out)  # all start from the same weights
+    for run in runs.values():
+        run.accuracy[0] = before
+    every = max(1, options.steps // EVALUATIONS)
+    seconds = 0.1 if sys.stderr.isatty() else 10  # a log file wants few lines
+    with tqdm(range(1, options.steps + 1), mininterval=seconds, unit="step") as bar:
+        for step in bar:
+            for run in runs.values():
+                run.turn()
+            if step % every == 0 or step == options.steps:
+                for run in runs.values():
+                    run.accuracy[step] = accuracy(run.model, held_out)
+            recent = {name: f"{statistics.fmean(run.loss[-20:]):.3f}" for name, run in runs.items()}
+            bar.set_postfix(recent, refresh=False)
+    return runs
+
+
+def numbers(run: Run) -> dict[str, float]:
+    """What a run was like."""
+    return {
+        "accuracy": run.accuracy[len(run.loss)],
+        "active_parameters": statistics.fmean(run.updated),
+        "seconds_per_step": statistics.median(run.seconds),
+        "peak_bytes": max(run.peaks),
+    }
+
+
+def table(runs: Mapping[str, Run]) -> str:
+    """Lay the runs out side by side, a column each."""
+    unit = "CPU seconds" if DEVICE == "cpu" else "seconds"
+    columns = {name: (run.accuracy[0], *numbers(run).values()) for name, run in runs.items()}
+    rows: dict[str, Callable[[float], str]] = {
+        "held-out accuracy before": lambda x: f"{x:.3f}",
+        "held-out accuracy after": lambda x: f"{x:.3f}",
+        "active trainable parameters": lambda x: f"{x:,.0f}",
+        f"{unit} per step (median)": lambda x: f"{x:.3f}",
+        "peak memory of a step (MiB)": lambda x: f"{x / 2**20:.1f}",
+    }
+    lines = [f"{'':<32}" + "".join(f"{name:>12}" for name in columns)]
+    for i, (label, shown) in enumerate(rows.items()):
+        cells = (f"{shown(column[i]):>12}" for column in columns.values())
+        lines.append(f"{label:<32}" + "".join(cells))
+    return "\n".join(lines)
+
+
+def plot(runs: Mapping[str, Run], path: Path) -> None:
+    """Draw loss and held-out accuracy of all runs against steps."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    losses, accuracies = figure.subplots(1, 2)
+    for name, run in runs.items():
+        means = [statistics.fmean(run.loss[max(0, i - 19) : i + 1]) for i in range(len(run.loss))]
+        losses.plot(range(1, len(means) + 1), means, label=name)
+        accuracies.plot([*run.accuracy], [*run.accuracy.values()], marker="o", label=name)
+    losses.set(title="Training loss (mean of 20 steps)", xlabel="step")
+    accuracies.set(title="Held-out accuracy", xlabel="step")
+    losses.legend()
+    figure.savefig(path, dpi=150)
+
+
+def peft_difference(model: Module, base: Module, adapter: Path, held_out: list[Batch]) -> float:
+    """Return how far peft's logits, with ``adapter`` on ``base``, are from those of ``model``."""
+    from peft import PeftModel
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # peft may call old names of transformers
+        theirs = PeftModel.from_pretrained(base, str(adapter)).eval()
+    model.eval()
+    largest = 0.0
+    with torch.no_grad():
+        for batch in map(placed, held_out):
+            difference = model(**batch).logits - theirs(**batch).logits
+            # A NaN must not pass as agreement, and max() would drop it.
+            largest = max(largest, float(difference.abs().nan_to_num(torch.inf).max()))
+    return largest
+
+
+def export(model: Module, sentences: Sentences, options: Namespace) -> float | None:
+    """Save the adapter; print whether peft reads it as we do, and return by how much it differs."""
+    adapter = options.output / "adapter"
+    save_adapter(model, adapter)
+    if find_spec("peft") is None:
         print("peft check: skipped, peft is not installed")
-        return None, True
-    agrees = difference <= TOLERANCE
-    verdict = "agree with" if agrees else "DIFFER from"
-    print(f"peft check: its logits {verdict} ours on the held-out rows (at most {difference:.1e})")
-    return difference, agrees
+        return None
+    # Another seed, another head: the one that was trained must come from the file.
+    base = sentences.classifier(options.seed + 1, **blocks_kept(options))
+    found = peft_difference(model, base, adapter, sentences.held_out)
+    verdict = "agree with" if found <= TOLERANCE else "DIFFER from"
+    print(f"peft check: its logits {verdict} ours on the held-out rows (at most {found:.1e})")
+    return found
+
+
+def parse(arguments: Sequence[str] | None) -> Namespace:
+    """Read the command line: what all examples take, and what this one adds."""
+    reader = parser(
+        __doc__,
+        model=CLASSIFIER,
+        steps=150,
+        batch_size=16,
+        length=48,
+        lr=4e-3,
+        period=10,
+        output=Path("runs/quickstart"),
+    )
+    add = reader.add_argument
+    add("--targets", nargs="+", default=["query", "value"], metavar="NAME", help="layers to adapt")
+    add("--layers", type=positive, help="keep the first so many blocks only, for a quick look")
+    add("--rank", type=positive, default=8, help="of each adapter; alpha is twice as much")
+    add("--active", type=share, default=2 / 3, help="active modules: 8, or a share: 0.5, 2/3")
+    add("--memory", type=float, default=0.40, help="the Budget's share of LoRA's peak")
+    add("--compute", type=float, default=0.6, help="the Budget's share of LoRA's backward pass")
+    return reader.parse_args(arguments)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the comparison; return 0, or 1 where peft reads the adapter differently."""
-    start = time.perf_counter()
-    description = (__doc__ or "").splitlines()[0]
-    settings = parse(arguments, description=description, output="runs/quickstart")
+    start, cpu = time.perf_counter(), time.process_time()
+    options = parse(arguments)
+    output: Path = options.output
+    torch.set_num_threads(min(4, torch.get_num_threads()))  # small batches gain nothing from more
     try:
-        work = Work.prepare(settings)
-        settings.output.mkdir(parents=True, exist_ok=True)
+        sentences = Sentences.load(options)
+        runs = compare(sentences, options)
+        output.mkdir(parents=True, exist_ok=True)
     except (OSError, ValueError) as error:
         sys.exit(f"quickstart: {error}")
 
-    runs, model = compare(work)
-    save_adapter(model, settings.output / "adapter")
-    plot_training(runs, settings.output / "training.png")
+    for name, run in runs.items():
+        if isinstance(run.optimizer, DynamicAllocationOptimizer):
+            run.optimizer.record.plot(output / f"allocation-{name.lower()}.png")
+            run.optimizer.close()
+    plot(runs, output / "training.png")
     print(table(runs))
-    difference, agrees = check_with_peft(model, work)
-    numbers = summary(runs) | {"seconds": time.perf_counter() - start}
-    write_json(
-        settings.output / "summary.json",
-        {
-            **numbers,
-            "peft_difference": difference,
-            "settings": asdict(settings),
-            "versions": versions(),
-        },
-    )
-    print(f"{numbers['seconds']:.0f} seconds; results in {settings.output}/")
-    return 0 if agrees else 1
+    difference = export(runs["Budget"].model, sentences, options)
+    found: dict[str, Any] = {
+        "accuracy_before": runs["LoRA"].accuracy[0],
+        **{f"{key}_{name.lower()}": n for name, r in runs.items() for key, n in numbers(r).items()},
+        "peft_difference": difference,
+        "seconds": time.perf_counter() - start,
+        "cpu_seconds": time.process_time() - cpu,
+        "settings": vars(options),
+        "versions": {name: version(name) for name in ("torch", "transformers")},
+    }
+    (output / "summary.json").write_text(json.dumps(found, indent=2, default=str), "utf-8")
+    print(f"{found['seconds']:.0f} seconds ({found['cpu_seconds']:.0f} of CPU time); ", end="")
+    print(f"results in {output}/")
+    return int(difference is not None and difference > TOLERANCE)
 
 
 if __name__ == "__main__":

@@ -13,46 +13,29 @@ from __future__ import annotations
 
 import json
 import sys
+from argparse import Namespace
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from _data import Batch
-from _models import load_causal_lm, lora_targets
-from _report import column, loss_cells, loss_numbers, versions, write_json
-from _setup import TextSettings, TextWork, positive, share, text_parser
+from _assets import CAUSAL_LM
+from _common import Texts, parser, positive, share, table
 
 from dynalora_adapters import LoRAConfig, inject, save_adapter
 from dynalora_optim import Budget, DynamicAllocationOptimizer
 
 
-@dataclass(frozen=True)
-class Settings(TextSettings):
-    """The command line."""
-
-    targets: list[str] | None
-    lr: float
-    rank: int
-    active: float
-    period: int
-    memory: float | None
-    compute: float | None
-
-    @property
-    def allocation(self) -> dict[str, Any]:
-        """Options of DynamicAllocationOptimizer."""
-        common = {"period": self.period, "seed": self.seed}
-        if self.memory is None and self.compute is None:
-            return {"active": self.active, **common}
-        memory = 1.0 if self.memory is None else self.memory
-        return {"allocator": Budget(memory, self.compute), **common}
+def allocation(options: Namespace) -> dict[str, Any]:
+    """Return what DynamicAllocationOptimizer is told."""
+    common = {"period": options.period, "seed": options.seed}
+    if options.memory is None and options.compute is None:
+        return {"active": options.active, **common}
+    memory = 1.0 if options.memory is None else options.memory
+    return {"allocator": Budget(memory, options.compute), **common}
 
 
-def trainer_for(
-    model: torch.nn.Module, settings: Settings, train: list[Batch], held_out: list[Batch]
-) -> Any:
+def trainer_for(model: torch.nn.Module, texts: Texts, options: Namespace) -> Any:
     """Return a Trainer of the adapted ``model``."""
     # Here, and not above: on import they look at whether the hub may be asked.
     from transformers import Trainer, TrainingArguments
@@ -60,18 +43,18 @@ def trainer_for(
     from dynalora_optim.integrations.transformers import AllocationCallback, dynalora_optimizer
 
     args = TrainingArguments(
-        str(settings.output),
-        max_steps=settings.steps,
-        learning_rate=settings.lr,
-        warmup_steps=max(1, settings.steps // 10),
-        per_device_train_batch_size=settings.batch_size,
-        per_device_eval_batch_size=settings.batch_size,
-        logging_steps=max(1, settings.steps // 10),
+        str(options.output),
+        max_steps=options.steps,
+        learning_rate=options.lr,
+        warmup_steps=max(1, options.steps // 10),
+        per_device_train_batch_size=options.batch_size,
+        per_device_eval_batch_size=options.batch_size,
+        logging_steps=max(1, options.steps // 10),
         eval_on_start=True,  # evaluate() before train() keeps the Trainer from using DDP
-        save_strategy="steps" if settings.save_every else "no",
-        save_steps=settings.save_every or 1,
+        save_strategy="steps" if options.save_every else "no",
+        save_steps=options.save_every or 1,
         save_total_limit=2,  # the one before as well: a kill may leave half of the last
-        seed=settings.seed,
+        seed=options.seed,
         use_cpu=not torch.cuda.is_available(),
         report_to=[],
         disable_tqdm=not sys.stderr.isatty(),
@@ -79,23 +62,18 @@ def trainer_for(
     return Trainer(
         model,
         args,
-        train_dataset=train,
-        eval_dataset=held_out,
-        optimizer_cls_and_kwargs=dynalora_optimizer(args, **settings.allocation),
+        train_dataset=texts.train,
+        eval_dataset=texts.held_out,
+        optimizer_cls_and_kwargs=dynalora_optimizer(args, **allocation(options)),
         callbacks=[AllocationCallback()],
     )
 
 
-def adapted(source: str, settings: Settings) -> torch.nn.Module:
+def adapted(texts: Texts, options: Namespace) -> torch.nn.Module:
     """Put a LoRA adapter on every target of the pretrained model."""
-    torch.manual_seed(settings.seed)
-    model = load_causal_lm(source)
-    config = LoRAConfig(
-        rank=settings.rank,
-        alpha=2 * settings.rank,
-        targets=settings.targets or lora_targets(model),
-    )
-    return inject(model, config)
+    torch.manual_seed(options.seed)
+    config = LoRAConfig(rank=options.rank, alpha=2 * options.rank, targets=options.targets)
+    return inject(texts.model(), config)
 
 
 def last_checkpoint(output: Path, processes: int) -> Path | None:
@@ -127,7 +105,8 @@ def results(trainer: Any, start: int, seconds: float) -> dict[str, float]:
     logs = trainer.state.log_history
     before = next(log["eval_loss"] for log in logs if "eval_loss" in log)
     found = {
-        **loss_numbers(before, after),
+        "loss_before": before,
+        "loss_after": after,
         "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "modules": len(optimizer.groups),
         "active_modules": sum(optimizer.record.counts().values()) / steps,
@@ -141,59 +120,50 @@ def results(trainer: Any, start: int, seconds: float) -> dict[str, float]:
     return found
 
 
-def table(found: dict[str, float]) -> str:
-    """Lay out the numbers, a line each."""
-    rows = {
-        **loss_cells(found),
-        "trainable parameters": f"{found['trainable_parameters']:,}",
-        "adapter modules": f"{found['modules']}",
-        "active of them in the mean": f"{found['active_modules']:.1f}",
-        "seconds per step": f"{found['seconds_per_step']:.3f}",
-    }
-    if "peak_bytes" in found:
-        rows["peak memory of a step (MiB)"] = f"{found['peak_bytes'] / 2**20:.1f}"
-        rows["with all active"] = f"{found['peak_bytes_all_active'] / 2**20:.1f}"
-    return column(rows)
-
-
-def parse(arguments: Sequence[str] | None) -> Settings:
-    """Read the command line."""
-    parser = text_parser((__doc__ or "").splitlines()[0], "runs/trainer", steps=40)
-    add = parser.add_argument
-    add("--targets", nargs="+", metavar="NAME", help="layers to adapt; None: by model type")
-    add("--lr", type=float, default=1e-3, help="peak learning rate")
+def parse(arguments: Sequence[str] | None) -> Namespace:
+    """Read the command line: what all examples take, and what this one adds."""
+    reader = parser(
+        __doc__,
+        model=CAUSAL_LM,
+        steps=40,
+        batch_size=4,
+        length=64,
+        lr=1e-3,
+        period=5,
+        output="runs/trainer",
+    )
+    add = reader.add_argument
+    add("--targets", nargs="+", default=["q_proj", "v_proj"], metavar="NAME", help="to adapt")
     add("--rank", type=positive, default=8, help="of each adapter; alpha is twice as much")
     add("--active", type=share, default=2 / 3, help="active modules: 8, or a share: 0.5, 2/3")
-    add("--period", type=positive, default=5, help="steps between two allocations")
     add("--memory", type=float, help="a Budget in place of --active: a share of LoRA's peak")
     add("--compute", type=float, help="as well, or alone: a share of LoRA's backward pass")
-    return Settings(**vars(parser.parse_args(arguments)))
+    add("--save-every", type=positive, help="steps; go on from the last checkpoint. None: neither")
+    return reader.parse_args(arguments)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Fine-tune, print a table, and save the adapter."""
-    settings = parse(arguments)
+    options = parse(arguments)
     try:
-        work = TextWork.prepare(settings)
-        model = adapted(work.source, settings)
-        trainer = trainer_for(model, settings, work.train, work.held_out)
+        texts = Texts.load(options)
+        model = adapted(texts, options)
+        trainer = trainer_for(model, texts, options)
     except (OSError, ValueError) as error:
         sys.exit(f"trainer_finetune: {error}")
 
     processes = trainer.args.world_size
-    checkpoint = last_checkpoint(settings.output, processes) if settings.save_every else None
+    checkpoint = last_checkpoint(options.output, processes) if options.save_every else None
     start = step_of(checkpoint) if checkpoint else 0
     done = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     found = results(trainer, start, done.metrics["train_runtime"])
     if trainer.is_world_process_zero():
         print(f"processes {processes}, from step {start}")
         print(table(found))
-        save_adapter(model, settings.output / "adapter")
-        write_json(
-            settings.output / "summary.json",
-            {**found, "settings": asdict(settings), "versions": versions()},
-        )
-        print(f"results in {settings.output}/")
+        save_adapter(model, options.output / "adapter")
+        report = json.dumps({**found, "settings": vars(options)}, indent=2, default=str)
+        (options.output / "summary.json").write_text(report, "utf-8")
+        print(f"results in {options.output}/")
     trainer.accelerator.end_training()
     return 0
 

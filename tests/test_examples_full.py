@@ -124,9 +124,9 @@ def dropping_out(checkpoint, folder):
     (folder / "config.json").write_text(json.dumps({**config, "attention_dropout": 0.1}), "utf-8")
 
 
-def test_a_weighed_step_trains_like_any_other(arguments, tmp_path, monkeypatch):
+def test_a_measured_step_trains_like_any_other(arguments, tmp_path, monkeypatch):
     assert full_finetune.main(arguments) == 0
-    monkeypatch.setattr(full_finetune, "is_weighed", lambda step, settings: step == 3)
+    monkeypatch.setattr(full_finetune, "is_measured", lambda step, settings: step == 3)
     assert full_finetune.main([*arguments, "--output", str(tmp_path / "other")]) == 0
     assert left(tmp_path / "other") == left(tmp_path / "run")
 

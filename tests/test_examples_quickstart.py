@@ -5,7 +5,7 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import replace
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,8 +21,7 @@ pytest.importorskip("matplotlib")
 EXAMPLES = Path(__file__).parents[1] / "examples"
 sys.path.insert(0, str(EXAMPLES))  # where Python puts it for a script there
 _assets = importlib.import_module("_assets")
-_monitor = importlib.import_module("_monitor")
-_setup = importlib.import_module("_setup")
+_common = importlib.import_module("_common")
 quickstart = importlib.import_module("quickstart")
 
 SUMMARY_KEYS = {
@@ -35,6 +34,7 @@ SUMMARY_KEYS = {
     "peak_bytes_lora",
     "peak_bytes_budget",
     "seconds",
+    "cpu_seconds",
     "settings",
     "versions",
 }
@@ -65,12 +65,12 @@ def test_accuracy_weighs_rows_not_batches():
         {"logits": right.expand(3, 2), "labels": torch.ones(3)},
         {"logits": wrong, "labels": torch.ones(1)},
     ]
-    assert _monitor.accuracy(model, batches) == 0.75
+    assert _common.accuracy(model, batches) == 0.75
 
 
 def test_rate_rises_then_falls_to_zero():
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
-    scheduler = quickstart.linear_schedule(optimizer, 20)
+    scheduler = _common.linear_schedule(optimizer, 20)
     rates = []
     for _ in range(20):
         rates.append(scheduler.get_last_lr()[0])
@@ -95,70 +95,83 @@ def texts(tmp_path_factory):
 def arguments(checkpoint, texts, tmp_path):
     return [
         *("--model", str(checkpoint), "--data", str(texts), "--output", str(tmp_path / "run")),
-        *("--steps", "12", "--period", "3", "--batch-size", "4", "--max-length", "8"),
+        *("--steps", "12", "--period", "3", "--batch-size", "4", "--length", "8"),
         *("--memory", "0.9", "--compute", "0.9"),
     ]
 
 
 @pytest.fixture
-def work(arguments):
-    return _setup.Work.prepare(_setup.parse(arguments, description="", output=""))
+def options(arguments):
+    return quickstart.parse(arguments)
 
 
-def test_both_runs_start_from_the_same_model(work):
-    first, second = quickstart.adapted(work).state_dict(), quickstart.adapted(work).state_dict()
+@pytest.fixture
+def sentences(options):
+    return _common.Sentences.load(options)
+
+
+def test_all_runs_start_from_the_same_model(sentences, options):
+    first, second = (quickstart.adapted(sentences, options).state_dict() for _ in range(2))
     assert first.keys() == second.keys()
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-def test_monitoring_does_not_change_the_training(work):
-    """Bit for bit, dropout included: the monitor draws nothing and adds no forward."""
-    watched, alone = quickstart.adapted(work), quickstart.adapted(work)
-    torch.manual_seed(0)
-    _, optimizer = quickstart.train(watched, work, "DynaLoRA")
+@pytest.mark.parametrize("method", ["LoRA", "DynaLoRA", "Budget"])
+def test_side_by_side_a_method_comes_to_what_it_comes_to_alone(method, sentences, options):
+    """Bit for bit, dropout included: measuring draws nothing, and no method sees the others."""
+    run = quickstart.compare(sentences, options)[method]
 
-    torch.manual_seed(0)
-    by_hand = quickstart.DynamicAllocationOptimizer(
-        torch.optim.AdamW(alone.parameters(), lr=work.settings.lr), alone, active=2 / 3, period=3
-    )
-    scheduler = quickstart.linear_schedule(by_hand, work.settings.steps)
+    alone, losses = quickstart.adapted(sentences, options), []
+    by_hand = torch.optim.AdamW(alone.parameters(), lr=options.lr)
+    if (chosen := quickstart.methods(options)[method]) is not None:
+        by_hand = quickstart.DynamicAllocationOptimizer(by_hand, alone, period=3, seed=0, **chosen)
+    scheduler = _common.linear_schedule(by_hand, options.steps)
     alone.train()
-    for batch in work.batches():
-        alone(**batch).loss.backward()
+    for batch in _common.training_batches(sentences.train, batch_size=4, steps=12, seed=0):
+        loss = alone(**batch).loss
+        loss.backward()
         by_hand.step()
         scheduler.step()
         by_hand.zero_grad()
+        losses.append(loss.item())
 
-    assert optimizer.tracker.scores() == by_hand.tracker.scores()
-    for mine, theirs in zip(watched.parameters(), alone.parameters(), strict=True):
+    assert run.loss == losses
+    for mine, theirs in zip(run.model.parameters(), alone.parameters(), strict=True):
         assert torch.equal(mine, theirs)
 
 
-def test_lora_updates_everything_and_dynalora_two_thirds(work):
+def test_lora_updates_everything_and_dynalora_two_thirds(sentences, options):
     adapter, head = 8 * (16 + 16), 16 * 2 + 2
-    lora, _ = quickstart.train(quickstart.adapted(work), work, "LoRA")
-    assert set(lora.updated) == {4 * adapter + head}
-    dynalora, optimizer = quickstart.train(quickstart.adapted(work), work, "DynaLoRA")
-    assert set(dynalora.updated) == {len(optimizer.active_groups) * adapter + head}
-    assert len(optimizer.active_groups) == 3
+    runs = quickstart.compare(sentences, options)
+    assert set(runs["LoRA"].updated) == {4 * adapter + head}
+    assert len(runs["DynaLoRA"].optimizer.active_groups) == 3
+    assert set(runs["DynaLoRA"].updated) == {3 * adapter + head}
 
 
-def test_every_tenth_step_is_weighed_and_not_timed(work, monkeypatch):
-    monkeypatch.setattr(_monitor, "WEIGHED", 5)
-    measured, _ = quickstart.train(quickstart.adapted(work), work, "LoRA")
-    assert len(measured.loss) == 12
-    assert len(measured.peaks) == 3  # steps 1, 6 and 11
-    assert len(measured.seconds) == 12 - 3
+def test_every_tenth_step_is_weighed_and_not_timed(sentences, options, monkeypatch):
+    monkeypatch.setattr(quickstart, "WEIGHED", 5)
+    for run in quickstart.compare(sentences, options).values():
+        assert len(run.loss) == 12
+        assert len(run.peaks) == 3  # steps 1, 6 and 11
+        assert len(run.seconds) == 12 - 3
+        assert run.accuracy.keys() == {0, 4, 8, 12}
 
 
-def test_the_budget_holds_while_lora_takes_more(work, monkeypatch):
-    monkeypatch.setattr(_monitor, "WEIGHED", 2)
-    work = replace(work, settings=replace(work.settings, memory=0.7, compute=0.9))
-    lora, _ = quickstart.train(quickstart.adapted(work), work, "LoRA")
-    budget, optimizer = quickstart.train(quickstart.adapted(work), work, "Budget")
-    assert len({frozenset(entry.chosen) for entry in optimizer.record}) > 1
+def test_a_step_is_timed_by_what_this_process_computes(monkeypatch):
+    """Not by the clock on the wall, which goes on while others compute."""
+    monkeypatch.setattr(quickstart, "DEVICE", "cpu")
+    start = quickstart.clock()
+    time.sleep(0.3)
+    assert quickstart.clock() - start < 0.1
+
+
+def test_the_budget_holds_while_lora_takes_more(sentences, options, monkeypatch):
+    monkeypatch.setattr(quickstart, "WEIGHED", 2)
+    options.memory, options.compute = 0.7, 0.9
+    runs = quickstart.compare(sentences, options)
+    assert len({frozenset(entry.chosen) for entry in runs["Budget"].optimizer.record}) > 1
     # LoRA's peak also holds what AdamW creates in its first step.
-    assert budget.peak <= 0.75 * lora.peak
+    assert max(runs["Budget"].peaks) <= 0.75 * max(runs["LoRA"].peaks)
 
 
 @pytest.fixture
@@ -186,12 +199,10 @@ def test_a_run_leaves_its_results(finished):
     }
 
 
-def test_peft_check_notices_another_adapter(finished, work):
-    untrained = quickstart.adapted(work)
-    saved = replace(work, settings=replace(work.settings, output=finished))
-    difference, agrees = quickstart.check_with_peft(untrained, saved)
-    assert difference > 1e-3
-    assert not agrees
+def test_peft_check_notices_another_adapter(finished, sentences, options):
+    models = (quickstart.adapted(sentences, options) for _ in range(2))
+    read = quickstart.peft_difference(*models, finished / "adapter", sentences.held_out)
+    assert read > 1e-3
 
 
 @pytest.mark.parametrize(
@@ -199,17 +210,23 @@ def test_peft_check_notices_another_adapter(finished, work):
     [
         (1e-6, 0, "agree with ours"),
         (1e-4, 1, "DIFFER from ours"),
-        (None, 0, "skipped, peft is not installed"),
+        (float("inf"), 1, "DIFFER from ours"),
     ],
 )
 def test_exit_code_follows_the_peft_check(
     difference, code, printed, arguments, monkeypatch, capsys
 ):
-    monkeypatch.setattr(quickstart, "peft_disagreement", lambda *args: difference)
+    monkeypatch.setattr(quickstart, "peft_difference", lambda *args: difference)
     assert quickstart.main(arguments) == code
     output = capsys.readouterr().out
     assert printed in output
     assert "active trainable parameters" in output
+
+
+def test_without_peft_the_check_is_skipped(arguments, monkeypatch, capsys):
+    monkeypatch.setattr(quickstart, "find_spec", lambda name: None)
+    assert quickstart.main(arguments) == 0
+    assert "peft check: skipped" in capsys.readouterr().out
 
 
 def test_a_missing_file_ends_in_one_sentence(arguments):
@@ -217,19 +234,14 @@ def test_a_missing_file_ends_in_one_sentence(arguments):
         quickstart.main([*arguments, "--data", "nowhere.csv"])
 
 
-@pytest.mark.parametrize("what", ["model", "task"])
-def test_unreachable_hub_ends_in_one_sentence(what, texts, checkpoint, tmp_path):
-    if what == "model":
-        arguments = ["--model", "nobody/no-such-model", "--data", texts]
-    else:
-        pytest.importorskip("datasets")
-        arguments = ["--model", checkpoint, "--task", "sst2"]
+def test_unreachable_hub_ends_in_one_sentence(texts, tmp_path):
+    arguments = ["--model", "nobody/no-such-model", "--data", texts]
     done = run_quickstart(*arguments, HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path), timeout=120)
     assert done.returncode == 1
     assert "Traceback" not in done.stderr
     last = done.stderr.strip().splitlines()[-1]
-    assert last.startswith("quickstart: could not load the ")
-    assert "Without the hub: --" in last
+    assert last.startswith("quickstart: could not load the model nobody/no-such-model")
+    assert "Without the hub: --model" in last
 
 
 @pytest.fixture
@@ -245,7 +257,7 @@ def assets():
 def test_quickstart_on_the_real_checkpoint_cut_to_two_layers(tmp_path):
     pytest.importorskip("peft")
     done = run_quickstart(
-        *("--layers", 2, "--steps", 6, "--period", 2, "--max-length", 16, "--output", tmp_path),
+        *("--layers", 2, "--steps", 6, "--period", 2, "--length", 16, "--output", tmp_path),
         *("--memory", 0.9, "--compute", 0.9),
     )
     assert done.returncode == 0, done.stderr

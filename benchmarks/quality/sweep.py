@@ -1,8 +1,8 @@
 """Fine-tune with many methods on many tasks and seeds, each at its own best learning rate.
 
-    python examples/glue.py --tasks rotten_tomatoes --methods lora,random --seeds 1 --steps 60
-    python examples/glue.py --suite offline --seeds 3 --jobs 2
-    accelerate launch --num_processes 8 examples/glue.py --suite glue --model roberta-base
+    python benchmarks/quality/sweep.py --tasks bbc --methods lora,random --seeds 1 --steps 60
+    python benchmarks/quality/sweep.py --suite offline --seeds 3 --jobs 2
+    accelerate launch benchmarks/quality/sweep.py --suite glue --model roberta-base
 
 The offline suite is of real sentences and is not GLUE; --suite glue is, from the hub or its cache.
 A method is tuned on validation rows: with the first seed over the rates of --lrs, then with every
@@ -26,12 +26,13 @@ from pathlib import Path
 
 import torch
 from _compare import Result, at_best_rate, worth
-from _hub import go_offline_unless_reachable
+from _corpora import go_offline_unless_reachable
 from _methods import METHODS, method
-from _models import DEFAULT_MODEL, needs_hub
-from _setup import positive
+from _models import needs_hub
+from _shared import CLASSIFIER, positive
+from _store import append, finished
 from _suite import SUITES, recipe
-from _training import Settings, append, finished, prepare, run
+from _training import Settings, prepare, run
 from tqdm import tqdm
 
 LRS = (1e-3, 2e-3, 5e-3, 1e-2)  # of the head; a method's own rate is a fixed multiple of it
@@ -174,14 +175,14 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--seeds", type=positive, default=3, help="runs of a method on a task")
     add("--lrs", type=_rates, default=LRS, help="learning rates to choose from, with commas")
     add("--finalists", type=positive, default=2, help="rates that run with every seed")
-    add("--model", default=DEFAULT_MODEL, help="hub id or local folder")
+    add("--model", default=CLASSIFIER, help="hub id or local folder")
     add("--steps", type=positive, help="optimizer steps; None: those of the task")
     add("--batch-size", type=positive, default=16, help="rows a step and process")
     add("--max-length", type=positive, help="tokens a row; None: those of the task")
     add("--layers", type=positive, help="keep the first so many blocks only, for a quick look")
     add("--jobs", type=positive, default=1, help="runs at a time")
     add("--threads", type=positive, default=1, help="of each run, on a CPU")
-    add("--output", type=Path, default=Path("runs/glue"), help="folder for the finished runs")
+    add("--output", type=Path, default=Path("runs/quality"), help="folder for the finished runs")
     options = parser.parse_args(arguments)
     options.tasks = options.tasks or list(SUITES[options.suite])
     return options
@@ -217,11 +218,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         check(options)
     except (OSError, ValueError) as error:
-        sys.exit(f"glue: {error}")
+        sys.exit(f"sweep: {error}")
     results = sweep(options)
     if is_main():
         print(table(results))
-        print(f"results in {options.output}/; next: python examples/report.py {options.output}")
+        print(f"results in {options.output}/; next:")
+        print(f"python benchmarks/quality/report.py {options.output}")
     return 0
 
 

@@ -22,16 +22,16 @@ pytest.importorskip("accelerate")
 pytest.importorskip("peft")
 pytest.importorskip("sklearn")
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
-sys.path.insert(0, str(EXAMPLES))  # where Python puts it for a script there
-_assets = importlib.import_module("_assets")
-_data = importlib.import_module("_data")
+QUALITY = Path(__file__).parents[1] / "benchmarks" / "quality"
+sys.path.insert(0, str(QUALITY))  # where Python puts it for a script there
 _importances = importlib.import_module("_importances")
 _methods = importlib.import_module("_methods")
+_shared = importlib.import_module("_shared")
+_store = importlib.import_module("_store")
 _training = importlib.import_module("_training")
 _suite = importlib.import_module("_suite")
-glue = importlib.import_module("glue")
-SCRIPT = EXAMPLES / "glue.py"
+script = importlib.import_module("sweep")
+SCRIPT = QUALITY / "sweep.py"
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +82,7 @@ texts = st.lists(st.text(max_size=4), unique=True, min_size=1, max_size=60)
 
 @given(texts, st.randoms(use_true_random=False))
 def test_a_split_by_hash_is_complete_disjoint_and_the_same_in_any_order(found, random):
-    rows = [_data.Row(text, 0.5) for text in found]
+    rows = [_shared.Row(text, 0.5) for text in found]
     parts = _suite.split_by_hash(rows)
     assert Counter(row for part in parts for row in part) == Counter(rows)
     assert [len(part) for part in parts][:1] == [round(0.6 * len(rows))]
@@ -90,9 +90,9 @@ def test_a_split_by_hash_is_complete_disjoint_and_the_same_in_any_order(found, r
 
 
 def test_glue_reports_on_the_official_validation_rows(monkeypatch):
-    train = [_data.Row(f"text {i}", i % 2) for i in range(40)]
-    held_out = [_data.Row("held out", 1)]
-    monkeypatch.setattr(_suite, "load_glue", lambda name: _data.Task(train, held_out))
+    train = [_shared.Row(f"text {i}", i % 2) for i in range(40)]
+    held_out = [_shared.Row("held out", 1)]
+    monkeypatch.setattr(_suite, "load_glue", lambda name: (train, held_out))
     task = _suite.recipe("glue", "rte").load()
     assert task.test == held_out
     assert set(task.train) | set(task.validation) == set(train)
@@ -130,7 +130,7 @@ def test_length_grouped_batches_are_whole_epochs_in_a_seeds_order(lengths, seed)
     ]
 
     def order():
-        batches = _data.length_grouped_batches(
+        batches = _training.length_grouped_batches(
             examples, batch_size=4, steps=len(lengths) // 4, seed=seed
         )
         return [batch["row"].tolist() for batch in batches]
@@ -152,7 +152,7 @@ def test_options_follow_an_at():
     }
     assert _methods.method("static@top=1/6").top == pytest.approx(1 / 6)
     assert _methods.method("forward@targets=all-linear").targets == "all-linear"
-    assert glue.names("lora,forward@active=4,period=10,vera") == [
+    assert script.names("lora,forward@active=4,period=10,vera") == [
         *("lora", "forward@active=4,period=10", "vera")
     ]
 
@@ -266,7 +266,7 @@ def test_the_bandit_tries_all_and_then_the_best_most_often():
 
 @pytest.fixture
 def options(settings, tmp_path):
-    return glue.parse(
+    return script.parse(
         [
             *("--model", settings.model, "--tasks", settings.task, "--output", str(tmp_path)),
             *("--methods", "lora,random", "--seeds", "2", "--lrs", "1e-3,5e-2"),
@@ -281,7 +281,7 @@ def lines(folder):
 
 def test_the_best_rates_of_the_first_seed_run_with_every_seed(options, tmp_path):
     options.lrs, options.seeds = (1e-3, 1e-2, 5e-2), 3
-    results = glue.sweep(options)
+    results = script.sweep(options)
     done = [(s["method"], s["lr"], s["seed"]) for s in (r["settings"] for r in lines(tmp_path))]
     assert len(done) == len(set(done)) == 2 * (3 + 2 * 2)
     for name in ("lora", "random"):
@@ -304,20 +304,20 @@ def test_the_best_rates_of_the_first_seed_run_with_every_seed(options, tmp_path)
 
 
 def test_what_is_finished_is_not_done_again(options, tmp_path, monkeypatch):
-    first = glue.sweep(options)
+    first = script.sweep(options)
     text = (tmp_path / "runs.jsonl").read_bytes()
-    monkeypatch.setattr(glue, "run", lambda settings: pytest.fail(f"again: {settings}"))
-    assert glue.sweep(options) == first
+    monkeypatch.setattr(script, "run", lambda settings: pytest.fail(f"again: {settings}"))
+    assert script.sweep(options) == first
     assert (tmp_path / "runs.jsonl").read_bytes() == text
 
 
 def test_a_line_that_was_cut_short_is_done_again(options, tmp_path):
     path = tmp_path / "runs.jsonl"
-    glue.sweep(options)
+    script.sweep(options)
     whole = path.read_bytes()
     path.write_bytes(whole[:-20])
-    assert len(_training.finished(path)) == len(whole.splitlines()) - 1
-    glue.sweep(options)
+    assert len(_store.finished(path)) == len(whole.splitlines()) - 1
+    script.sweep(options)
     volatile = {"seconds", "seconds_per_step"}
     again = [{k: v for k, v in line.items() if k not in volatile} for line in lines(tmp_path)]
     before = [json.loads(line) for line in whole.splitlines()]
@@ -335,7 +335,7 @@ def test_a_killed_sweep_goes_on_in_several_jobs(folder, tmp_path):
     given = arguments(folder, tmp_path, "--methods", "lora,static,random", "--seeds", 2)
     process = start(SCRIPT, *given)
     kill_when((tmp_path / "runs.jsonl").exists, process)
-    done = [line["key"] for line in _training.finished(tmp_path / "runs.jsonl")]
+    done = [line["key"] for line in _store.finished(tmp_path / "runs.jsonl")]
     assert len(done) < 6, "it was killed too late to say anything"
     finished(start(SCRIPT, *given, "--jobs", 2))
     keys = [line["key"] for line in lines(tmp_path)]
@@ -361,20 +361,20 @@ def test_two_processes_train_together_and_write_one_line_a_run(folder, tmp_path)
     ],
 )
 def test_bad_input_ends_in_one_sentence(arguments, message, settings):
-    with pytest.raises(SystemExit, match=f"^glue: .*{message}"):
-        glue.main(["--model", settings.model, "--tasks", settings.task, *arguments])
+    with pytest.raises(SystemExit, match=f"^sweep: .*{message}"):
+        script.main(["--model", settings.model, "--tasks", settings.task, *arguments])
 
 
 def test_processes_that_train_together_take_one_run_at_a_time(monkeypatch, options):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match="--jobs 2"):
-        glue.check(argparse.Namespace(**{**vars(options), "jobs": 2}))
+        script.check(argparse.Namespace(**{**vars(options), "jobs": 2}))
 
 
 @pytest.mark.slow
 def test_on_real_sentences_lora_and_a_random_choice_learn(tmp_path):
     """The command of the README, in small: two layers of the real checkpoint, few steps."""
-    assert not glue.main(
+    assert not script.main(
         [
             *(
                 "--suite",

@@ -17,7 +17,8 @@ from typing import Any
 
 import torch
 from _importances import ExpectedDecrease, UpperConfidence
-from _models import head_modules, lora_targets
+from _models import lora_targets
+from _shared import head_modules
 from torch import nn
 from torch.optim import Optimizer
 

@@ -11,11 +11,12 @@ import hashlib
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
-from _assets import bbc_news, orange_texts, rotten_tomatoes, vader_ratings
-from _data import GLUE_COLUMNS, Row, load_glue, read_csv, split_tenth
+from _corpora import GLUE_COLUMNS, bbc_news, load_glue, orange_texts, vader_ratings
+from _shared import Row, read_csv, split_tenth
 
 Metric = Callable[[np.ndarray, np.ndarray], float]  # labels, predictions
 
@@ -92,7 +93,7 @@ METRICS: dict[str, Metric] = {
 
 def _rotten_tomatoes() -> SuiteTask:
     """Its train split; reported on VADER's movie snippets that are not among it."""
-    train, validation = split_tenth([Row(text, label) for text, label in rotten_tomatoes()])
+    train, validation = split_tenth(read_csv(None))
     seen = {_letters(row.text) for row in (*train, *validation)}
     test = [
         Row(text, int(rating > 0))
@@ -127,12 +128,12 @@ def _official(name: str) -> SuiteTask:
 
 def _glue(name: str) -> SuiteTask:
     """Official validation rows, for GLUE's test labels are not public."""
-    task = load_glue(name)
+    rows, test = load_glue(name)
     is_regression = name in REGRESSIONS
     split = split_by_hash if is_regression else split_tenth
-    train, validation, *rest = split(task.train)
-    train = [*train, *(row for rows in rest for row in rows)]
-    return SuiteTask(train, validation[:1000], task.held_out, is_regression)
+    train, validation, *rest = split(rows)
+    train = [*train, *chain(*rest)]
+    return SuiteTask(train, validation[:1000], test, is_regression)
 
 
 REGRESSIONS = {"stsb"}

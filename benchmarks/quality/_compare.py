@@ -86,7 +86,9 @@ class Sweep:
                 )
             runs[settings["method"], settings["task"]].append(line)
         if not runs:
-            raise ValueError("there are no finished runs; python examples/glue.py makes some")
+            raise ValueError(
+                "there are no finished runs; python benchmarks/quality/sweep.py makes some"
+            )
         suites = {kind["suite"] for kind in kinds.values()}
         if len(suites) > 1:
             raise ValueError(

@@ -13,19 +13,19 @@ import pytest
 pytest.importorskip("transformers")
 pytest.importorskip("matplotlib")
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
-sys.path.insert(0, str(EXAMPLES))  # where Python puts it for a script there
+QUALITY = Path(__file__).parents[1] / "benchmarks" / "quality"
+sys.path.insert(0, str(QUALITY))  # where Python puts it for a script there
 _bootstrap = importlib.import_module("_bootstrap")
 _compare = importlib.import_module("_compare")
 _curves = importlib.import_module("_curves")
-_data = importlib.import_module("_data")
 _figures = importlib.import_module("_figures")
 _suite = importlib.import_module("_suite")
+_shared = importlib.import_module("_shared")
+_store = importlib.import_module("_store")
 _training = importlib.import_module("_training")
-glue = importlib.import_module("glue")
+script = importlib.import_module("sweep")
 report = importlib.import_module("report")
 
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 ROWS = 400
 LABELS = [i % 2 for i in range(ROWS)]
 
@@ -33,7 +33,7 @@ LABELS = [i % 2 for i in range(ROWS)]
 @pytest.fixture(autouse=True)
 def tasks(monkeypatch):
     """Two tasks whose test rows have the labels above."""
-    rows = [_data.Row(str(i), label) for i, label in enumerate(LABELS)]
+    rows = [_shared.Row(str(i), label) for i, label in enumerate(LABELS)]
     task = _suite.Recipe(lambda: _suite.SuiteTask([], [], rows), ("accuracy",), 4, 8)
     monkeypatch.setitem(_suite.SUITES, "offline", {"easy": task, "hard": task})
     _compare.labels.cache_clear()
@@ -203,11 +203,13 @@ def test_a_figure_without_runs_says_how_to_make_them(tmp_path):
     (tmp_path / "runs.jsonl").write_text(json.dumps(line()) + "\n", "utf-8")
     assert report.main([str(tmp_path), "--output", str(tmp_path / "out")]) == 0
     text = (tmp_path / "out" / "report.md").read_text("utf-8")
-    command = re.search("Periods: no runs; `python examples/glue.py (.*)` makes them", text)[1]
-    options = glue.parse(command.split())
+    command = re.search(
+        "Periods: no runs; `python benchmarks/quality/sweep.py (.*)` makes them", text
+    )[1]
+    options = script.parse(command.split())
     assert (options.suite, options.tasks, options.output) == ("offline", ["easy"], tmp_path)
     assert options.methods == ["forward@period=10", "forward@period=50"]
-    wanted = glue.settings(options, "easy", "lora", 1e-3)
+    wanted = script.settings(options, "easy", "lora", 1e-3)
     assert asdict(wanted) == line()["settings"]  # so that the new runs can stand beside the old
     assert [path.name for path in (tmp_path / "out").glob("*.png")] == ["figure1.png"]
 
@@ -215,9 +217,9 @@ def test_a_figure_without_runs_says_how_to_make_them(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["nowhere"], "there is no folder .*nowhere; glue.py --output"),
+        (["nowhere"], "there is no folder .*nowhere; sweep.py --output"),
         (["empty"], "there are no finished runs in .*empty"),
-        (["broken"], "broken/runs.jsonl has a line that is no run of glue.py: KeyError"),
+        (["broken"], "broken/runs.jsonl has a line that is no run of sweep.py: KeyError"),
         (["changed"], "a run of easy predicts 3 test rows .* not so on the 400 there are"),
         (["", "--pairs", "lora"], "--pairs lora is not two methods such as forward:random"),
         (["", "--reference", "vera"], r"there are no runs of vera; there are of \['lora'"),
@@ -369,21 +371,9 @@ def test_pairs_may_have_commas_between_them():
 # The runs that are kept
 
 
-@pytest.mark.parametrize("folder", ["sweep", "sweep/short", "sweep/mpnet"])
+@pytest.mark.parametrize("folder", [".", "short", "mpnet"])
 def test_a_sweep_goes_on_from_the_runs_that_are_kept(folder):
-    runs = _training.finished(BENCHMARKS / folder / "runs.jsonl")
+    runs = _store.finished(_shared.STORED / folder / "runs.jsonl")
     assert runs
     for run in runs:
         assert _training.Settings(**run["settings"]).key == run["key"]
-
-
-def test_the_results_are_those_of_the_runs_that_are_kept():
-    sweep = _compare.Sweep(_training.finished(BENCHMARKS / "sweep" / "runs.jsonl"))
-    results = (BENCHMARKS / "RESULTS.md").read_text("utf-8")
-    readme = (BENCHMARKS.parent / "README.md").read_text("utf-8")
-    said = re.findall(r"^\| `?([\w.-]+)`? \| ([\d.]+) \|.* \| ([\d.]+) \|$", readme, re.MULTILINE)
-    assert len(said) >= 8
-    for name, mean, peak in said:
-        assert f"| {name} | {' | '.join(report._qualities(sweep, name))} | {mean} |" in results
-        assert mean == f"{100 * sweep.average(name, sweep.tasks):.1f}"
-        assert peak == f"{sweep.ratio(name, 'lora', 'peak_bytes', sweep.tasks):.2f}"

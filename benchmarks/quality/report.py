@@ -1,7 +1,7 @@
-"""Make tables and figures of a sweep that `glue.py` has run.
+"""Make tables and figures of a sweep that `sweep.py` has run.
 
-    python examples/report.py runs/glue
-    python examples/report.py runs/glue --pairs forward:random budget-0.40:static
+    python benchmarks/quality/report.py runs/quality
+    python benchmarks/quality/report.py runs/quality --pairs forward:random budget-0.40:static
 
 Every method stands at the learning rate that suits it best on validation rows; differences are
 paired (the same test rows, the same seeds) with a 95% interval by bootstrap.
@@ -22,10 +22,10 @@ from typing import Any
 
 from _compare import Difference, Result, Sweep
 from _figures import FIGURES, save
-from _models import DEFAULT_MODEL
+from _shared import CLASSIFIER
+from _store import finished
 from _suite import recipe
-from _training import finished
-from glue import names
+from sweep import names
 
 
 def main_table(sweep: Sweep, reference: str) -> str:
@@ -128,17 +128,17 @@ def command(sweep: Sweep, methods: str, folder: Path) -> str:
     given |= {"methods": methods, "output": folder}
     kinds = sweep.kinds
     first = next(iter(kinds.values()))
-    usual = {"model": DEFAULT_MODEL, "batch_size": 16, "layers": None}
+    usual = {"model": CLASSIFIER, "batch_size": 16, "layers": None}
     given |= {key: first[key] for key, value in usual.items() if first[key] != value}
     for key in ("steps", "max_length"):
         if any(kinds[t][key] != getattr(recipe(sweep.suite, t), key) for t in kinds):
             given[key] = first[key]
     words = (f"--{key.replace('_', '-')} {shlex.quote(str(value))}" for key, value in given.items())
-    return f"python examples/glue.py {' '.join(words)}"
+    return f"python benchmarks/quality/sweep.py {' '.join(words)}"
 
 
 def read(folder: Path, methods: Sequence[str] = ()) -> Sweep:
-    """Read what `glue.py` wrote.
+    """Read what `sweep.py` wrote.
 
     Args:
         folder: Of the finished runs.
@@ -149,7 +149,7 @@ def read(folder: Path, methods: Sequence[str] = ()) -> Sweep:
     """
     path = folder / "runs.jsonl"
     if not folder.is_dir():
-        raise ValueError(f"there is no folder {folder}; glue.py --output {folder} makes it")
+        raise ValueError(f"there is no folder {folder}; sweep.py --output {folder} makes it")
     try:
         lines = finished(path)
         if methods:
@@ -160,9 +160,9 @@ def read(folder: Path, methods: Sequence[str] = ()) -> Sweep:
         if lines:
             return Sweep(lines)
     except (JSONDecodeError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} has a line that is no run of glue.py: {error!r}") from error
+        raise ValueError(f"{path} has a line that is no run of sweep.py: {error!r}") from error
     raise ValueError(
-        f"there are no finished runs in {folder}; glue.py --output {folder} makes some"
+        f"there are no finished runs in {folder}; sweep.py --output {folder} makes some"
     )
 
 
@@ -192,7 +192,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         description=(__doc__ or "").splitlines()[0],
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("folder", type=Path, help="what glue.py wrote to")
+    parser.add_argument("folder", type=Path, help="what sweep.py wrote to")
     parser.add_argument("--output", type=Path, help="folder of the report; None: the same")
     parser.add_argument("--methods", type=names, default=[], help="only these; none given: all")
     parser.add_argument("--reference", default="lora", help="the method to compare with")

@@ -1,4 +1,4 @@
-"""examples/methods.py: every combination, on the real checkpoint, none left out."""
+"""benchmarks/quality/methods.py: every combination, on the real checkpoint, none left out."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
+QUALITY = Path(__file__).parents[1] / "benchmarks" / "quality"
 
 
 @pytest.fixture
 def methods(monkeypatch):
     pytest.importorskip("transformers")
-    monkeypatch.syspath_prepend(str(EXAMPLES))
+    monkeypatch.syspath_prepend(str(QUALITY))
     return importlib.import_module("methods")
 
 
@@ -39,11 +39,11 @@ def test_no_method_is_left_out(methods):
 @pytest.mark.slow
 def test_every_combination_runs_on_two_blocks_of_the_checkpoint(methods):
     try:
-        methods.locate(methods.DEFAULT_MODEL)
+        methods.locate(methods.CLASSIFIER)
     except OSError as error:
         pytest.skip(f"the checkpoint cannot be had: {error}")
     run = subprocess.run(
-        [sys.executable, EXAMPLES / "methods.py", "--layers", "2", "--steps", "3"],
+        [sys.executable, QUALITY / "methods.py", "--layers", "2", "--steps", "3"],
         capture_output=True,
         text=True,
         timeout=600,

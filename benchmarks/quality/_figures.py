@@ -25,7 +25,7 @@ class Figure:
         name: Its file's, without the suffix.
         title: What it shows.
         draw: Draws it on a matplotlib figure; returns False where there are no runs for it.
-        methods: What `glue.py --methods` takes to make such runs.
+        methods: What `sweep.py --methods` takes to make such runs.
     """
 
     name: str
