@@ -134,10 +134,10 @@ def test_ci_runs_the_readmes_own_commands():
 
 def test_every_command_exists():
     tox = (ROOT / "tox.ini").read_text(encoding="utf-8")
-    environments = {*re.findall(r"^\[testenv:(\w+)\]", tox, flags=re.M), "py"}
+    environments = {*re.findall(r"^\[testenv:([\w-]+)\]", tox, flags=re.M), "py"}
     found = 0
     for page, text in [*PAGES.items(), ("CONTRIBUTING.md", CONTRIBUTING)]:
-        for name in re.findall(r"tox run -e (\w+)", text):
+        for name in re.findall(r"tox run -e ([\w-]+)", text):
             assert name in environments, f"{page}: tox run -e {name}"
             found += 1
         for script in re.findall(r"\b((?:examples|benchmarks)/[a-z_/]+\.(?:py|sh))\b", text):
