@@ -17,6 +17,7 @@ it:
 * `Pause` says what becomes of the optimizer state of modules that pause, `Backward` how the
   backward pass is run, and `LocalLR` lets each module follow the learning-rate schedule at its own
   pace.
+* `show_versions` prints what an issue report needs.
 * `measure_step` counts what a training step takes; `estimate_memory` rehearses it without memory.
 * The `AllocationRecord` keeps every `Reallocation`.
 
@@ -29,6 +30,7 @@ This package imports torch and the standard library only. It recognises adapters
 
 from dynalora_optim._optimizer import DynamicAllocationOptimizer
 from dynalora_optim._presets import badam, lisa
+from dynalora_optim._versions import show_versions
 from dynalora_optim.allocation import (
     AllocationContext,
     AllocationRecord,
@@ -108,4 +110,5 @@ __all__ = [
     "estimate_memory",
     "lisa",
     "measure_step",
+    "show_versions",
 ]

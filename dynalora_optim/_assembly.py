@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from dynalora_optim._base.torch_private import original
 from dynalora_optim._costing import StepCosting
 from dynalora_optim._driver import ModuleDriver
 from dynalora_optim._grouping import Grouping
@@ -64,7 +65,7 @@ class Assembly:
                 f"Backward(checkpoint_idle=True) has no effect with {type(allocator).__name__}, "
                 "which itself decides what to recompute; leave it out."
             )
-        self._model: nn.Module = getattr(model, "_orig_mod", model)  # what torch.compile was given
+        self._model: nn.Module = original(model)
         self._grouping = grouping
         self._recomputes = needs_costs or backward.checkpoint_idle
         self._blocks = model_blocks(self._model, must=self._recomputes)

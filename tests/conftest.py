@@ -15,6 +15,8 @@ settings.register_profile(
     print_blob=True,
     suppress_health_check=[HealthCheck.too_slow],
 )
+# Few examples, always the same: what a set of versions breaks, it breaks in any example.
+settings.register_profile("smoke", max_examples=5, deadline=None, derandomize=True)
 # Tiny models: a second thread costs more than it brings.
 torch.set_num_threads(1)
 

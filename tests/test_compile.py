@@ -63,7 +63,13 @@ def adapted(name: str, kind: str, blocks: int = 2) -> TinyModel:
 def wrapped(model: nn.Module, **options: Any) -> DynamicAllocationOptimizer:
     trained = [p for p in model.parameters() if p.requires_grad]
     rule = torch.optim.SGD(trained, lr=0.05, momentum=0.9, weight_decay=0.01)
-    options = {"active": 2, "period": 1, "allocator": "random", **options}
+    own_count = isinstance(options.get("allocator"), Budget)  # which refuses active=
+    options = {
+        "period": 1,
+        "allocator": "random",
+        **({} if own_count else {"active": 2}),
+        **options,
+    }
     return DynamicAllocationOptimizer(rule, model, **options)
 
 

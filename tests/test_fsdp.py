@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from processes import on_ranks
+from processes import CLIPPED_SHARDS, on_ranks
 from test_ddp import options as options_of
 from test_ddp import rows
 from torch import Tensor, nn
@@ -179,7 +179,7 @@ def test_two_ranks_are_one_process_with_both_batches(case, ranks):
     assert len(set(choices)) > 1, "the set must change for this to say anything"
     assert seen == expected_seen, "who has a gradient"
     for name, value in expected.items():
-        torch.testing.assert_close(found[name], value, atol=1e-9, rtol=0)
+        torch.testing.assert_close(found[name], value, atol=CLIPPED_SHARDS, rtol=0)
 
 
 @pytest.mark.parametrize("policy", MIXED)
@@ -242,9 +242,11 @@ def losses_of_both(policy: str, rank: int) -> tuple[list[float], list[float]]:
 
 @pytest.mark.parametrize("policy", ["float32", *MIXED])
 def test_the_losses_are_those_of_ddp(policy, ranks):
+    # On torch 2.8 the last bits of float32 differ, and so at times the nearest bfloat16.
+    rounding = 1e-6 if policy == "float32" or torch.__version__ >= (2, 11) else 1e-4
     curves = [rank[f"losses, {policy}"] for rank in ranks]
     for sharded, ddp in curves:
-        assert sharded == pytest.approx(ddp, abs=1e-6)
+        assert sharded == pytest.approx(ddp, abs=rounding)
         assert len(set(ddp)) == STEPS
     assert curves[0] != curves[1], "the ranks have batches of their own"
 
@@ -354,7 +356,9 @@ def assert_same_outcome(found, expected, *, exact: bool = True) -> None:
     if exact:
         assert found[2] == expected[2]
     for name, value in expected[0].items():
-        torch.testing.assert_close(found[0][name], value, atol=0 if exact else 1e-9, rtol=0)
+        torch.testing.assert_close(
+            found[0][name], value, atol=0 if exact else CLIPPED_SHARDS, rtol=0
+        )
 
 
 @pytest.mark.parametrize("kind", STATES)

@@ -6,14 +6,22 @@ import os
 
 import pytest
 import torch
-from processes import on_ranks
+from processes import CLIPPED_SHARDS, on_ranks
 from test_ddp import rows
+from torch.torch_version import TorchVersion
 from toy import ToyModel, same, wrapped
 
-pytest.importorskip("accelerate")
+accelerate = pytest.importorskip("accelerate")
 
 STOP, STEPS = 4, 8
-pytestmark = pytest.mark.distributed
+pytestmark = [
+    pytest.mark.distributed,
+    # docs/versions.md says so too. Older ones do not take these options, or cannot load the state.
+    pytest.mark.skipif(
+        TorchVersion(accelerate.__version__) < "1.15" or torch.__version__ < (2, 11),
+        reason="FSDP2 through Accelerate needs accelerate 1.15 and torch 2.11",
+    ),
+]
 KINDS = ("SHARDED_STATE_DICT", "FULL_STATE_DICT")
 
 
@@ -101,4 +109,4 @@ def test_it_trains_as_one_process_does_and_resumes_bit_for_bit(kind, ranks, alon
         assert resumed[1][-1] == straight[1][-1]
         assert straight[1] == alone[1]
         for name, value in alone[0].items():
-            torch.testing.assert_close(straight[0][name], value, atol=1e-9, rtol=0)
+            torch.testing.assert_close(straight[0][name], value, atol=CLIPPED_SHARDS, rtol=0)

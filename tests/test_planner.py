@@ -113,7 +113,11 @@ def test_the_peak_is_what_a_plain_loop_under_the_counter_has():
     assert measured.peak == memory.peak + measured.weights
 
 
-def llama(blocks=3, **options):
+# torch 2.8 cannot rehearse grouped queries.
+HAS_GROUPED_QUERIES = torch.__version__ >= (2, 9)
+
+
+def llama(blocks=3, key_value_heads=2 if HAS_GROUPED_QUERIES else 4, **options):
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
@@ -122,7 +126,7 @@ def llama(blocks=3, **options):
         intermediate_size=64,
         num_hidden_layers=blocks,
         num_attention_heads=4,
-        num_key_value_heads=2,
+        num_key_value_heads=key_value_heads,
         use_cache=False,
         **options,
     )
@@ -241,6 +245,12 @@ def test_tied_weights_count_once():
     tied, untied = llama(tie_word_embeddings=True), llama(tie_word_embeddings=False)
     sizes = [estimate_memory(model, tokens(), adamw).weights for model in (tied, untied)]
     assert sizes[1] - sizes[0] == 4 * 97 * 32
+
+
+@pytest.mark.skipif(HAS_GROUPED_QUERIES, reason="this torch can rehearse them")
+def test_grouped_queries_name_the_torch_that_they_need():
+    with pytest.raises(ValueError, match=r"needs torch 2\.9 there, found 2\.8.*measure_step"):
+        estimate_memory(llama(key_value_heads=2), tokens(), adamw)
 
 
 def test_a_large_model_is_planned_in_seconds_without_its_memory():

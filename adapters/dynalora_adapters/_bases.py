@@ -7,8 +7,8 @@ from typing import TypeGuard
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import _has_any_global_hook
-from torch.nn.parameter import is_lazy
+
+from dynalora_adapters._torch_private import is_lazy, is_watched
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ def frozen_weight(module: nn.Module) -> Tensor | None:
     """
     if type(module) is not nn.Linear and not _is_transformers_conv1d(module):
         return None
-    if _is_watched(module) or "forward" in module.__dict__:
+    if is_watched(module) or "forward" in module.__dict__:
         return None
     weight, bias = module.weight, module.bias
     if not (is_dense(weight) and weight.is_floating_point()) or weight.requires_grad:
@@ -81,13 +81,6 @@ def is_dense(tensor: object) -> TypeGuard[Tensor]:
 def _is_transformers_conv1d(module: nn.Module) -> bool:
     kind = type(module)
     return kind.__name__ == "Conv1D" and kind.__module__ == "transformers.pytorch_utils"
-
-
-def _is_watched(module: nn.Module) -> bool:
-    """Whether any hook sees what goes through the module."""
-    forward = module._forward_pre_hooks or module._forward_hooks
-    backward = module._backward_pre_hooks or module._backward_hooks
-    return bool(forward or backward or _has_any_global_hook())  # type: ignore[no-untyped-call]
 
 
 def adapter_dtype(weight: torch.Tensor) -> torch.dtype:

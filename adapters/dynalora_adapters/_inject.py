@@ -10,8 +10,9 @@ from torch import nn
 
 from dynalora_adapters._config import AdapterConfig
 from dynalora_adapters._layers import AdapterLinear
-from dynalora_adapters._models import plain_name, replace_modules, require_adapters, unwrap
+from dynalora_adapters._models import replace_modules, require_adapters, unwrap
 from dynalora_adapters._targets import Plan, make_plan
+from dynalora_adapters._torch_private import plain_name
 
 _RECORD = "_dynalora_injection"  # an attribute of the adapted model
 _NESTED = "use_nested_tensor"  # an attribute of nn.TransformerEncoder

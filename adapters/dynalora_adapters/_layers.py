@@ -13,7 +13,8 @@ from torch.nn import functional as F  # noqa: N812
 from dynalora_adapters._bases import adapter_dtype, frozen_weight, is_dense, linear_shape
 from dynalora_adapters._checks import positive_int, positive_number, probability_below_one
 from dynalora_adapters._gate import gated, needs_gate, new_gate, set_gate
-from dynalora_adapters._lora_function import lora_linear, runs_eagerly
+from dynalora_adapters._lora_function import lora_linear
+from dynalora_adapters._torch_private import runs_eagerly
 
 
 class AdapterLinear(nn.Module, ABC):

@@ -11,24 +11,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 from torch.nn import functional as F  # noqa: N812
 
+from dynalora_adapters._torch_private import unsafe_view
+
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
-
-
-def runs_eagerly() -> bool:
-    """Whether operations run as they are called, with reverse-mode autograd and nothing else.
-
-    Compilers and tracers do better with the operations themselves, and functorch and forward mode
-    would need rules of their own.
-    """
-    return not (
-        torch.compiler.is_compiling()
-        or torch._C._get_tracing_state() is not None
-        or torch._C._are_functorch_transforms_active()
-        or forward_ad._current_level >= 0
-    )
 
 
 def lora_linear(
@@ -74,7 +61,7 @@ class LoRAFunction(torch.autograd.Function):
         )
         # "Unsafe", since autograd would let nobody change a view made in here in place.
         shape = (*x.shape[:-1], len(B))
-        return torch.ops.aten._unsafe_view(_cast(total, out.dtype), shape)  # type: ignore[no-any-return]
+        return unsafe_view(_cast(total, out.dtype), shape)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from dynalora_adapters._layers import AdapterLinear
 from dynalora_adapters._models import parameter_owners, require_adapters, unwrap
+from dynalora_adapters._torch_private import own_parameter
 
 
 def merge(model: nn.Module) -> nn.Module:
@@ -70,7 +71,7 @@ def _folded(layer: AdapterLinear) -> Tensor:
 def _check(name: str, layer: AdapterLinear, owners: dict[int, list[str]]) -> None:
     """Raise unless the layer's weight can hold the delta. Computes it once more than needed."""
     weight = layer.weight
-    if not isinstance(layer.base_layer._parameters.get("weight"), nn.Parameter):
+    if own_parameter(layer.base_layer, "weight") is None:
         reason = "is not a parameter of its own (a buffer or a parametrization)"
     elif weight.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
         reason = f"is {weight.dtype}, which cannot hold the delta"

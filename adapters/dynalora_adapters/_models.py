@@ -9,6 +9,7 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from dynalora_adapters._bases import is_conv1d, linear_shape
 from dynalora_adapters._layers import AdapterLinear
+from dynalora_adapters._torch_private import children, original, plain_name
 
 _TASKS = {  # the end of a transformers class name -> peft's task_type
     "ForSequenceClassification": "SEQ_CLS",
@@ -23,11 +24,13 @@ _TASKS = {  # the end of a transformers class name -> peft's task_type
 
 def unwrap(model: nn.Module) -> nn.Module:
     """Return the model inside DistributedDataParallel, DataParallel and torch.compile."""
-    while isinstance(model, (DistributedDataParallel, DataParallel)) or hasattr(model, "_orig_mod"):
-        inner = model._orig_mod if hasattr(model, "_orig_mod") else model.module
-        assert isinstance(inner, nn.Module)
+    while True:
+        inner = original(model)
+        if inner is None and isinstance(model, (DistributedDataParallel, DataParallel)):
+            inner = model.module
+        if inner is None:
+            return model
         model = inner
-    return model
 
 
 def module_tree(model: nn.Module) -> dict[str, nn.Module]:
@@ -46,11 +49,6 @@ def module_tree(model: nn.Module) -> dict[str, nn.Module]:
         if isinstance(module, AdapterLinear):
             adapters.add(name)
     return tree
-
-
-def plain_name(name: str) -> str:
-    """Return a dotted path without what torch.compile puts into it."""
-    return ".".join(part for part in name.split(".") if part != "_orig_mod")
 
 
 def first_names(tree: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
@@ -89,8 +87,8 @@ def parameter_owners(model: nn.Module) -> dict[int, list[str]]:
 def replace_modules(model: nn.Module, new: Mapping[nn.Module, nn.Module]) -> None:
     """Put ``new[module]`` wherever the model refers to ``module``."""
     for parent in list(model.modules()):
-        for name, child in list(parent._modules.items()):
-            if child is not None and child in new and new[child] is not parent:
+        for name, child in children(parent):
+            if child in new and new[child] is not parent:
                 setattr(parent, name, new[child])
 
 

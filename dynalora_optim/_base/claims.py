@@ -42,3 +42,10 @@ def is_owner(thing: object) -> bool:
     """Return whether ``thing`` drives anything."""
     with _lock:
         return any(ref() is thing for ref in _owners.values())
+
+
+def owners() -> list[object]:
+    """Return all that drive something now, each once."""
+    with _lock:
+        found = (ref() for ref in _owners.values())
+        return list({id(owner): owner for owner in found if owner is not None}.values())

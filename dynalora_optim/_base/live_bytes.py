@@ -7,9 +7,14 @@ from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import flop_registry
+
+from dynalora_optim._base.torch_private import (
+    TorchDispatchMode,
+    packet_of,
+    storage_key,
+    tree_leaves,
+)
 
 
 class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -50,8 +55,7 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def size(self, tensors: Iterable[Tensor]) -> int:
         """Return the bytes of those storages of ``tensors`` that are counted, each once."""
-        storages = [tensor.untyped_storage() for tensor in tensors]
-        sizes = {storage._cdata: storage.nbytes() for storage in storages}
+        sizes = {storage_key(tensor): tensor.untyped_storage().nbytes() for tensor in tensors}
         return sum(size for key, size in sizes.items() if key in self._known)
 
     def __torch_dispatch__(
@@ -60,25 +64,25 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
         self.ops += 1
-        formula = flop_registry.get(func._overloadpacket)
+        formula = flop_registry.get(packet_of(func))
         if formula is not None:
             self.flops += formula(*args, **kwargs, out_val=result)
         inputs = {
-            tensor.untyped_storage()._cdata
-            for tensor in tree_iter((args, kwargs))
+            storage_key(tensor)
+            for tensor in tree_leaves((args, kwargs))
             if isinstance(tensor, Tensor)
         }
-        for tensor in tree_iter(result):
+        for tensor in tree_leaves(result):
             if isinstance(tensor, Tensor):
                 self._count(tensor, inputs)
         return result
 
     def _count(self, tensor: Tensor, inputs: set[int]) -> None:
-        storage = tensor.untyped_storage()
-        key = storage._cdata
+        key = storage_key(tensor)
         if key in inputs or key in self._known or tensor.device.type in self._uncounted:
             return
         self._known.add(key)
+        storage = tensor.untyped_storage()
         size = storage.nbytes()
         self.live += size
         self.peak = max(self.peak, self.live)

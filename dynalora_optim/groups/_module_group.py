@@ -12,6 +12,8 @@ from typing import Literal, Protocol, TypeAlias, runtime_checkable
 
 from torch import nn
 
+from dynalora_optim._base.torch_private import parameter_slots
+
 GroupRole: TypeAlias = Literal["allocated", "always_active", "frozen"]
 
 
@@ -39,7 +41,7 @@ class Slot:
     @property
     def parameter(self) -> nn.Parameter:
         """The parameter that stands there now."""
-        parameter = self.owner._parameters[self.attribute]
+        parameter = parameter_slots(self.owner)[self.attribute]
         assert isinstance(parameter, nn.Parameter)
         return parameter
 

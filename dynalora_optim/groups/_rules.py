@@ -9,6 +9,7 @@ from typing import Literal, TypeAlias, cast, get_args
 from torch import nn
 
 from dynalora_optim._base.checks import whole_number
+from dynalora_optim._base.torch_private import has_child, original, parameter_slots, plain_name
 from dynalora_optim.groups._blocks import find_blocks
 from dynalora_optim.groups._module_group import AdapterModule, GroupRole, ModuleGroup, Slot
 
@@ -84,7 +85,7 @@ def find_groups(model: nn.Module, rule: GroupRule = "auto") -> list[ModuleGroup]
         TypeError: ``rule`` is none of these.
         ValueError: No module forms a group.
     """
-    model = getattr(model, "_orig_mod", model)  # what torch.compile(model) was given
+    model = original(model)  # what torch.compile(model) was given
     rule = Blocks() if rule == "blocks" else rule
     if isinstance(rule, Blocks):
         claims = list(rule.claims(model))
@@ -111,11 +112,6 @@ def find_groups(model: nn.Module, rule: GroupRule = "auto") -> list[ModuleGroup]
     return _joined(replace(claim, name=plain_name(claim.name)) for claim in claims)
 
 
-def plain_name(name: str) -> str:
-    """Return a dotted path without what torch.compile puts into it."""
-    return ".".join(part for part in name.split(".") if part != "_orig_mod")
-
-
 def _no_groups(rule: GroupRule, model: nn.Module) -> str:
     if rule == "auto":
         return (
@@ -137,7 +133,7 @@ def _slots(prefix: str, module: nn.Module) -> Iterator[Slot]:
 
 
 def _own_slots(path: str, owner: nn.Module) -> Iterator[Slot]:
-    for attribute, parameter in owner._parameters.items():
+    for attribute, parameter in parameter_slots(owner).items():
         if parameter is not None:
             yield Slot(owner, attribute, f"{path}.{attribute}" if path else attribute)
 
@@ -164,7 +160,7 @@ def _adapter_slots(name: str, module: nn.Module) -> Iterator[Slot]:
 def _is_peft_layer(module: nn.Module) -> bool:
     # peft's wrapper for modules_to_save has adapter_layer_names too, but no base_layer: it holds
     # whole modules that always train, not an adapter.
-    return hasattr(module, "adapter_layer_names") and "base_layer" in module._modules
+    return hasattr(module, "adapter_layer_names") and has_child(module, "base_layer")
 
 
 def _joined(claims: Iterable[ModuleGroup]) -> list[ModuleGroup]:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dynalora_optim._base.torch_private import in_backward
 from dynalora_optim.importance._measures import ForwardMeasure, ForwardPass
 from dynalora_optim.importance._windows import Passes, Window
 
@@ -74,7 +75,7 @@ class ForwardHook:
     def _is_recomputation(self) -> bool:
         # Non-reentrant checkpoints run the forward again inside the backward, after a first pass
         # that counted. Reentrant ones make their first pass without gradients, which did not.
-        if torch._C._current_graph_task_id() == -1:
+        if not in_backward():
             self._unrepeated += 1
             return False
         if self._unrepeated == 0:

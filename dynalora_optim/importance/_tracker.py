@@ -17,6 +17,7 @@ from torch.utils.hooks import RemovableHandle
 
 from dynalora_optim._base.checks import whole_number
 from dynalora_optim._base.collectives import whole
+from dynalora_optim._base.torch_private import has_child
 from dynalora_optim.groups._module_group import ModuleGroup
 from dynalora_optim.importance._forward_hook import ForwardHook, Watch
 from dynalora_optim.importance._measures import (
@@ -130,7 +131,7 @@ class ImportanceTracker:
         if not getattr(self.measure, "needs_base_output", False):
             return
         for group in groups:
-            if not all("base_layer" in module._modules for module in group.modules):
+            if not all(has_child(module, "base_layer") for module in group.modules):
                 raise ValueError(
                     f"{self.measure!r} subtracts the output of a module's base_layer, which "
                     f"{group.name} lacks; pass part='output'."

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from dynalora_optim._base.collectives import average, world_size
+from dynalora_optim._base.torch_private import add_all, distances, scale_all
 
 
 @dataclass(frozen=True)
@@ -104,7 +105,7 @@ class SumWindow(Window):
 
     def join(self, columns: Sequence[list[Tensor]], values: list[Tensor]) -> list[list[Tensor]]:
         """Add to the open periods' sums."""
-        return [list(torch._foreach_add(columns[0], values))]
+        return [add_all(columns[0], values)]
 
     def score(self, values: Sequence[float]) -> float:
         """Return the sum or mean; an empty period shows the last one."""
@@ -176,8 +177,7 @@ class SensitivityWindow(SmoothingWindow):
     def join(self, columns: Sequence[list[Tensor]], values: list[Tensor]) -> list[list[Tensor]]:
         """Return [I, U]."""
         I = _mean(columns[0], values, self._beta1)  # noqa: E741
-        off = torch._foreach_abs(torch._foreach_sub(values, I))
-        return [I, _mean(columns[1], list(off), self._beta2)]
+        return [I, _mean(columns[1], distances(values, I), self._beta2)]
 
     def score(self, values: Sequence[float]) -> float:
         """Return I * U."""
@@ -186,7 +186,7 @@ class SensitivityWindow(SmoothingWindow):
 
 def _mean(means: list[Tensor], values: list[Tensor], decay: float) -> list[Tensor]:
     """Return decay y + (1 - decay) v for each mean y and value v."""
-    return list(torch._foreach_add(torch._foreach_mul(means, decay), values, alpha=1 - decay))
+    return add_all(scale_all(means, decay), values, alpha=1 - decay)
 
 
 def window_maker(

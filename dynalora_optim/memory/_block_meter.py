@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dynalora_optim._base.collectives import is_fully_sharded
+from dynalora_optim._base.torch_private import is_wrapped_by_compile
 from dynalora_optim.allocation._costs import Costs
 from dynalora_optim.groups._blocks import Block, model_blocks
 from dynalora_optim.groups._layout import block_of
@@ -43,7 +44,7 @@ class BlockMeter:
         for group in groups:
             block_of(group, self.blocks)
         for block in self.blocks:
-            if hasattr(block.module, "_orig_mod"):
+            if is_wrapped_by_compile(block.module):
                 raise ValueError(
                     f"Budget: {block.name} is wrapped by torch.compile, so that it cannot be "
                     "measured; compile the block itself, in place: block.compile()."

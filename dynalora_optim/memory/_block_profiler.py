@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any
 
 import torch
@@ -26,7 +26,7 @@ from dynalora_optim.groups._module_group import ModuleGroup
 from dynalora_optim.importance._forward_hook import first_tensor
 from dynalora_optim.memory._stand_ins import enter, leave, loss_of, no_autocast, undisturbed
 from dynalora_optim.switching._module_switch import ModuleSwitch
-from dynalora_optim.switching._recompute import Recomputer
+from dynalora_optim.switching._recompute import Recomputer, checkpoints_itself
 
 _SCALARS = 1024  # bytes for what no block shows: the loss, its gradient, a checkpoint's own
 
@@ -118,7 +118,8 @@ class Profiler:
             if self._is_measuring:
                 return None
             self._is_measuring = True
-            self._costs.append(self._block_cost(position, args, kwargs))
+            with _apart_from(module):
+                self._costs.append(self._block_cost(position, args, kwargs))
             self._is_measuring = False
             return self._leave_blocks(output) if position == len(self._blocks) - 1 else None
 
@@ -263,6 +264,16 @@ class Profiler:
             f"{self._blocks[position].name} did not (a shared block, or layer drop). Use an "
             "allocator without a memory budget, such as 'discounted'."
         )
+
+
+def _apart_from(block: nn.Module) -> AbstractContextManager[object]:
+    """What is saved for a backward pass in here is not the business of the block's own checkpoint.
+
+    Older releases of transformers (5.17 among them) run the hooks of a layer within its checkpoint.
+    """
+    if checkpoints_itself(block):
+        return torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x)
+    return nullcontext()
 
 
 def _block_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:

@@ -16,15 +16,16 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.utils._pytree import tree_map
 
 from dynalora_optim._base.live_bytes import LiveBytes, tensor_bytes
+from dynalora_optim._base.packages import installed
+from dynalora_optim._base.torch_private import READ_SCALAR, fused_attention, tree_map
 from dynalora_optim.allocation._context import Allocator, CostAware
 from dynalora_optim.memory._step import Batch, Loss, StepMemory, count_step
 from dynalora_optim.update._pause import Pause
 
 _ATEN = torch.ops.aten
-_ASKING = (_ATEN._local_scalar_dense.default, _ATEN.allclose.default, _ATEN.equal.default)
+_ASKING = (READ_SCALAR, _ATEN.allclose.default, _ATEN.equal.default)
 
 MakeOptimizer = Callable[[nn.Module], Optimizer]
 
@@ -219,9 +220,7 @@ def _fused_attention(  # noqa: PLR0917 - torch's own signature
 ) -> Tensor:
     if attn_mask is not None and attn_mask.dtype == torch.bool:
         attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype).masked_fill_(~attn_mask, -1.0)
-    fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    output: Tensor = fused(query, key, value, 0.0, is_causal, attn_mask=attn_mask, scale=scale)[0]
-    return output
+    return fused_attention(query, key, value, is_causal, attn_mask, scale)
 
 
 @contextmanager
@@ -234,9 +233,11 @@ def _explained(name: str) -> Iterator[None]:
     try:
         yield
     except (NotImplementedError, RuntimeError) as error:
+        why = str(error).splitlines()[0]
+        if "device type for autocast" in why:
+            why += f" (transformers asks for that before 5.4; found {installed('transformers')})"
         raise ValueError(
-            f"a step of {name} cannot be rehearsed on the meta device: "
-            f"{str(error).splitlines()[0]}. Tensors that are "
+            f"a step of {name} cannot be rehearsed on the meta device: {why}. Tensors that are "
             "neither parameters nor buffers stay where they are, and no value can be read; "
             "measure_step() counts a real step instead."
         ) from error

@@ -9,6 +9,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from dynalora_optim._base.torch_private import is_batch_norm
 from dynalora_optim._base.trees import tensors
 
 
@@ -59,7 +60,7 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     statistics = [
         (buffer, buffer.clone())
         for module in model.modules()
-        if isinstance(module, nn.modules.batchnorm._NormBase)
+        if is_batch_norm(module)
         for buffer in module.buffers(recurse=False)
     ]
     cached = torch.is_autocast_cache_enabled()

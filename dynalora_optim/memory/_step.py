@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from dynalora_optim._base.live_bytes import LiveBytes, tensor_bytes
+from dynalora_optim._base.torch_private import storage_key
 from dynalora_optim._base.trees import tensors
 from dynalora_optim.update._master_weights import MASTER
 
@@ -164,8 +165,8 @@ def _kept(optimizer: Optimizer) -> tuple[int, int]:
 
 def _size(found: Iterable[Tensor]) -> int:
     """The bytes of the storages of these tensors, each once."""
-    storages = (tensor.untyped_storage() for tensor in found)
-    return sum({storage._cdata: storage.nbytes() for storage in storages}.values())
+    sizes = {storage_key(tensor): tensor.untyped_storage().nbytes() for tensor in found}
+    return sum(sizes.values())
 
 
 def _loss(model: nn.Module, batch: Batch, loss: Loss | None) -> Tensor:

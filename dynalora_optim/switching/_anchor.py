@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.hooks import RemovableHandle
 
+from dynalora_optim._base.torch_private import active_ddp, in_backward, parameters_reduced
 from dynalora_optim._base.trees import replaced
 from dynalora_optim.groups._module_group import ModuleGroup
 from dynalora_optim.importance._forward_hook import first_tensor
@@ -93,8 +94,8 @@ class Anchor:
         return replaced(output, y, new)
 
     def _current_ddp(self) -> DistributedDataParallel | None:
-        if torch._C._current_graph_task_id() == -1:  # else a recomputation, after that forward
-            ddp = DistributedDataParallel._get_active_ddp_module()  # type: ignore[no-untyped-call]
+        if not in_backward():  # else a recomputation, after that forward
+            ddp = active_ddp()
             self._ddp = weakref.ref(ddp) if ddp is not None else None
         return self._ddp() if self._ddp else None
 
@@ -106,8 +107,7 @@ class Anchor:
         trainable = [
             p for name, p in named if p.requires_grad and name not in ddp.parameters_to_ignore
         ]
-        logged = ddp._get_ddp_logging_data()  # type: ignore[no-untyped-call]
-        known = logged["num_parameter_tensors"]
+        known = parameters_reduced(ddp)
         if known < len(trainable):
             raise RuntimeError(
                 f"DistributedDataParallel was built while only {known} of now {len(trainable)} "

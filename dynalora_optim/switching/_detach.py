@@ -7,6 +7,12 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from dynalora_optim._base.torch_private import (
+    forward_hooks,
+    forward_pre_hooks,
+    parameter_slots,
+    prepend_forward_hook,
+)
 from dynalora_optim.groups._module_group import AdapterModule, Slot
 from dynalora_optim.switching._gate import gated, needs_gate, new_gate, set_gate
 from dynalora_optim.switching._recompute import LayerCheckpoint
@@ -29,7 +35,7 @@ class DetachedForward:
         self._handles: list[RemovableHandle] = [
             # Within the hooks by which FSDP2 puts the whole parameters into this very module.
             module.register_forward_pre_hook(self._detach),
-            module.register_forward_hook(self._restore, prepend=True, always_call=True),
+            prepend_forward_hook(module, self._restore, always_call=True),
         ]
 
     @property
@@ -47,12 +53,12 @@ class DetachedForward:
         if not is_gated and self._active:  # in this order: compiled code is not to ask for it
             return
         self.restore()
-        self._held = [slot.owner._parameters[slot.attribute] for slot in self.slots]
+        self._held = [parameter_slots(slot.owner)[slot.attribute] for slot in self.slots]
         for slot, parameter in zip(self.slots, self._held, strict=True):
             if parameter is not None:
                 replacement = gated(parameter, self._gate) if is_gated else parameter.detach()
-                # _parameters takes only Parameters through setattr; the forward needs a Tensor.
-                slot.owner._parameters[slot.attribute] = replacement  # type: ignore[assignment]
+                # setattr takes only a Parameter; the forward needs a Tensor.
+                parameter_slots(slot.owner)[slot.attribute] = replacement  # type: ignore[assignment]
         self._checkpoint = LayerCheckpoint.over(module)
 
     def _restore(self, module: nn.Module, args: object, output: object) -> None:
@@ -60,15 +66,16 @@ class DetachedForward:
 
     def restore(self) -> None:
         """Put the parameters back; no hook does after a KeyboardInterrupt in the forward."""
-        for slot, parameter in zip(self.slots, self._held, strict=False):
-            slot.owner._parameters[slot.attribute] = parameter
-        self._held = []
+        if self._held:
+            for slot, parameter in zip(self.slots, self._held, strict=True):
+                parameter_slots(slot.owner)[slot.attribute] = parameter
+            self._held = []
         if self._checkpoint:
             self._checkpoint.remove()
             self._checkpoint = None
 
     def holds(self, parameter: Tensor) -> bool:
-        places = (slot.owner._parameters[slot.attribute] for slot in self.slots)
+        places = (parameter_slots(slot.owner)[slot.attribute] for slot in self.slots)
         return any(held is parameter for held in (self._held or places))
 
     def remove(self) -> None:
@@ -79,7 +86,7 @@ class DetachedForward:
 
 def drop_copied_hooks(module: nn.Module) -> None:
     """Remove the hooks that a copy of a model has brought along from the original's optimizer."""
-    for hooks in (module._forward_pre_hooks, module._forward_hooks):
+    for hooks in (forward_pre_hooks(module), forward_hooks(module)):
         for key, hook in list(hooks.items()):
             if isinstance(getattr(hook, "__self__", None), DetachedForward):
                 del hooks[key]

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from dynalora_optim._base.torch_private import forward_hooks
 from dynalora_optim._base.trees import hidden_states, replaced, trainable_leaves
 from dynalora_optim.switching._recompute import checkpoints_itself, is_reentrant
 
@@ -32,8 +33,10 @@ class InputCut:
     def __call__(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[Any, dict[str, Any]] | None:
+        if torch.compiler.is_compiling():
+            return None
         x = hidden_states(args, kwargs)
-        if x is None or not x.requires_grad or torch.compiler.is_compiling():
+        if x is None or not x.requires_grad:
             return None
         if trainable_leaves(x) or not self._is_forced():
             return None
@@ -50,7 +53,7 @@ class InputCut:
         return replaced((args, kwargs), x, x.detach())  # type: ignore[no-any-return]
 
     def _is_forced(self) -> bool:
-        hooks = (hook for module in self._rest for hook in module._forward_hooks.values())
+        hooks = (hook for module in self._rest for hook in forward_hooks(module).values())
         return any(getattr(hook, "__name__", "") in _ASKS_FOR_GRADIENTS for hook in hooks)
 
     def _warn(self, outcome: str) -> None:

@@ -14,6 +14,7 @@ from typing import Any, TypeAlias
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from dynalora_optim._base.torch_private import COMPILED_CALL
 from dynalora_optim.switching._replacement import in_place, replaced_parameters
 
 
@@ -50,8 +51,8 @@ class _CheckpointedForward:
 class LayerCheckpoint:
     """Takes the place of a transformers layer's checkpoint function during one forward.
 
-    From transformers 5.2 on, the recomputation calls the layer's forward without its hooks; those
-    replace its parameters while it is idle.
+    In new releases of transformers (5.23, not yet 5.17) the recomputation calls the layer's forward
+    without its hooks; those replace its parameters while it is idle.
     """
 
     _NAME = "_gradient_checkpointing_func"
@@ -103,12 +104,10 @@ class _CheckpointedCode:
     One outside the compiled code is no part of it, and changes without a recompilation.
     """
 
-    _NAME = "_compiled_call_impl"  # in torch since 2.1; a copy of the model leaves it out
-
     def __init__(self, block: nn.Module) -> None:
         self._block = block
-        self._previous = block.__dict__[self._NAME]
-        block.__dict__[self._NAME] = self
+        self._previous = block.__dict__[COMPILED_CALL]
+        block.__dict__[COMPILED_CALL] = self
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if not self._block.training:
@@ -116,13 +115,13 @@ class _CheckpointedCode:
         return checkpoint(self._previous, *args, use_reentrant=False, **kwargs)
 
     def remove(self) -> None:
-        if self._block.__dict__.get(self._NAME) is self:  # else it was compiled again since
-            self._block.__dict__[self._NAME] = self._previous
+        if self._block.__dict__.get(COMPILED_CALL) is self:  # else it was compiled again since
+            self._block.__dict__[COMPILED_CALL] = self._previous
 
 
 def is_compiled(block: nn.Module) -> bool:
     """Return whether ``block.compile()`` was called, so that the block is compiled by itself."""
-    return block.__dict__.get(_CheckpointedCode._NAME) is not None
+    return block.__dict__.get(COMPILED_CALL) is not None
 
 
 def checkpoints_itself(block: nn.Module) -> bool:

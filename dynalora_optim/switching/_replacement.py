@@ -8,8 +8,10 @@ from typing import TypeAlias
 
 from torch import Tensor, nn
 
+from dynalora_optim._base.torch_private import parameter_slots
+
 Replacement: TypeAlias = (
-    "tuple[nn.Module, str, Tensor | None]"  # what stands in owner._parameters[attribute]
+    "tuple[nn.Module, str, Tensor | None]"  # what stands in place of owner.attribute
 )
 
 
@@ -18,7 +20,7 @@ def replaced_parameters(module: nn.Module) -> list[Replacement]:
     return [
         (owner, attribute, tensor)
         for owner in module.modules()
-        for attribute, tensor in owner._parameters.items()
+        for attribute, tensor in parameter_slots(owner).items()
         if tensor is not None and not isinstance(tensor, nn.Parameter)
     ]
 
@@ -26,11 +28,11 @@ def replaced_parameters(module: nn.Module) -> list[Replacement]:
 @contextmanager
 def in_place(replacements: Sequence[Replacement]) -> Iterator[None]:
     """Put ``replacements`` into their places for a while."""
-    before = [owner._parameters[attribute] for owner, attribute, _ in replacements]
+    before = [parameter_slots(owner)[attribute] for owner, attribute, _ in replacements]
     for owner, attribute, tensor in replacements:
-        owner._parameters[attribute] = tensor  # type: ignore[assignment]
+        parameter_slots(owner)[attribute] = tensor  # type: ignore[assignment]
     try:
         yield
     finally:
         for (owner, attribute, _), parameter in zip(replacements, before, strict=True):
-            owner._parameters[attribute] = parameter
+            parameter_slots(owner)[attribute] = parameter

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from dynalora_optim._base.collectives import world_size
+from dynalora_optim._base.torch_private import version_of
 from dynalora_optim.update._param_groups import ParamGroup
 
 Update: TypeAlias = Callable[[Tensor, int], None]
@@ -117,7 +118,7 @@ class FusedBackward:
 
 def _mark(gradient: Tensor) -> tuple[int, Tensor]:
     """Return what shows whether it is written to; GradScaler's kernel shows in the sum alone."""
-    return gradient._version, gradient.detach().sum(dtype=torch.float32)
+    return version_of(gradient), gradient.detach().sum(dtype=torch.float32)
 
 
 def refusal(why: str) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor
 from torch.optim import Optimizer
 
+from dynalora_optim._base.torch_private import share_step_hooks
 from dynalora_optim.update._param_groups import ParameterIndex, flatten, parameters_of
 from dynalora_optim.update._plain import UserGroup, user_groups
 from dynalora_optim.update._rule import UpdateRule
@@ -103,6 +104,4 @@ class LateBoundOptimizer(Optimizer):
 
     def _take_charge(self) -> None:
         """Let step hooks of the wrapped optimizer fire with this one's, once per step."""
-        wrapped = self._rule.optimizer
-        self._optimizer_step_pre_hooks = wrapped._optimizer_step_pre_hooks
-        self._optimizer_step_post_hooks = wrapped._optimizer_step_post_hooks
+        share_step_hooks(self, self._rule.optimizer)

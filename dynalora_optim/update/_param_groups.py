@@ -8,8 +8,8 @@ from typing import Any, TypeAlias
 
 from torch import Tensor, nn
 
+from dynalora_optim._base.torch_private import plain_name
 from dynalora_optim.groups._module_group import ModuleGroup
-from dynalora_optim.groups._rules import plain_name
 
 ParamGroup: TypeAlias = "dict[str, Any]"
 

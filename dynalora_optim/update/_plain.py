@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
+from dynalora_optim._base.torch_private import ORIGINAL
 from dynalora_optim.update._param_groups import PACKED, ParamGroup
 
 _OURS = ("params", "name", "param_names", "user_name", PACKED)
@@ -147,7 +148,7 @@ def _keys(number: int, saved: Mapping[str, Any], user: UserGroup) -> dict[str, A
 
 def _bare(name: str) -> str:
     """Leave out what DistributedDataParallel and torch.compile put before a name."""
-    return name.removeprefix("module.").replace("_orig_mod.", "")
+    return name.removeprefix("module.").replace(f"{ORIGINAL}.", "")
 
 
 def _check_shapes(

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 from torch.optim import Optimizer
 
+from dynalora_optim._base.torch_private import has_scheduler
 from dynalora_optim.update._master_weights import MasterWeights
 from dynalora_optim.update._param_groups import ParamGroup
 
@@ -64,7 +65,7 @@ def _unhooked_step(optimizer: Optimizer) -> Callable[[], Any]:
     would fire twice.
     """
     step = type(optimizer).step
-    patched = "step" in vars(optimizer) and not hasattr(optimizer.step, "_wrapped_by_lr_sched")
+    patched = "step" in vars(optimizer) and not has_scheduler(optimizer)
     if patched or not getattr(step, "hooked", False):
         return optimizer.step
     inner = getattr(step, "__wrapped__", step)

@@ -6,6 +6,7 @@ import torch
 from torch.optim import Optimizer
 
 from dynalora_optim._base.claims import is_owner
+from dynalora_optim._base.torch_private import has_scheduler
 
 
 def check_wrappable(optimizer: object, *, scheduled: bool = False) -> None:
@@ -30,7 +31,7 @@ def check_wrappable(optimizer: object, *, scheduled: bool = False) -> None:
             "optimizer=LBFGS keeps one state over all parameters together, so modules cannot be "
             "active one by one; pass a per-parameter optimizer such as AdamW."
         )
-    if hasattr(optimizer.step, "_wrapped_by_lr_sched") and not scheduled:
+    if has_scheduler(optimizer) and not scheduled:
         raise ValueError(
             f"optimizer={kind} has a learning-rate scheduler, which would go on changing rates "
             "that are no longer used; wrap first, then build the scheduler on the wrapper."
