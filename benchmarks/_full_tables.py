@@ -167,9 +167,7 @@ def everywhere_table(rows: Sequence[Row]) -> str:
 def times_table(rows: Sequence[Row]) -> str:
     seconds = Measured.of_rows(rows).seconds
     lines = [[name, f"{s:.3f}", f"{s / seconds[PACKAGE]:.3f}"] for name, s in seconds.items()]
-    timed = [row for row in rows if row["kind"] == "timed"]
-    table = markdown(["row", "seconds", "of the badam package's"], lines)
-    return f"{described(timed, 'transformers', 'peft', 'badam')}\n\n{table}"
+    return markdown(["row", "seconds", "of the badam package's"], lines)
 
 
 def bars_table(rows: Sequence[Row]) -> str:

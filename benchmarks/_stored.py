@@ -1,7 +1,7 @@
 """Stored runs: a file of JSON lines, a line a row, each with how and where it was measured.
 
     {"part": "roberta", "row": "peft LoRA", "peak": 1400998212, ..., "run": {"command": ...,
-     "date": ..., "versions": {...}, "hardware": {...}}}
+     "date": ..., "commit": ..., "versions": {...}, "hardware": {...}}}
 
 A *part* is what one table is made of: all rows that were measured side by side. A script that
 measures a part again replaces its rows and leaves the other parts of the file as they are.
@@ -13,6 +13,7 @@ import json
 import os
 import platform
 import shlex
+import subprocess
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime, timezone
@@ -41,9 +42,20 @@ def run_of(script: str, arguments: Sequence[str] | None = None) -> dict[str, Any
     return {
         "command": " ".join([*given, shlex.join(words)]),
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
+        "commit": _commit(),
         "versions": {"python": platform.python_version(), **_installed()},
         "hardware": hardware(),
     }
+
+
+def _commit() -> str | None:
+    """The commit that is checked out, marked where files differ from it; None without git."""
+    command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
+    try:
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.strip()
 
 
 def _installed() -> dict[str, str]:

@@ -34,7 +34,7 @@ from accelerate.utils import DataLoaderConfiguration, set_seed
 from torch.utils.data import DataLoader
 
 from dynalora_adapters import LoRAConfig, inject, save_adapter
-from dynalora_optim import Allocator, Budget, DynamicAllocationOptimizer
+from dynalora_optim import Budget, DynamicAllocationOptimizer
 
 ALLOCATORS = ("discounted", "topk", "threshold", "stochastic", "random", "round_robin", "budget")
 
@@ -81,9 +81,8 @@ def prepare(accelerator: Accelerator, sentences: Sentences, options: Namespace) 
     optimizer = DynamicAllocationOptimizer(
         inner,
         model,
-        active=options.active,
         period=options.period,
-        allocator=allocator(options),
+        **allocation(options),
         lr_time=options.lr_time,
         seed=options.seed,
     )
@@ -101,10 +100,13 @@ def prepare(accelerator: Accelerator, sentences: Sentences, options: Namespace) 
     return prepared
 
 
-def allocator(options: Namespace) -> str | Allocator:
-    """Return the allocator that is asked for."""
-    budget = options.allocator == "budget"
-    return Budget(options.memory, options.compute) if budget else str(options.allocator)
+def allocation(options: Namespace) -> dict[str, Any]:
+    """Return the allocator that is asked for; two of them decide by themselves how many train."""
+    if options.allocator == "budget":
+        return {"allocator": Budget(options.memory, options.compute)}
+    if options.allocator == "threshold":
+        return {"allocator": "threshold"}
+    return {"allocator": options.allocator, "active": options.active}
 
 
 def batches(accelerator: Accelerator, loader: Any, *, start: int, stop: int) -> Iterator[Batch]:

@@ -45,7 +45,7 @@ from tqdm.auto import tqdm
 from dynalora_adapters import LoRAConfig, inject, save_adapter
 from dynalora_optim import Budget, DynamicAllocationOptimizer, LiveBytes
 
-EVALUATIONS = 3  # on the held-out rows, over a run
+EVALUATIONS = 2  # on the held-out rows, over a run
 WEIGHED = 10  # in one step of so many the bytes are counted; the others are timed
 TOLERANCE = 1e-5  # between peft's logits and ours
 
@@ -245,7 +245,7 @@ def parse(arguments: Sequence[str] | None) -> Namespace:
         model=CLASSIFIER,
         steps=150,
         batch_size=16,
-        length=48,
+        length=40,
         lr=4e-3,
         period=10,
         output=Path("runs/quickstart"),

@@ -76,6 +76,7 @@ def test_each_stored_row_says_how_when_and_where_it_was_measured(path):
         script = re.search(r"python ((benchmarks|examples)/\S+\.py)", run["command"])[1]
         assert (BENCHMARKS.parent / script).is_file()
         assert re.fullmatch(r"\d{4}-\d\d-\d\d", run["date"])
+        assert "commit" in run or "of commit" in run["recorded"]
         assert {"torch"} <= run["versions"].keys()
         assert {"card", "processor", "cores", "threads"} == run["hardware"].keys()
 
@@ -124,6 +125,7 @@ def test_a_run_names_its_command_from_the_root_and_what_it_ran_on(monkeypatch):
     assert run["command"] == "OMP_NUM_THREADS=1 python benchmarks/memory.py --shape 'a b'"
     assert run["versions"]["torch"] == importlib.import_module("torch").__version__
     assert run["hardware"]["cores"] >= 1
+    assert run["commit"] is None or re.fullmatch(r"[0-9a-f]{7,}(-dirty)?", run["commit"])
     monkeypatch.delenv("OMP_NUM_THREADS")
     assert _stored.run_of(str(BENCHMARKS / "memory.py"), [])["command"] == (
         "python benchmarks/memory.py"

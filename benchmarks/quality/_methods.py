@@ -68,8 +68,9 @@ class Method:
 
 
 def _dynamic(adapts: str = "lora", **options: Any) -> Method:
-    usual = {"active": 2 / 3, "period": PERIOD, "activation_warmup": WARM_UP}
-    return Method(adapts, {**usual, **options})
+    usual = {"period": PERIOD, "activation_warmup": WARM_UP}
+    share = {} if "memory" in options else {"active": 2 / 3}  # a Budget decides by itself
+    return Method(adapts, {**share, **usual, **options})
 
 
 def _decrease(allocator: Any) -> Method:
