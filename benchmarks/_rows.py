@@ -47,7 +47,7 @@ def full(shape: Shape, bare: nn.Module) -> Run:
     return Run(model, _adamw(model), shape.batch(model))
 
 
-def pefts(shape: Shape, bare: nn.Module, *, every: int = 0) -> Run:
+def peft_model(shape: Shape, bare: nn.Module, *, every: int = 0) -> nn.Module:
     """Lay peft's LoRA over it; every so many blocks, if any, are checkpointed.
 
     Non-reentrant, and the inputs require no gradients: transformers' own switch would have it so,
@@ -60,11 +60,16 @@ def pefts(shape: Shape, bare: nn.Module, *, every: int = 0) -> Run:
         target_modules=shape.targets,
         modules_to_save=[shape.head] if shape.head else None,
     )
-    model = peft.get_peft_model(model, config).train()
-    for position, block in enumerate(_blocks(model)):
+    adapted: nn.Module = peft.get_peft_model(model, config).train()
+    for position, block in enumerate(_blocks(adapted)):
         if every and position % every == 0:
             block.gradient_checkpointing = True  # type: ignore[assignment]
             block._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)  # type: ignore[assignment]
+    return adapted
+
+
+def pefts(shape: Shape, bare: nn.Module, *, every: int = 0) -> Run:
+    model = peft_model(shape, bare, every=every)
     return Run(model, _adamw(model), shape.batch(bare))
 
 
@@ -85,7 +90,8 @@ def random_pefts(shape: Shape, bare: nn.Module) -> Run:
     return run
 
 
-def _injected(shape: Shape, bare: nn.Module) -> nn.Module:
+def injected(shape: Shape, bare: nn.Module) -> nn.Module:
+    """Lay our LoRA over it."""
     config = LoRAConfig(
         rank=shape.rank,
         alpha=2 * shape.rank,
@@ -97,19 +103,19 @@ def _injected(shape: Shape, bare: nn.Module) -> nn.Module:
 
 def unwrapped(shape: Shape, bare: nn.Module) -> Run:
     """Train our adapters without the wrapper: what it and its measure add shows beside it."""
-    model = _injected(shape, bare)
+    model = injected(shape, bare)
     return Run(model, _adamw(model), shape.batch(bare))
 
 
 def all_active(shape: Shape, bare: nn.Module) -> Run:
-    model = _injected(shape, bare)
+    model = injected(shape, bare)
     optimizer = DynamicAllocationOptimizer(_adamw(model), model, active=1.0)
     return Run(model, optimizer, shape.batch(bare))
 
 
 def budgeted(shape: Shape, bare: nn.Module, *, memory: float, compute: float) -> Run:
     """Keep a budget, choosing anew after each step."""
-    model = _injected(shape, bare)
+    model = injected(shape, bare)
     budget = Watched(memory=memory, compute=compute)
     optimizer = DynamicAllocationOptimizer(_adamw(model), model, allocator=budget, period=1)
     draws = shape.draws if compute == 1 else round(shape.draws * 5 / 3)  # 40 for 24: a mean

@@ -108,16 +108,17 @@ class Chain(nn.Module):
         return h
 
 
-def chain_step(length: int, wrap: Wrap) -> Step:
+def chain_step(length: int, wrap: Wrap, *, device: str = "cpu") -> Step:
     torch.manual_seed(0)
     targets = [f"layers.{i}" for i in range(length)]
-    model = inject(Chain(length), LoRAConfig(rank=8, alpha=16, targets=targets)).train()
-    x = torch.randn(BATCH, WIDTH)
+    model = inject(Chain(length), LoRAConfig(rank=8, alpha=16, targets=targets)).train().to(device)
+    x = torch.randn(BATCH, WIDTH, device=device)
     return Step(wrap(adamw(model), model), lambda: cast(torch.Tensor, model(x)).square().mean())
 
 
 def adamw(model: nn.Module) -> Optimizer:
-    return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    return torch.optim.AdamW(parameters, lr=1e-3, fused=parameters[0].is_cuda or None)
 
 
 def plain(optimizer: Optimizer, model: nn.Module) -> Optimizer:

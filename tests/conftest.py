@@ -1,15 +1,20 @@
-"""Hypothesis profiles and what every test starts from."""
+"""Hypothesis profiles, what every test starts from, and what it must leave as it was."""
 
+import gc
+import logging
 import os
+from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
 settings.register_profile("dev", max_examples=25, deadline=None)
+settings.register_profile("deep", max_examples=1000, deadline=None)
 settings.register_profile(
     "ci",
-    max_examples=100,
+    max_examples=50,
     deadline=None,
     derandomize=True,
     print_blob=True,
@@ -23,6 +28,48 @@ torch.set_num_threads(1)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci" if "CI" in os.environ else "dev"))
 
 
+def pytest_collection_finish() -> None:
+    """Keep what has been imported out of every garbage collection from now on: it is most of it."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
+
+
+def _global_state() -> dict[str, Any]:
+    names = ("", "dynalora_optim", "dynalora_adapters")
+    return {
+        "log levels": [logging.getLogger(name).level for name in names],
+        "default dtype": torch.get_default_dtype(),
+        "threads": torch.get_num_threads(),
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+        "grad mode": torch.is_grad_enabled(),
+        "process group": torch.distributed.is_initialized(),
+        "folder": os.getcwd(),  # noqa: PTH109
+    }
+
+
+@pytest.fixture(autouse=True)
+def _leaves_no_trace() -> Iterator[None]:
+    """Tests run in random order: what one leaves behind breaks another, which gets the blame."""
+    before = _global_state()
+    yield
+    assert _global_state() == before, "this test changes what other tests start from"
+
+
+CUDA = pytest.param(
+    "cuda",
+    marks=[
+        pytest.mark.cuda,
+        pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+    ],
+)
+
+
+@pytest.fixture(params=["cpu", CUDA])
+def device(request: pytest.FixtureRequest) -> str:
+    """Where a test runs: on the CPU everywhere, and on a GPU where there is one."""
+    return str(request.param)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import pickle
 import signal
@@ -19,6 +20,16 @@ from typing import Any
 import torch
 
 TIMEOUT = timedelta(seconds=60)
+# Ranks are forked from a server that has imported these, and has done nothing else: importing takes
+# a new process far longer than all that the tests do in it.
+METHOD = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
+if METHOD == "forkserver":
+    multiprocessing.set_forkserver_preload(
+        [
+            *("torch.distributed.fsdp", "torch.distributed.checkpoint.state_dict", "torch.testing"),
+            *("dynalora_optim", "dynalora_adapters", "transformers.trainer"),
+        ]
+    )
 
 
 # torch 2.8 clips the gradients of sharded parameters by a factor that it has rounded to float32,
@@ -29,7 +40,9 @@ CLIPPED_SHARDS = 1e-9 if torch.__version__ >= (2, 11) else 1e-6
 def on_ranks(function: Callable[..., Any], *arguments: Any, ranks: int = 2) -> list[Any]:
     """Return what ``function(rank, *arguments)`` returns, or the exception it raises, by rank."""
     with tempfile.TemporaryDirectory() as folder:
-        torch.multiprocessing.spawn(_run, (folder, ranks, function, arguments), nprocs=ranks)
+        torch.multiprocessing.start_processes(
+            _run, (folder, ranks, function, arguments), nprocs=ranks, start_method=METHOD
+        )
         return [pickle.loads(Path(folder, f"{rank}").read_bytes()) for rank in range(ranks)]
 
 

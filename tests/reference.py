@@ -342,6 +342,14 @@ class Twin:
         active = self.settings.active
         return active if isinstance(active, int) else max(1, round(active * len(self.modules)))
 
+    def share(self) -> float:
+        """The share of modules that are active: as set, or on average so far."""
+        if self.settings.allocator not in ("threshold", "bernoulli"):
+            return self.count() / len(self.modules)
+        if not sum(self.C):
+            return len(self.active) / len(self.modules)
+        return sum(self.C) / (self.steps * len(self.modules))
+
     # Section 3.4: the update, with moments and clocks that stand still while a module pauses
 
     def rate(self, part: Part) -> float:
@@ -350,7 +358,7 @@ class Twin:
         if isinstance(part, int) and settings.lr_time in ("local", "unscaled"):
             time = self.C[part]
         if isinstance(part, int) and settings.lr_time == "scaled":
-            time = round(self.C[part] / (self.count() / len(self.modules)))
+            time = round(self.C[part] / self.share())
         rate = settings.lr * settings.factor(time)
         if part in self.returned and settings.activation_warmup:
             rate *= min(1.0, (self.steps - self.returned[part] + 1) / settings.activation_warmup)

@@ -187,7 +187,7 @@ def test_a_gradient_probe_stays_within_the_budget(memory):
     importance = ImportanceTracker(GradientNorm(), probe=True)
     optimizer = on_budget(tiny, Budget(memory=memory), importance=importance, period=3)
     tiny.loss()
-    limit = optimizer._allocation._allocator.limit(costs_of(optimizer))
+    limit = optimizer.allocator.limit(costs_of(optimizer))
     for _ in range(9):
         peak, _ = measured(tiny.loss)
         assert peak <= limit

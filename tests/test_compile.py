@@ -30,6 +30,7 @@ from dynalora_optim import (
     GradientNorm,
     ImportanceTracker,
 )
+from dynalora_optim.allocation._context import uses_active
 from dynalora_optim.groups._blocks import find_blocks
 
 STEPS = 52  # of which 2 warm up: 50 reallocations follow
@@ -63,13 +64,9 @@ def adapted(name: str, kind: str, blocks: int = 2) -> TinyModel:
 def wrapped(model: nn.Module, **options: Any) -> DynamicAllocationOptimizer:
     trained = [p for p in model.parameters() if p.requires_grad]
     rule = torch.optim.SGD(trained, lr=0.05, momentum=0.9, weight_decay=0.01)
-    own_count = isinstance(options.get("allocator"), Budget)  # which refuses active=
-    options = {
-        "period": 1,
-        "allocator": "random",
-        **({} if own_count else {"active": 2}),
-        **options,
-    }
+    options = {"period": 1, "allocator": "random", **options}
+    if uses_active(options["allocator"]):
+        options.setdefault("active", 2)
     return DynamicAllocationOptimizer(rule, model, **options)
 
 

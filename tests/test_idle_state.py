@@ -21,7 +21,6 @@ from dynalora_optim import DynamicAllocationOptimizer, Pause
 from dynalora_optim.update._idle_state import Offload
 
 KINDS = ["keep", "offload", "drop"]
-cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
 def by_blocks(model: nn.Module, rule: Any = AdamW, **options: Any) -> DynamicAllocationOptimizer:
@@ -243,54 +242,3 @@ def test_whoever_reads_the_state_waits_for_the_copies(what, monkeypatch):
     else:
         getattr(optimizer, what)()
     assert event.waits == 1
-
-
-# With a GPU
-
-
-def on_gpu(kind: str, steps: int) -> tuple[nn.Module, DynamicAllocationOptimizer]:
-    model = LanguageModel().cuda()
-    optimizer = by_blocks(model, pause=kind)
-    for _ in range(steps):
-        model(torch.randint(11, (3, 5), device="cuda")).square().mean().backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    return model, optimizer
-
-
-@cuda
-def test_on_a_gpu_offload_is_keep_and_the_idle_state_is_pinned():
-    ends = []
-    for kind in ("keep", "offload"):
-        torch.manual_seed(0)
-        model, optimizer = on_gpu(kind, 9)
-        ends.append(weights(model))
-    assert same(*ends)
-    idle = set(optimizer.groups) - set(optimizer.active_groups)
-    moved = 0
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            for value in optimizer.state.get(parameter, {}).values():
-                if value.ndim:
-                    assert value.is_cuda == (group["name"] not in idle)
-                    assert value.is_cuda or value.is_pinned()
-                    moved += not value.is_cuda
-    assert moved
-
-
-@cuda
-def test_on_a_gpu_a_state_dict_is_whole_while_copies_are_in_flight():
-    model = nn.ModuleList(nn.Linear(2048, 2048) for _ in range(3)).cuda()
-    parameters = list(model.parameters())
-    state = {p: {"exp_avg": torch.randn_like(p)} for p in parameters}
-    expected = [state[p]["exp_avg"].clone() for p in parameters]
-    offload = Offload()
-    for _ in range(5):
-        torch.cuda._sleep(10_000_000)  # the copies have to wait
-        offload.release(state, parameters)
-        offload.settle()
-        for parameter, value in zip(parameters, expected, strict=True):
-            assert torch.equal(state[parameter]["exp_avg"], value.cpu())
-        offload.restore(state, parameters)
-        for parameter, value in zip(parameters, expected, strict=True):
-            assert torch.equal(state[parameter]["exp_avg"], value)

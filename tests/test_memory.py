@@ -325,3 +325,23 @@ def test_what_is_held_is_what_autograd_keeps():
             held = memory.live
         assert held == pytest.approx(costs.held(plan) + costs.backward_base, abs=SLACK)
         del loss
+
+
+@pytest.mark.parametrize("kind", ["flash", "efficient", "cudnn"])
+def test_grouped_queries_count_as_if_each_had_a_key_of_its_own(kind):
+    def counted(keys: int) -> tuple[int, int]:
+        shapes = [(2, heads, 64, 32) for heads in (8, keys, keys)]
+        leaves = [torch.empty(s, dtype=torch.bfloat16, device="meta") for s in shapes]
+        for leaf in leaves:
+            leaf.requires_grad_()
+        operation = getattr(torch.ops.aten, f"_scaled_dot_product_{kind}_attention")
+        between = {"flash": [], "efficient": [None, True], "cudnn": [None, True]}[kind]
+        with LiveBytes(meta=True) as memory:
+            out = operation(*leaves, *between, 0.0, True)[0]
+            forward = memory.flops
+            if kind == "flash":  # the only one whose backward torch knows without a GPU
+                out.backward(torch.empty_like(out))
+        return forward, memory.flops - forward
+
+    assert counted(2) == counted(8)
+    assert counted(8)[0] == 2 * 2 * (2 * 8) * 64 * 64 * 32

@@ -35,6 +35,7 @@ from dynalora_optim import (
     TopK,
     UniformRandom,
 )
+from dynalora_optim.allocation._context import uses_active
 
 OUTPUTS = 2
 TOO_CLOSE = 1e-5  # float32 sums of some dozens of numbers are good to about 1e-6
@@ -91,16 +92,17 @@ class Subject:
     def __init__(self, model: Stack, settings: Settings) -> None:
         self.model = model
         measure = {"forward": ForwardNorm, "gradient": GradientNorm}[settings.measure]
+        allocator = ALLOCATORS[settings.allocator](settings.share)
         by_own_clock = settings.lr_time in ("unscaled", "scaled")
         self.optimizer = DynamicAllocationOptimizer(
             self._rule(settings),
             model,
-            active=settings.active,
+            **({"active": settings.active} if uses_active(allocator) else {}),
             period=(Once if settings.once else Periodic)(settings.period, settings.warmup),
             importance=ImportanceTracker(
                 measure(p=settings.p), window=settings.window, every=settings.every
             ),
-            allocator=ALLOCATORS[settings.allocator](settings.share),
+            allocator=allocator,
             seed=settings.seed,
             lr_time=(
                 LocalLR(settings.factor, settings.lr_time) if by_own_clock else settings.lr_time

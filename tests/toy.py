@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from typing import Any
 
 import torch
@@ -92,3 +93,9 @@ def weights(model: nn.Module) -> dict[str, Tensor]:
 def same(left: dict[str, Tensor], right: dict[str, Tensor]) -> bool:
     """Bit-for-bit equality of two sets of weights."""
     return left.keys() == right.keys() and all(torch.equal(left[k], right[k]) for k in left)
+
+
+def living_tensors() -> dict[int, Tensor]:
+    """All tensors that there are, by identity. Who holds them can tell which come later."""
+    gc.collect()
+    return {id(thing): thing for thing in gc.get_objects() if issubclass(type(thing), Tensor)}

@@ -6,6 +6,7 @@ import weakref
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils.flop_counter import flop_registry
 
@@ -66,7 +67,8 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.ops += 1
         formula = flop_registry.get(packet_of(func))
         if formula is not None:
-            self.flops += formula(*args, **kwargs, out_val=result)
+            args_in_full = _with_all_heads(func._overloadpacket, args)
+            self.flops += formula(*args_in_full, **kwargs, out_val=result)
         inputs = {
             storage_key(tensor)
             for tensor in tree_leaves((args, kwargs))
@@ -91,6 +93,30 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _free(self, key: int, size: int) -> None:
         self._known.discard(key)
         self.live -= size
+
+
+# Where the query stands among the arguments of torch's fused attentions.
+_QUERY = {
+    getattr(torch.ops.aten, f"_scaled_dot_product_{kind}_attention{suffix}"): position
+    for kind in ("flash", "efficient", "cudnn")
+    for suffix, position in (("", 0), ("_backward", 1))
+}
+
+
+def _with_all_heads(operation: object, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Give keys and values as many heads as the queries, as the kernel does by itself.
+
+    The formulas of torch before 2.13 refuse grouped queries, which run on a GPU as they are.
+    """
+    first = _QUERY.get(operation)
+    if first is None:
+        return args
+    query, *others = args[first : first + 3]
+    if others[0].shape[1] == query.shape[1]:
+        return args
+    heads = query.shape[1]
+    full = [torch.empty((x.shape[0], heads, *x.shape[2:]), device="meta") for x in others]
+    return (*args[: first + 1], *full, *args[first + 3 :])
 
 
 def tensor_bytes(tensor: Tensor) -> int:

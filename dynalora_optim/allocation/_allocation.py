@@ -9,7 +9,7 @@ from typing import Any
 from dynalora_optim.allocation._active import ActiveCount
 from dynalora_optim.allocation._choice import Choice
 from dynalora_optim.allocation._clock import Clock
-from dynalora_optim.allocation._context import Allocator
+from dynalora_optim.allocation._context import Allocator, uses_active
 from dynalora_optim.allocation._costs import Costs, Plan
 from dynalora_optim.allocation._counters import GroupCounters
 from dynalora_optim.allocation._record import AllocationRecord, Reallocation
@@ -271,7 +271,12 @@ class Allocation:
         """
         if name not in self.updates:
             return self.steps, 1.0
-        return self.updates[name], self._active.resolve(len(self.names)) / len(self.names)
+        return self.updates[name], self._share()
+
+    def _share(self) -> float:
+        if uses_active(self.allocator):
+            return self._active.resolve(len(self.names)) / len(self.names)
+        return self._counters.share(self.steps) or len(self.chosen) / len(self.names)
 
     def settings(self) -> tuple[object, ...]:
         """Return what every rank must have in common."""

@@ -20,6 +20,7 @@ class GroupCounters:
         self.updates: dict[str, int] = {}
         self.idle: dict[str, int] = {}
         self._activated: dict[str, int] = {}
+        self._total = 0
         self.add(names)
 
     def add(self, names: Iterable[str]) -> None:
@@ -32,6 +33,11 @@ class GroupCounters:
         for name in names:
             if name in self.updates:
                 self.updates[name] += 1
+                self._total += 1
+
+    def share(self, steps: int) -> float:
+        """Return the share of groups that a step has moved, on average; 0 before any."""
+        return self._total / (steps * len(self.updates)) if steps else 0.0
 
     def count_selection(self, chosen: Collection[str]) -> None:
         """Count one selection."""
@@ -57,5 +63,6 @@ class GroupCounters:
     def load(self, groups: Mapping[str, Mapping[str, Any]]) -> None:
         """Take over what `state` returned for each group."""
         self.updates = {name: groups[name]["updates"] for name in self.updates}
+        self._total = sum(self.updates.values())
         self.idle = {name: groups[name]["idle"] for name in self.updates}
         self._activated = {name: groups[name]["activated"] for name in self.updates}

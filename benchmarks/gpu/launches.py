@@ -1,0 +1,99 @@
+"""What the wrapper adds to a step of 24, 144 or 512 groups: launches, waits, the host's time.
+
+Each group is a small layer with hardly any work in it, so that what does not shrink with the work
+stands out. A row measures plain AdamW over the same model beside itself. A wrapper is a line of
+`WRAPPERS`.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+import warnings
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from _measure import dispatched_ops
+from gpu._apart import Row, Values
+from gpu._steps import synchronize
+from overhead import GROUPS, NEVER, Step, Wrap, chain_step, plain, wrapped
+from torch.profiler import ProfilerActivity, profile
+
+WRAPPERS: dict[str, Wrap] = {
+    "not measured": wrapped("forward", NEVER, period=NEVER),
+    "forward measure": wrapped("forward", period=NEVER),
+    "forward measure, 2/3 active": wrapped("forward", active=2 / 3, period=NEVER),
+}
+ROUNDS, WARM_UP, REPEATS = 20, 4, 2
+CALLS = ("cudaLaunchKernel", "cuLaunchKernel", "cudaMemcpyAsync", "cudaMemsetAsync")
+
+
+def launches(step: Callable[[], object]) -> float:
+    """Count the kernels, copies and fills that a step asks the GPU for: the mean."""
+    for _ in range(2):  # the first time starts the profiler
+        with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as seen:
+            for _ in range(REPEATS):
+                step()
+            torch.cuda.synchronize()
+    calls = [event for event in seen.events() or [] if event.name.startswith(CALLS)]
+    return len(calls) / REPEATS
+
+
+def waits(step: Callable[[], object]) -> float:
+    """Count how often a step makes the host wait for the GPU: the mean."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            for _ in range(REPEATS):
+                step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    return sum("synchronizing" in str(w.message) for w in caught) / REPEATS
+
+
+def host_seconds(steps: dict[str, Step], device: str) -> dict[str, tuple[float, float]]:
+    """Return, of each step, the median time until it is asked for, and until it is done."""
+    seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in steps}
+    for turn in range(-WARM_UP, ROUNDS):
+        for name, step in steps.items():
+            synchronize(device)
+            start = time.perf_counter()
+            step()
+            asked = time.perf_counter() - start
+            synchronize(device)
+            if turn >= 0:
+                seconds[name].append((asked, time.perf_counter() - start))
+    return {
+        name: (statistics.median(a for a, _ in found), statistics.median(d for _, d in found))
+        for name, found in seconds.items()
+    }
+
+
+def measured(groups: int, wrapper: str, device: str) -> Values:
+    """Measure a wrapper beside plain AdamW."""
+    steps = {
+        "plain": chain_step(groups, plain, device=device),
+        "wrapped": chain_step(groups, WRAPPERS[wrapper], device=device),
+    }
+    values: Values = {}
+    for name, (asked, done) in host_seconds(steps, device).items():
+        values |= {f"{name}_host_ms": asked * 1e3, f"{name}_step_ms": done * 1e3}
+    for name, step in steps.items():
+        values[f"{name}_ops"] = dispatched_ops(step, repeats=REPEATS)
+        if device == "cuda":
+            values |= {f"{name}_launches": launches(step), f"{name}_waits": waits(step)}
+    kinds = ["host_ms", "step_ms", "ops", *(["launches", "waits"] if device == "cuda" else [])]
+    added = {f"added_{kind}": values[f"wrapped_{kind}"] - values[f"plain_{kind}"] for kind in kinds}
+    return {**values, **added}
+
+
+def rows(*, dry_run: bool) -> list[Row]:
+    """Return all rows."""
+    device = "cpu" if dry_run else "cuda"
+    return [
+        Row(f"{groups} groups: {name}", partial(measured, groups, name, device), seconds=30)
+        for groups in ((3, 6) if dry_run else GROUPS)
+        for name in WRAPPERS
+    ]

@@ -1,0 +1,170 @@
+"""Memory and speed of LoRA on Llama shapes: peft, peft's strongest rivals, and ours.
+
+Random bfloat16 weights built on the device, packed sequences (no padding, so no mask), LoRA of rank
+16 on all linear layers in float32, fused AdamW. A way of training is a line of `WAYS`; which of
+them a shape has is a line of `SHAPES`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from _rows import ALL_ACTIVE, CHECKPOINTED, REFERENCE, UNWRAPPED, budget_name, injected, peft_model
+from _runs import Run, Watched
+from _shapes import LARGE, Shape, quick
+from gpu._apart import Missing, Refused, Row, Values
+from gpu._steps import Watch, summary
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812
+from torch.optim import Optimizer
+
+from dynalora_optim import DynamicAllocationOptimizer
+
+LIGER = "peft, every block checkpointed, Liger's loss"
+PERIOD = 3  # the first step with a choice is counted, the second timed, the third ends with a draw
+BUDGETS = ((0.75, 1.0), (0.5, 1.0), (0.5, 0.6), (0.3, 0.6), (0.1, 0.6))
+
+
+def fused_adamw(model: nn.Module) -> Optimizer:
+    """AdamW as it is used on a GPU."""
+    return torch.optim.AdamW(
+        [p for p in model.parameters() if p.requires_grad], lr=1e-4, fused=True
+    )
+
+
+def packed(shape: Shape, model: nn.Module) -> dict[str, Tensor]:
+    """Return full sequences: nothing is masked."""
+    return {name: x for name, x in shape.batch(model).items() if name != "attention_mask"}
+
+
+def peft_lora(shape: Shape, *, every: int = 0) -> Run:
+    """Train peft's LoRA; every so many blocks, if any, are checkpointed."""
+    model = peft_model(shape, shape.bare(), every=every)
+    return Run(model, fused_adamw(model), packed(shape, model))
+
+
+class LigerRun(Run):
+    """Computes the loss from the hidden states in chunks, by Liger's kernel."""
+
+    def loss(self) -> Tensor:
+        """Return the loss of the next token, as transformers computes it."""
+        kernel = importlib.import_module("liger_kernel.transformers.fused_linear_cross_entropy")
+        causal: Any = self.model
+        causal = causal.get_base_model()
+        hidden = causal.model(input_ids=self.batch["input_ids"]).last_hidden_state
+        labels = F.pad(self.batch["labels"], (0, 1), value=-100)[:, 1:]
+        loss: Tensor = kernel.LigerFusedLinearCrossEntropyLoss()(
+            causal.lm_head.weight, hidden.flatten(0, 1), labels.flatten()
+        )
+        return loss
+
+
+def with_liger(shape: Shape) -> Run:
+    """Train the strongest peer: peft, every block checkpointed, and Liger's loss."""
+    if shape.device != "cuda":
+        raise Missing("Liger's kernels run on a GPU only")
+    if importlib.util.find_spec("liger_kernel") is None:
+        raise Missing("liger-kernel is not installed; run.sh --prepare fetches it")
+    run = peft_lora(shape, every=1)
+    return LigerRun(run.model, run.optimizer, run.batch)
+
+
+def unwrapped(shape: Shape) -> Run:
+    """Train our adapters without the wrapper."""
+    model = injected(shape, shape.bare())
+    return Run(model, fused_adamw(model), packed(shape, model))
+
+
+def all_active(shape: Shape) -> Run:
+    """Train our adapters with the wrapper, all of them active."""
+    run = unwrapped(shape)
+    run.optimizer = DynamicAllocationOptimizer(run.optimizer, run.model, active=1.0)
+    return run
+
+
+def budgeted(shape: Shape, *, memory: float, compute: float) -> Run:
+    """Keep a budget, and choose anew every `PERIOD` steps."""
+    run = unwrapped(shape)
+    run.draws, run.budget = shape.draws, Watched(memory=memory, compute=compute)
+    run.optimizer = DynamicAllocationOptimizer(
+        run.optimizer, run.model, allocator=run.budget, period=PERIOD
+    )
+    return run
+
+
+Way = Callable[[Shape], Run]
+WAYS: dict[str, Way] = {
+    REFERENCE: peft_lora,
+    CHECKPOINTED: partial(peft_lora, every=1),
+    LIGER: with_liger,
+    UNWRAPPED: unwrapped,
+    ALL_ACTIVE: all_active,
+    **{
+        budget_name(memory, compute): partial(budgeted, memory=memory, compute=compute)
+        for memory, compute in BUDGETS
+    },
+}
+LEFT_OUT = (UNWRAPPED, budget_name(0.75, 1.0), budget_name(0.3, 0.6))
+FEWER = [name for name in WAYS if name not in LEFT_OUT]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A shape, and what is measured of it.
+
+    Attributes:
+        ways: Names in `WAYS`.
+        steps: Steps of a way that chooses nothing anew.
+        counted: Choices that are counted of one that does.
+    """
+
+    name: str
+    shape: Shape
+    ways: list[str]
+    steps: int = 15
+    counted: int = 8
+
+
+SHAPES = (
+    Case("Llama-3.2-1B, 2 x 2048", replace(LARGE[0], rows=2, draws=24), list(WAYS), steps=20),
+    Case("Llama-3.2-1B, 2 x 4096", replace(LARGE[0], rows=2, length=4096, draws=12), FEWER),
+    Case("Llama-3.1-8B, 2 x 2048", replace(LARGE[1], rows=2, draws=10), FEWER, steps=10),
+)
+
+
+def in_small(case: Case) -> Case:
+    """The same rows on a CPU, each within a second."""
+    small = quick(case.shape)
+    config = partial(small.config, num_hidden_layers=4)
+    shape = replace(small, config=config, device="cpu", rows=2, length=16, draws=2)
+    return replace(case, shape=shape, steps=2, counted=2)
+
+
+def measured(case: Case, way: str) -> Values:
+    """Build a way of training and measure it."""
+    shape = case.shape
+    try:
+        run = WAYS[way](shape)
+        watch = Watch(run, shape.device, case.counted)
+        watch.take(run.draws * PERIOD if run.budget else case.steps)
+    except ValueError as problem:
+        if "Budget(" not in str(problem):
+            raise
+        raise Refused(str(problem)) from problem
+    return summary(watch, shape.rows * shape.length)
+
+
+def rows(*, dry_run: bool) -> list[Row]:
+    """Return the rows of all shapes."""
+    cases = [in_small(case) for case in SHAPES] if dry_run else SHAPES
+    return [
+        Row(f"{case.name}: {way}", partial(measured, case, way), seconds=75)
+        for case in cases
+        for way in case.ways
+    ]

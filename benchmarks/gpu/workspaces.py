@@ -1,0 +1,158 @@
+"""What no counted tensor shows: the bytes that single operations take inside themselves.
+
+A `Budget` counts the tensors that operations return. What a kernel allocates for itself (attention
+going backward, cuBLAS, a fused update) shows in the allocator only. Each row runs one operation and
+gives both; *hidden* is the difference, of the forward and of the backward by itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from gpu._apart import Row, Values
+from gpu._steps import peak_above
+from torch import Tensor
+from torch.nn import functional as F  # noqa: N812
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from dynalora_optim import LiveBytes
+
+
+@dataclass(frozen=True)
+class Heads:
+    """The shape of an attention: queries in groups that share a key, as in Llama 3."""
+
+    rows: int
+    length: int
+    queries: int
+    keys: int
+    size: int
+
+
+SHAPES = {
+    "1B, 2 x 2048": Heads(2, 2048, 32, 8, 64),
+    "1B, 2 x 4096": Heads(2, 4096, 32, 8, 64),
+    "8B, 2 x 2048": Heads(2, 2048, 32, 8, 128),
+}
+SMALL = {"small": Heads(1, 16, 4, 2, 8)}
+BACKENDS = {
+    "as chosen": None,
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "cuDNN": SDPBackend.CUDNN_ATTENTION,
+    "math": SDPBackend.MATH,
+}
+OPTIMIZERS = {"fused": {"fused": True}, "foreach": {"foreach": True}}
+
+
+def passes(forward: Callable[[], Tensor], leaves: Sequence[Tensor], device: str) -> Values:
+    """Run forward and backward twice, and return what the second time took, above what was there.
+
+    The first time leaves behind what is kept for good, such as cuBLAS's workspaces.
+    """
+    kept_before = torch.cuda.memory_allocated() if device == "cuda" else 0
+    torch.autograd.grad(forward().sum(), leaves)
+    kept = torch.cuda.memory_allocated() - kept_before if device == "cuda" else 0
+    values: Values = {"kept_after_the_first": kept}
+    with LiveBytes() as memory:
+        with peak_above(device) as first:
+            output = forward()
+        counted = memory.peak
+        gradient = torch.ones_like(output)
+        held = memory.live
+        memory.restart()
+        with peak_above(device) as second:
+            torch.autograd.grad(output, leaves, gradient)
+        counted_backward = memory.peak - held
+    values |= {"forward_counted": counted, "backward_counted": counted_backward}
+    if device == "cuda":
+        values |= {
+            "forward_requested": first.requested,
+            "backward_requested": second.requested,
+            "forward_hidden": first.requested - counted,
+            "backward_hidden": second.requested - counted_backward,
+            "backward_rounding": second.allocated - second.requested,
+        }
+    return values
+
+
+def attention(heads: Heads, masked: bool, device: str) -> Values:
+    """Run an attention, causal by itself or by a mask that says so, with each kernel there is."""
+
+    def leaf(number: int) -> Tensor:
+        shape = (heads.rows, number, heads.length, heads.size)
+        return torch.randn(shape, dtype=torch.bfloat16, device=device).requires_grad_()
+
+    query, key, value = leaf(heads.queries), leaf(heads.keys), leaf(heads.keys)
+    mask = None
+    if masked:
+        mask = torch.ones(1, 1, heads.length, heads.length, dtype=torch.bool, device=device).tril()
+
+    def forward() -> Tensor:
+        return F.scaled_dot_product_attention(
+            query, key, value, attn_mask=mask, is_causal=not masked, enable_gqa=True
+        )
+
+    values: Values = {}
+    for name, backend in BACKENDS.items():
+        chosen = nullcontext() if backend is None else sdpa_kernel(backend)
+        try:
+            with chosen:
+                found = passes(forward, (query, key, value), device)
+        except RuntimeError as problem:  # no such kernel for these shapes, or for this mask
+            values[name] = str(problem).splitlines()[0]
+        else:
+            values |= {f"{name}: {kind}": size for kind, size in found.items()}
+    return values
+
+
+def product(size: int, device: str) -> Values:
+    """Run a matrix product: what cuBLAS keeps shows in its first backward."""
+    x = torch.randn(size, size, dtype=torch.bfloat16, device=device)
+    weight = torch.randn(size, size, dtype=torch.bfloat16, device=device).requires_grad_()
+    return passes(lambda: x @ weight, [weight], device)
+
+
+def loss(tokens: int, vocabulary: int, device: str) -> Values:
+    """Run transformers' loss: logits in float32, then the cross entropy."""
+    dtype = torch.bfloat16
+    logits = torch.randn(tokens, vocabulary, dtype=dtype, device=device).requires_grad_()
+    labels = torch.randint(vocabulary, (tokens,), device=device)
+    return passes(lambda: F.cross_entropy(logits.float(), labels), [logits], device)
+
+
+def update(how: str, size: int, device: str) -> Values:
+    """Take AdamW's step, whose temporary bytes come on top of the state."""
+    parameters = [torch.zeros(size, size, device=device).requires_grad_() for _ in range(16)]
+    options: dict[str, Any] = OPTIMIZERS[how]
+    optimizer = torch.optim.AdamW(parameters, **options)
+    for parameter in parameters:
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    with LiveBytes() as memory, peak_above(device) as peak:
+        optimizer.step()
+    of_parameters = sum(p.numel() * p.element_size() for p in parameters)
+    return {"parameters": of_parameters, "counted": memory.peak, "requested": peak.requested}
+
+
+def rows(*, dry_run: bool) -> list[Row]:
+    """Return all rows."""
+    device = "cpu" if dry_run else "cuda"
+    size, tokens, vocabulary = (16, 8, 32) if dry_run else (2048, 4096, 128256)
+    shapes = SMALL if dry_run else SHAPES
+    found = [
+        Row(f"attention {shape}{', masked' * masked}", partial(attention, heads, masked, device))
+        for shape, heads in shapes.items()
+        for masked in (False, True)
+    ]
+    found += [
+        Row("a product", partial(product, size, device)),
+        Row("the loss", partial(loss, tokens, vocabulary, device)),
+    ]
+    found += [Row(f"AdamW, {how}", partial(update, how, size, device)) for how in OPTIMIZERS]
+    return found
