@@ -107,6 +107,13 @@ def _few() -> list[Result]:
     return _lines(FOLDER / "short", FEW, ["bbc"])
 
 
+def _short_figures() -> list[Result]:
+    """All but the methods that lie far from, or on top of, those that the figures are about."""
+    left_out = {"full", "gradient", "vera", "dynavera"}
+    runs = finished(FOLDER / "short" / "runs.jsonl")
+    return [run for run in runs if run["settings"]["method"] not in left_out]
+
+
 PARTS: dict[str, tuple[Callable[[], list[Result]], tuple[str, ...]]] = {
     "full": (_full, PAIRS),
     "short": (_short, ()),
@@ -198,7 +205,7 @@ def mpnet() -> str:
 def figures(folder: Path) -> None:
     """Draw the figures that the results show, those of half the steps in a folder of their own."""
     for place, numbers in (("", "125"), ("short", "234")):
-        lines = _full() if not place else finished(FOLDER / place / "runs.jsonl")
+        lines = _short_figures() if place else _full()
         (folder / place).mkdir(parents=True, exist_ok=True)
         for figure in FIGURES:
             if figure.name.removeprefix("figure") in numbers:

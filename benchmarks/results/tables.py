@@ -123,6 +123,7 @@ def write(texts: Sequence[Path]) -> None:
 
 def figures(folder: Path = HERE) -> None:
     """Draw the figures into their places in a folder."""
+    folder.mkdir(parents=True, exist_ok=True)
     for shape in ("roberta", "llama"):
         memory.draw(folder / f"memory_{shape}.png", read(HERE / "memory.jsonl", shape))
     quality.figures(folder / "quality")
