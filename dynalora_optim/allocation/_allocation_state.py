@@ -1,0 +1,174 @@
+"""What an allocation knows, shows, and goes on from after a resume."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import is_dataclass
+from typing import Any
+
+from dynalora_optim.allocation._active import ActiveCount
+from dynalora_optim.allocation._clock import Clock
+from dynalora_optim.allocation._context import Allocator, uses_active
+from dynalora_optim.allocation._costs import Costs
+from dynalora_optim.allocation._counters import GroupCounters
+from dynalora_optim.allocation._record import AllocationRecord, Reallocation
+from dynalora_optim.allocation._schedules import Schedule
+from dynalora_optim.allocation._selector import Selector
+from dynalora_optim.allocation._spending import Spending
+
+
+class AllocationState:
+    """The numbers of an `Allocation`, which decides by them.
+
+    Args:
+        names: The groups to choose among, in forward order.
+        active: How many are active; None for the default.
+        allocator: Who chooses.
+        schedule: When.
+        seed: Of the allocator's random numbers.
+
+    Attributes:
+        names: The groups to choose among, in forward order.
+        chosen: The groups that are active now.
+        record: Every selection so far.
+    """
+
+    def __init__(
+        self,
+        names: Iterable[str],
+        *,
+        active: float | None,
+        allocator: Allocator,
+        schedule: Schedule,
+        seed: int,
+    ) -> None:
+        self.names = list(names)
+        self.record = AllocationRecord()
+        self._selector = Selector(allocator, seed)
+        self._clock = Clock(schedule)
+        self._active = ActiveCount(active, allocator, len(self.names))
+        self._spending = Spending(allocator)
+        self.chosen: frozenset[str] = frozenset()
+        self._counters = GroupCounters(self.names)
+
+    @property
+    def needs_costs(self) -> bool:
+        """Whether the allocator decides from measured costs."""
+        return self._spending.is_asked_for
+
+    @property
+    def costs(self) -> Costs | None:
+        """What each choice costs; None before it was measured."""
+        return self._spending.costs
+
+    @property
+    def may_differ_between_ranks(self) -> bool:
+        """Whether the schedule is a user's, which may look at more than the steps done."""
+        return self._clock.may_differ_between_ranks
+
+    @property
+    def steps(self) -> int:
+        """The optimizer steps done."""
+        return self._clock.steps
+
+    @property
+    def allocator(self) -> Allocator:
+        """Who chooses."""
+        return self._selector.allocator
+
+    @property
+    def active(self) -> float:
+        """How many groups the next selection activates: a count (int) or a share (float)."""
+        return self._active.value
+
+    @active.setter
+    def active(self, active: float) -> None:
+        self._active.set(active, len(self.names))
+
+    @property
+    def updates(self) -> Mapping[str, int]:
+        """The gradient updates that each group has received (the counter C of equation 3)."""
+        return self._counters.updates
+
+    def _positions(self, names: Collection[str]) -> list[int]:
+        return [position for position, name in enumerate(self.names) if name in names]
+
+    def is_active(self, name: str) -> bool:
+        """Return whether the group of this name gets gradients; one not allocated always does."""
+        return name in self.chosen or name not in self.updates
+
+    def active_names(self) -> tuple[str, ...]:
+        """The groups that are active now, in forward order."""
+        return tuple(name for name in self.names if name in self.chosen)
+
+    def age(self, name: str) -> int | None:
+        """Return the steps since the group came back from a pause; None if it never paused."""
+        return self._counters.age(name, self.steps)
+
+    def local_time(self, name: str) -> tuple[int, float]:
+        """Return the updates of a group and the share of modules that are active with it.
+
+        A group that is not allocated has had one update per step.
+        """
+        if name not in self.updates:
+            return self.steps, 1.0
+        return self.updates[name], self._share()
+
+    def _share(self) -> float:
+        if uses_active(self.allocator):
+            return self._active.resolve(len(self.names)) / len(self.names)
+        return self._counters.share(self.steps) or len(self.chosen) / len(self.names)
+
+    def settings(self) -> tuple[object, ...]:
+        """Return what every rank must have in common."""
+        options = [self.allocator, self._clock.schedule]
+        shown = [repr(o) if is_dataclass(o) else type(o).__qualname__ for o in options]
+        return (self._selector.seed, self.active, self.steps, *shown, *self.active_names())
+
+    def clock_state(self) -> dict[str, Any]:
+        """Return the numbers that belong to no single group."""
+        return {
+            **self._clock.state(),
+            **self._selector.state(),
+            "active_setting": self.active,
+            **self._spending.state(),
+        }
+
+    def group_state(self, name: str) -> dict[str, Any]:
+        """Return the numbers of one group."""
+        if name not in self.updates:
+            return {}
+        return {"active": name in self.chosen, **self._counters.state(name)}
+
+    def check_state(
+        self, clock: Mapping[str, Any], groups: Mapping[str, Mapping[str, Any]]
+    ) -> None:
+        """Raise unless `load_state` could go on with these.
+
+        Raises:
+            ValueError: So many modules cannot be active, none is, or they exceed the budget.
+        """
+        self._active.check(len(self.names), clock["active_setting"])
+        chosen = [name for name in self.names if groups[name]["active"]]
+        if not chosen:
+            raise ValueError("state_dict has no active module group; at least one always is.")
+        self._spending.check(clock, self._positions(chosen), len(self.names))
+
+    def load_state(
+        self,
+        clock: Mapping[str, Any],
+        groups: Mapping[str, Mapping[str, Any]],
+        record: Sequence[Mapping[str, Any]],
+    ) -> None:
+        """Take over what `clock_state`, `group_state` and the record's ``state_dict`` returned."""
+        self._clock.load(clock)
+        self._selector.load(clock)
+        self._active.restore(clock["active_setting"])
+        self._spending.load(clock)
+        self._counters.load(groups)
+        self.chosen = frozenset(name for name in self.names if groups[name]["active"])
+        self.record.load_state_dict(record)
+        if self._selector.selections and not record:
+            # torch.distributed.checkpoint drops it: begin anew with what is active.
+            no_scores = dict.fromkeys(self.names, 0.0)
+            self.record.append(Reallocation(self.steps, no_scores, self.active_names()))
