@@ -9,7 +9,7 @@ from _measure import markdown
 from _stored import Row, described
 
 MIB = 2**20
-DEFAULTS = "--steps 150 --length 48 --lr 4e-3 --period 10"  # of the quickstart that was stored
+DEFAULTS = "--steps 150 --length 40 --lr 4e-3 --period 10"  # of examples/quickstart.py
 OVER_SEEDS = ("--steps 300 --lr 4e-3 --period 20", "--steps 300 --lr 2e-3 --period 50")
 COLUMNS = {"LoRA": "LoRA", "DynaLoRA": "DynaLoRA, 8 of 12 modules", "Budget": "Budget(0.4, 0.6)"}
 LINES: dict[str, Callable[[Row], str]] = {
