@@ -2,7 +2,7 @@
 
     python examples/full_finetune.py                      # SmolLM2-135M on movie reviews, by BAdam
     python examples/full_finetune.py --method adamw       # everything in every step, to compare
-    python examples/full_finetune.py --method lisa --layers 4 --idle-state drop
+    python examples/full_finetune.py --method lisa --layers 4 --pause drop
     python examples/full_finetune.py --dtype bfloat16 --rounding stochastic --fused-backward
     python examples/full_finetune.py --model my-folder --data my-text.txt --save-every 10
 
@@ -20,7 +20,6 @@ import time
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, astuple, dataclass, field
-from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -42,9 +41,17 @@ from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from tqdm.auto import tqdm
 
-from dynalora_optim import Blocks, DynamicAllocationOptimizer, StepMemory, badam, lisa, measure_step
+from dynalora_optim import (
+    Backward,
+    Blocks,
+    DynamicAllocationOptimizer,
+    StepMemory,
+    badam,
+    lisa,
+    measure_step,
+)
 
-BY_BLOCKS = {"outside", "idle_state", "checkpoint_idle", "fused_backward"}
+BY_BLOCKS = {"outside", "pause", "checkpoint_idle", "fused_backward"}
 TAKES = {  # what trains in a step, and what else it can be told
     "adamw": set[str](),  # everything
     "badam": BY_BLOCKS | {"order"},  # one block at a time
@@ -64,6 +71,8 @@ def optimizer_for(model: nn.Module, options: Namespace) -> Optimizer:
     told: dict[str, Any] = {"period": options.period, "seed": options.seed, **given(options)}
     if "outside" in told:
         told["groups"] = Blocks(outside=told.pop("outside"))
+    fused, recompute = told.pop("fused_backward", False), told.pop("checkpoint_idle", False)
+    told["backward"] = Backward(fused=fused, checkpoint_idle=recompute)
     if options.dtype == "bfloat16":
         told["master_weights"] = options.rounding or "nearest"
     if options.method == "badam":
@@ -114,7 +123,6 @@ class Run:
 
 
 def prepare(texts: Texts, options: Namespace) -> Run:
-    """Build a run as it is before its first step."""
     model = texts.model(getattr(torch, options.dtype)).to(DEVICE).train()
     optimizer = optimizer_for(model, options)
     torch.manual_seed(options.seed)  # of dropout, where a model has some
@@ -125,8 +133,7 @@ def train(run: Run, options: Namespace, batches: Iterator[Batch]) -> None:
     """Take the steps that are left: a plain loop, but for the steps whose memory is measured."""
     model, optimizer, start = run.model, run.optimizer, len(run.losses)
     left = islice(batches, start, None)  # those of an uninterrupted run
-    seconds = 0.1 if sys.stderr.isatty() else 10  # a log file wants few lines
-    bar = tqdm(left, options.method, options.steps, initial=start, mininterval=seconds)
+    bar = tqdm(left, options.method, options.steps, initial=start, disable=None)
     for step, batch in enumerate(map(inputs, bar), start):
         run.trained.append(run.trained_parameters())
         if is_measured(step, options):
@@ -191,11 +198,7 @@ def save(run: Run, options: Namespace) -> None:
 
 
 def resume(run: Run, options: Namespace) -> None:
-    """Put ``run`` where its checkpoint is, if there is one.
-
-    Raises:
-        ValueError: The file is no checkpoint, or that of a run with other options.
-    """
+    """Put ``run`` where its checkpoint is, if there is one of the same options, or raise."""
     path = options.output / "checkpoint.pt"
     if not (options.save_every and path.is_file()):
         return
@@ -242,10 +245,9 @@ def parse(arguments: Sequence[str] | None) -> Namespace:
     add("--layers", type=positive, help="blocks at a time, of lisa and blocks; None: 2")
     add("--order", choices=("ascending", "descending", "random"), help="of badam's blocks")
     add("--outside", choices=("frozen", "always_active", "allocated"), help="what is not a block")
-    add("--idle-state", choices=("keep", "offload", "drop"), help="state of a block that pauses")
-    flag = partial(add, action="store_const", const=True)
-    flag("--checkpoint-idle", help="recompute the activations of idle blocks")
-    flag("--fused-backward", help="update within the backward pass, a gradient at a time")
+    add("--pause", choices=("keep", "offload", "drop"), help="state of a block that pauses")
+    add("--checkpoint-idle", action="store_const", const=True, help="recompute idle blocks")
+    add("--fused-backward", action="store_const", const=True, help="update in the backward pass")
     add("--save-every", type=positive, help="steps; go on from the last checkpoint. None: neither")
     options = reader.parse_args(arguments)
     for name, why in {

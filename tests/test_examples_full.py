@@ -53,10 +53,10 @@ def summary(folder):
         ("adamw", WHOLE, WHOLE),
         ("badam", BLOCK, BLOCK),
         ("badam --outside always_active", BLOCK + OUTSIDE, BLOCK + OUTSIDE),
-        ("badam --idle-state keep --order random", BLOCK, 3 * BLOCK),
-        ("lisa --layers 1 --idle-state drop", BLOCK + OUTSIDE, BLOCK + OUTSIDE),
+        ("badam --pause keep --order random", BLOCK, 3 * BLOCK),
+        ("lisa --layers 1 --pause drop", BLOCK + OUTSIDE, BLOCK + OUTSIDE),
         ("lisa", 2 * BLOCK + OUTSIDE, WHOLE),
-        ("blocks --layers 2 --idle-state drop --checkpoint-idle", 2 * BLOCK, 2 * BLOCK),
+        ("blocks --layers 2 --pause drop --checkpoint-idle", 2 * BLOCK, 2 * BLOCK),
         ("badam --fused-backward --period 4", BLOCK, BLOCK),
     ],
 )

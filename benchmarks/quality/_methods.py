@@ -2,9 +2,9 @@
 
 A method is a name, such as ``forward``, and may carry options after an @, such as
 ``forward@active=4,period=10`` or ``budget-0.40@activation_warmup=0``: those of
-`DynamicAllocationOptimizer`, those of `Budget` (memory, compute, base, floor), and which layers get
-an adapter: those in the top share of the blocks (``top=1/3``), or all linear ones
-(``targets=all-linear``).
+`DynamicAllocationOptimizer`, ``activation_warmup`` for its ``Pause(warmup=...)``, those of `Budget`
+(memory, compute, base, floor), and which layers get an adapter: those in the top share of the
+blocks (``top=1/3``), or all linear ones (``targets=all-linear``).
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from dynalora_optim import (
     DynamicAllocationOptimizer,
     Ema,
     ImportanceTracker,
+    Pause,
     badam,
     lisa,
 )
@@ -220,6 +221,8 @@ def _allocation(options: Mapping[str, Any]) -> dict[str, Any]:
     shares = {key: plain.pop(key) for key in ("memory", "compute", "base", "floor") if key in plain}
     if shares:
         plain["allocator"] = Budget(**shares)
+    if "activation_warmup" in plain:
+        plain["pause"] = Pause(warmup=plain.pop("activation_warmup"))
     if plain.get("allocator") == "bandit":
         plain["allocator"] = UpperConfidence()
     if plain.get("importance") == "decrease":

@@ -34,6 +34,7 @@ from tqdm import tqdm
 from dynalora_adapters import LoRAConfig, VeRAConfig, inject
 from dynalora_optim import (
     Allocator,
+    Bounded,
     DiscountedStochastic,
     DynamicAllocationOptimizer,
     Ema,
@@ -68,6 +69,7 @@ ALLOCATORS: dict[str, Allocator] = {
     "discounted": DiscountedStochastic(),
     "random": UniformRandom(),
     "round robin": RoundRobin(),
+    "bounded": Bounded("discounted", 2),
 }
 SCHEDULES: dict[str, Schedule] = {"every 2": Periodic(2), "once at 3": Once(3)}
 
