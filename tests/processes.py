@@ -17,7 +17,11 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
+from torch.torch_version import TorchVersion
+
+from dynalora_optim._base.packages import installed
 
 TIMEOUT = timedelta(seconds=60)
 # Ranks are forked from a server that has imported these, and has done nothing else: importing takes
@@ -31,6 +35,13 @@ if METHOD == "forkserver":
         ]
     )
 
+
+# docs/versions.md says so too. Older ones do not take these options, or cannot load the state.
+ACCELERATE = TorchVersion(installed("accelerate").replace("not installed", "0"))
+NEEDS_NEW_ACCELERATE = pytest.mark.skipif(
+    ACCELERATE < "1.15" or torch.__version__ < (2, 11),
+    reason="FSDP2 through Accelerate needs accelerate 1.15 and torch 2.11",
+)
 
 # torch 2.8 clips the gradients of sharded parameters by a factor that it has rounded to float32,
 # whatever the optimizer.

@@ -185,7 +185,8 @@ def test_a_layer_used_twice_gathers_both_gradients(steps: list[int]) -> None:
 def test_an_adapter_adds_less_than_half_of_pefts_operations() -> None:
     layer, x = adapted(nn.Linear(5, 4)), torch.randn(2, 3, 5, requires_grad=True)
     bare, ours, theirs = (operations(m, x) for m in (layer.base_layer, layer, pefts(layer)))
-    assert ours - bare <= min(12, (theirs - bare) / 2)
+    most = 12 if torch.__version__ >= (2, 11) else 13  # torch 2.8 dispatches one more of its own
+    assert ours - bare <= min(most, (theirs - bare) / 2)
 
 
 @pytest.mark.parametrize("low", [False, True])

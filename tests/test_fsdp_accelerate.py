@@ -6,21 +6,16 @@ import os
 
 import pytest
 import torch
-from processes import CLIPPED_SHARDS, on_ranks
+from processes import CLIPPED_SHARDS, NEEDS_NEW_ACCELERATE, on_ranks
 from test_ddp import rows
-from torch.torch_version import TorchVersion
 from toy import ToyModel, same, wrapped
 
-accelerate = pytest.importorskip("accelerate")
+pytest.importorskip("accelerate")
 
 STOP, STEPS = 4, 8
 pytestmark = [
     pytest.mark.distributed,
-    # docs/versions.md says so too. Older ones do not take these options, or cannot load the state.
-    pytest.mark.skipif(
-        TorchVersion(accelerate.__version__) < "1.15" or torch.__version__ < (2, 11),
-        reason="FSDP2 through Accelerate needs accelerate 1.15 and torch 2.11",
-    ),
+    NEEDS_NEW_ACCELERATE,
 ]
 KINDS = ("SHARDED_STATE_DICT", "FULL_STATE_DICT")
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from processes import on_ranks
+from processes import NEEDS_NEW_ACCELERATE, on_ranks
 from test_trainer import HAS_FACTORIES, MID_PERIOD, SAVED, by_trainer
 from toy import same
 
@@ -17,6 +17,7 @@ transformers = pytest.importorskip("transformers")
 
 pytestmark = [
     pytest.mark.distributed,
+    NEEDS_NEW_ACCELERATE,
     pytest.mark.skipif(not HAS_FACTORIES, reason="this Trainer hands over no model"),
 ]
 OPTIONS: dict[str, Any] = {

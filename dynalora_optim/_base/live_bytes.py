@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.flop_counter import flop_registry
 
 from dynalora_optim._base.torch_private import (
+    QUERY_POSITIONS,
     TorchDispatchMode,
     packet_of,
     storage_key,
@@ -65,9 +66,10 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
         self.ops += 1
-        formula = flop_registry.get(packet_of(func))
+        packet = packet_of(func)
+        formula = flop_registry.get(packet)
         if formula is not None:
-            args_in_full = _with_all_heads(func._overloadpacket, args)
+            args_in_full = _with_all_heads(packet, args)
             self.flops += formula(*args_in_full, **kwargs, out_val=result)
         inputs = {
             storage_key(tensor)
@@ -95,20 +97,12 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.live -= size
 
 
-# Where the query stands among the arguments of torch's fused attentions.
-_QUERY = {
-    getattr(torch.ops.aten, f"_scaled_dot_product_{kind}_attention{suffix}"): position
-    for kind in ("flash", "efficient", "cudnn")
-    for suffix, position in (("", 0), ("_backward", 1))
-}
-
-
 def _with_all_heads(operation: object, args: tuple[Any, ...]) -> tuple[Any, ...]:
     """Give keys and values as many heads as the queries, as the kernel does by itself.
 
     The formulas of torch before 2.13 refuse grouped queries, which run on a GPU as they are.
     """
-    first = _QUERY.get(operation)
+    first = QUERY_POSITIONS.get(operation)
     if first is None:
         return args
     query, *others = args[first : first + 3]

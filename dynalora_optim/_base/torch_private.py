@@ -4,7 +4,8 @@ torch may rename or remove a private name in any release. Each stands here once,
 that says what it is for. Where a name is missing there are two outcomes:
 
 * There is another way: the function takes it, and its docstring says what is then different.
-* There is none: the function raises a RuntimeError that names the torch version found.
+* There is none: the function, whose docstring says nothing of it, raises a RuntimeError that names
+  the torch version found.
 
 ``docs/versions.md`` has the versions that are tested. No other file of the package reads a private
 name of torch; a test holds that.
@@ -63,9 +64,6 @@ def parameter_slots(module: nn.Module) -> dict[str, nn.Parameter | None]:
     """Return the dict in which ``module`` itself holds its own parameters.
 
     ``setattr`` takes only a Parameter or None; a forward can also run on a tensor that stands here.
-
-    Raises:
-        RuntimeError: torch has no such dict.
     """
     slots: dict[str, nn.Parameter | None] = _private(
         module, "_parameters", feature="pausing a module"
@@ -148,11 +146,7 @@ def plain_name(name: str) -> str:
 
 
 def in_backward() -> bool:
-    """Return whether this thread is in a backward pass, as a checkpoint's recomputation is.
-
-    Raises:
-        RuntimeError: torch cannot tell.
-    """
+    """Return whether this thread is in a backward pass, as a checkpoint's recomputation is."""
     task = _private(torch._C, "_current_graph_task_id", feature="scoring a forward pass")
     return bool(task() != -1)
 
@@ -173,9 +167,6 @@ def storage_key(tensor: Tensor) -> int:
 
     Where torch lacks ``_cdata``: its address, which is 0 for all tensors of the meta device. Those
     would count as one, so that `estimate_memory` would find too little.
-
-    Raises:
-        RuntimeError: The address would not tell storages apart.
     """
     storage = tensor.untyped_storage()
     key = getattr(storage, "_cdata", None)
@@ -193,34 +184,33 @@ def packet_of(operation: Any) -> Any:
 
 
 def tree_leaves(tree: Any) -> Iterable[Any]:
-    """Return what nested containers hold, of every kind that torch knows.
-
-    Raises:
-        RuntimeError: torch has no such function.
-    """
+    """Return what nested containers hold, of every kind that torch knows."""
     return _pytree("tree_iter")(tree)  # type: ignore[no-any-return]
 
 
 def tree_map(function: Callable[[Any], Any], tree: Any) -> Any:
-    """Return ``tree`` with ``function`` of each thing that its nested containers hold.
-
-    Raises:
-        RuntimeError: torch has no such function.
-    """
+    """Return ``tree`` with ``function`` of each thing that its nested containers hold."""
     return _pytree("tree_map")(function, tree)
 
 
 def _pytree(name: str) -> Callable[..., Any]:
-    import torch.utils
-
     module = _private(torch.utils, "_pytree", feature="counting memory")
-    found: Callable[..., Any] = _private(module, name, feature="counting memory")
-    return found
+    return _private(module, name, feature="counting memory")  # type: ignore[no-any-return]
 
 
 # What is dispatched where Python reads a value. Where torch has no such operation: None, and for a
 # model that reads a value on the meta device torch raises an error of its own.
 READ_SCALAR = getattr(getattr(torch.ops.aten, "_local_scalar_dense", None), "default", None)
+
+
+# Where the query stands among the arguments of torch's fused attentions. One that torch lacks is
+# left out: nothing can call it.
+QUERY_POSITIONS = {
+    getattr(torch.ops.aten, name): position
+    for kind in ("flash", "efficient", "cudnn")
+    for suffix, position in (("", 0), ("_backward", 1))
+    if hasattr(torch.ops.aten, name := f"_scaled_dot_product_{kind}_attention{suffix}")
+}
 
 
 def fused_attention(  # noqa: PLR0917 - torch's own order
@@ -278,11 +268,7 @@ def scale_all(tensors: Sequence[Tensor], factor: float) -> list[Tensor]:
 
 
 def active_ddp() -> DistributedDataParallel | None:
-    """Return the DistributedDataParallel whose forward runs now, if one does.
-
-    Raises:
-        RuntimeError: torch cannot tell, and training under DDP would wait for ever.
-    """
+    """Return the DistributedDataParallel whose forward runs now, if one does."""
     ask = _private(
         DistributedDataParallel, "_get_active_ddp_module", feature="DistributedDataParallel"
     )
@@ -291,11 +277,7 @@ def active_ddp() -> DistributedDataParallel | None:
 
 
 def parameters_reduced(ddp: DistributedDataParallel) -> int:
-    """Return how many parameters ``ddp`` averages over the ranks.
-
-    Raises:
-        RuntimeError: torch cannot tell.
-    """
+    """Return how many parameters ``ddp`` averages over the ranks."""
     ask = _private(ddp, "_get_ddp_logging_data", feature="DistributedDataParallel")
     return int(ask()["num_parameter_tensors"])
 
@@ -304,11 +286,7 @@ def parameters_reduced(ddp: DistributedDataParallel) -> int:
 
 
 def share_step_hooks(new: torch.optim.Optimizer, old: torch.optim.Optimizer) -> None:
-    """Let the step hooks of ``old`` fire with those of ``new``, now and when more are added.
-
-    Raises:
-        RuntimeError: torch keeps its step hooks elsewhere.
-    """
+    """Let the step hooks of ``old`` fire with those of ``new``, now and when more are added."""
     for name in ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks"):
         setattr(new, name, _private(old, name, feature="wrapping an optimizer"))
 
