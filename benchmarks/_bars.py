@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from _fronts import Point, worst_point, worst_ratio
 from _rows import ALL_ACTIVE, PEER_FRONT, UNWRAPPED, budget_name
@@ -28,7 +28,7 @@ class Result:
         tokens: Tokens per second.
         resident: Peak resident bytes above the weights in a process of its own, if taken; on a GPU
             the largest peak, in bytes, that CUDA's allocator saw.
-        idle: Modules that were never active in the draws.
+        idle: Modules that were never active in the draws; None if not known.
         least_probability: The smallest chance of being active that any module had.
     """
 
@@ -45,7 +45,7 @@ class Result:
     distinct: int
     tokens: float = 0.0
     resident: int | None = None
-    idle: list[str] = field(default_factory=list)
+    idle: list[str] | None = None
     least_probability: float | None = None
 
 
@@ -112,6 +112,7 @@ def _budgets(results: Mapping[str, Result]) -> Iterator[Bar]:
             yield Bar(f"{name}: median time", row.time, time)
         if memory == 0.40:
             assert row.least_probability is not None
+            assert row.idle is not None
             chance = row.least_probability
             yield Bar(f"{name}: modules never active in {row.draws}", len(row.idle), 0)
             yield Bar(f"{name}: least probability of a module", chance, 0, above=True)

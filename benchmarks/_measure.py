@@ -1,15 +1,17 @@
-"""What all benchmarks share: times side by side, counts of operations, and Markdown tables."""
+"""What all benchmarks share: times side by side, counts of operations, Markdown tables, quiet."""
 
 from __future__ import annotations
 
-import os
-import platform
+import logging
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+import transformers
 from torch.utils._python_dispatch import TorchDispatchMode
 
 Step = Callable[[], object]
@@ -75,8 +77,29 @@ def markdown(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
 
 
-def hardware() -> str:
-    """Name the machine and the versions, for the line above a table."""
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
-    threads = torch.get_num_threads()
-    return f"{device}, {os.cpu_count()} CPU cores ({threads} threads), torch {torch.__version__}"
+@contextmanager
+def quiet(*warned: type[Warning]) -> Iterator[None]:
+    """Hold back what the library and transformers log below an error, and these warnings."""
+    ours = logging.getLogger("dynalora_optim")
+    level, verbosity = ours.level, transformers.logging.get_verbosity()
+    ours.setLevel(logging.ERROR)
+    transformers.logging.set_verbosity_error()
+    try:
+        with warnings.catch_warnings():
+            for category in warned:
+                warnings.simplefilter("ignore", category)
+            yield
+    finally:
+        ours.setLevel(level)
+        transformers.logging.set_verbosity(verbosity)
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    """Let torch use so many threads, and as many as before afterwards."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -1,7 +1,7 @@
 """What knowing costs: the importance tracker, the wrapper and a reallocation.
 
     pip install --no-deps badam
-    python benchmarks/overhead.py
+    python benchmarks/overhead.py [--output runs/overhead.jsonl]
 
 The first table is of a real step: LoRA (rank 8 on query and value) over a BertModel of
 all-MiniLM-L6-v2's shape, with random weights, batch 16 x 48 tokens. The others are of many groups
@@ -17,15 +17,18 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
 from io import StringIO
+from pathlib import Path
 from typing import Any, cast
 
 import peft
 import torch
 from _badam import block_optimizer, is_installed
-from _measure import dispatched_ops, hardware, markdown, median_seconds
+from _measure import dispatched_ops, median_seconds, threads
+from _overhead_tables import REFERENCE, STEP, group_table, step_table
+from _stored import run_of, write
 from torch import nn
 from torch.optim import Optimizer
 from transformers import BertConfig, BertForSequenceClassification
@@ -150,7 +153,6 @@ def package(period: int) -> Wrap:
     return wrap
 
 
-REFERENCE = "our LoRA, AdamW"
 STEP_ROWS = {
     "peft LoRA, AdamW": (pefts, plain),
     REFERENCE: (ours, plain),
@@ -182,21 +184,16 @@ def group_rows() -> dict[str, tuple[Wrap, Wrap | None]]:
     return {**GROUP_ROWS, PACKAGE: (package(NEVER), package(1))}
 
 
-def step_table(rounds: int) -> str:
+def step_rows(rounds: int) -> list[dict[str, Any]]:
+    """Measure the real step."""
     steps = {name: minilm_step(*row) for name, row in STEP_ROWS.items()}
     ops = counted(steps)
     seconds = median_seconds(steps, rounds=rounds, clock=time.process_time)
-    return markdown(
-        ["row", "dispatched ops a step", "median time, ratio", "median ms"],
-        [
-            [name, f"{ops[name]:.0f}", f"{s / seconds[REFERENCE]:.3f}", f"{s * 1e3:.1f}"]
-            for name, s in seconds.items()
-        ],
-    )
+    return [{"row": name, "ops": ops[name], "seconds": seconds[name]} for name in steps]
 
 
-def group_table(groups: int, rounds: int) -> str:
-    """A row: a whole step, the update in it, and what a reallocation adds to that."""
+def measured_groups(groups: int, rounds: int) -> list[dict[str, Any]]:
+    """Measure the chain; of a row that reallocates also the update that does so in every step."""
     rows = group_rows()
     steps: dict[str, Step] = {}
     for name, (wrap, reallocating) in rows.items():
@@ -207,15 +204,16 @@ def group_table(groups: int, rounds: int) -> str:
         ops = counted(steps)
         seconds = median_seconds(steps, rounds=rounds, clock=time.process_time)
     updates = {name: statistics.median(step.updates[-rounds:]) for name, step in steps.items()}
-    lines = []
-    for name in rows:
-        line = [name, f"{ops[name]:.0f}", f"{seconds[name] / seconds[REFERENCE]:.2f}"]
-        line += [f"{seconds[name] * 1e3:.2f}", f"{updates[name] * 1e3:.2f}"]
-        twin = _twin(name)
-        added = f"{(updates[twin] - updates[name]) * 1e3:+.2f}" if twin in steps else "-"
-        lines.append([*line, added])
-    head = ["row", "dispatched ops a step", "step, ratio", "step, ms", "of it update, ms"]
-    return markdown([*head, "a reallocation adds, ms"], lines)
+    return [
+        {
+            "row": name,
+            "ops": ops[name],
+            "seconds": seconds[name],
+            "update": updates[name],
+            "reallocating_update": updates.get(_twin(name)),
+        }
+        for name in rows
+    ]
 
 
 def _twin(name: str) -> str:
@@ -228,17 +226,20 @@ def counted(steps: dict[str, Step]) -> dict[str, float]:
     return {name: dispatched_ops(step, repeats=4) for name, step in steps.items()}
 
 
-def main(arguments: Iterable[str] | None = None) -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--rounds", type=int, default=100)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--groups", type=int, nargs="*", default=GROUPS, help="none to leave out")
-    options = parser.parse_args(None if arguments is None else list(arguments))
-    torch.set_num_threads(options.threads)
-    print(f"{hardware()}; {options.rounds} rounds\n")
-    print(step_table(options.rounds))
-    for groups in options.groups:
-        print(f"\n{groups} groups\n\n{group_table(groups, options.rounds)}")
+    parser.add_argument("--output", type=Path, default=Path("runs/overhead.jsonl"))
+    options = parser.parse_args(arguments)
+    with threads(options.threads):
+        run = run_of(__file__, arguments)
+        print(step_table(write(options.output, STEP, step_rows(options.rounds), run)))
+        for groups in options.groups:
+            rows = measured_groups(groups, options.rounds)
+            part = f"{groups} groups"
+            print(f"\n{part}\n\n{group_table(write(options.output, part, rows, run))}")
 
 
 if __name__ == "__main__":

@@ -51,7 +51,7 @@ class AllocatedOptimizer(LateBoundOptimizer):
 
     @property
     def active(self) -> float:
-        """How many groups the next reallocation activates: a count (int) or a share (float)."""
+        """How many groups the next reallocation activates, as a count (int) or a share (float)."""
         return self._allocation.active
 
     @active.setter
@@ -74,7 +74,7 @@ class AllocatedOptimizer(LateBoundOptimizer):
 
     @property
     def record(self) -> AllocationRecord:
-        """Every reallocation so far: step, scores, chosen."""
+        """Every reallocation so far, with its step, the scores, and the groups chosen."""
         return self._allocation.record
 
     def _apply_allocation(self, *, probe: bool) -> None:

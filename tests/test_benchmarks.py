@@ -1,9 +1,10 @@
 """The memory benchmark: its counters by hand, its fronts, and a run in small."""
 
 import importlib
-import json
+import logging
 import math
 import sys
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-pytest.importorskip("transformers")
+transformers = pytest.importorskip("transformers")
 pytest.importorskip("peft")
 pytest.importorskip("matplotlib")
 
@@ -19,10 +20,15 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))  # as for a sc
 _bars = importlib.import_module("_bars")
 _count = importlib.import_module("_count")
 _fronts = importlib.import_module("_fronts")
+_full_tables = importlib.import_module("_full_tables")
 _measure = importlib.import_module("_measure")
+_memory_tables = importlib.import_module("_memory_tables")
+_overhead_tables = importlib.import_module("_overhead_tables")
 _rows = importlib.import_module("_rows")
 _rss = importlib.import_module("_rss")
 _shapes = importlib.import_module("_shapes")
+_stored = importlib.import_module("_stored")
+full_parameter = importlib.import_module("full_parameter")
 memory = importlib.import_module("memory")
 overhead = importlib.import_module("overhead")
 
@@ -90,6 +96,20 @@ def test_a_step_named_in_every_is_taken_in_those_rounds_only():
     assert seconds.keys() == steps.keys()
 
 
+def global_state():
+    """What is logged and warned of, and how many threads compute."""
+    ours, theirs = logging.getLogger("dynalora_optim"), transformers.logging
+    return ours.level, theirs.get_verbosity(), torch.get_num_threads(), [*warnings.filters]
+
+
+@pytest.fixture
+def unchanged():
+    """A script changes nothing for what runs after it in the same process."""
+    before = global_state()
+    yield
+    assert global_state() == before
+
+
 def small(**options):
     return replace(_shapes.quick(_shapes.ROBERTA), **options)
 
@@ -148,38 +168,70 @@ def test_a_choice_met_before_is_not_counted_again_but_updated():
     assert max(c.peak for c in counted) <= 0.75 * costs.peak(costs.all_active)
 
 
+@pytest.mark.usefixtures("unchanged")
 def test_the_benchmark_in_small(tmp_path, capsys):
-    memory.main(["--quick", "--shape", "roberta", "--no-rss", "--output", str(tmp_path)])
+    path = tmp_path / "memory.jsonl"
+    memory.main(["--quick", "--shape", "roberta", "--no-rss", "--output", str(path)])
     printed = capsys.readouterr().out
     shape = small()
-    rows = _rows.rows(shape)
-    for name in rows:
+    names = _rows.rows(shape)
+    for name in names:
         assert f"\n| {name} | " in printed
-    numbers = json.loads((tmp_path / "memory_roberta.json").read_text())
-    assert numbers["rows"].keys() == rows.keys()
-    assert not numbers["refused"]
-    for row in numbers["rows"].values():
+    rows = _stored.read(path, "roberta")
+    assert [row["row"] for row in rows] == [*names]
+    for row in rows:
         values = [value for value in row.values() if isinstance(value, (int, float))]
         assert all(math.isfinite(value) for value in values)
-    assert numbers["rows"][_rows.REFERENCE]["peak"] == 1.0
-    for name, *_, verdict in numbers["bars"]:
-        assert f"\n| {name} | " in printed
-        assert verdict in ("ok", "MISSED")
-    assert len(numbers["bars"]) == 23
+        assert "python benchmarks/memory.py --quick --shape roberta" in row["run"]["command"]
+    results = _memory_tables.results(rows)
+    assert results[_rows.REFERENCE].peak == results[_rows.REFERENCE].added == 1.0
+    bars = _memory_tables.found_bars(rows)
+    for bar in bars:
+        assert f"\n| {bar.name} | " in printed
+    assert len(bars) == 23
     assert (tmp_path / "memory_roberta.png").stat().st_size > 10_000
     for share, compute in shape.budgets:
-        assert numbers["rows"][_rows.budget_name(share, compute)]["peak"] <= share
+        assert results[_rows.budget_name(share, compute)].peak <= share
 
 
 def test_the_large_shapes_run_without_a_gpu_in_small(tmp_path, capsys):
     budgets = ((0.4, 1.0), (0.01, 1.0))
     shape = replace(_shapes.quick(_shapes.LARGE[0]), device="cpu", budgets=budgets)
-    memory.report(shape, rounds=1, rss=lambda name: None, output=tmp_path)
-    assert "tokens/s" in capsys.readouterr().out
-    numbers = json.loads((tmp_path / f"memory_{shape.name}.json").read_text())
-    assert [*numbers["refused"]] == [_rows.budget_name(0.01, 1.0)]  # and says what would do
-    assert {*numbers["rows"], *numbers["refused"]} == _rows.rows(shape).keys()
-    assert all(row["tokens"] > 0 for row in numbers["rows"].values())
+    run = _stored.run_of(memory.__file__, [])
+    path = tmp_path / "memory.jsonl"
+    rows = memory.report(shape, rounds=1, rss=lambda name: None, output=path, run=run)
+    refused = [row["row"] for row in rows if "refused" in row]
+    assert refused == [_rows.budget_name(0.01, 1.0)]
+    printed = capsys.readouterr().out
+    assert "tokens/s" in printed
+    assert f"\n{refused[0]} is missing: " in printed  # and says what would do
+    assert {row["row"] for row in rows} == _rows.rows(shape).keys()
+    results = _memory_tables.results(rows)
+    assert results.keys() == _rows.rows(shape).keys() - {*refused}
+    assert all(result.tokens > 0 for result in results.values())
+
+
+def test_what_is_held_back_and_the_threads_are_put_back():
+    before = global_state()
+    with _measure.quiet(FutureWarning), _measure.threads(2):
+        held_back = global_state()
+        assert held_back[:2] == (logging.ERROR, logging.ERROR)
+        assert held_back[2] == 2
+    assert global_state() == before
+
+
+@pytest.mark.usefixtures("unchanged")
+def test_full_parameter_training_in_small_stores_what_it_prints(tmp_path, capsys):
+    pytest.importorskip("badam")
+    path = tmp_path / "full.jsonl"
+    full_parameter.main(["--quick", "--output", str(path)])
+    printed = capsys.readouterr().out
+    shape = full_parameter.QUICK.name
+    measured, planned = _stored.read(path, shape), _stored.read(path, "planned")
+    for make in ("memory_table", "everywhere_table", "times_table", "bars_table"):
+        assert getattr(_full_tables, make)(measured) in printed
+    assert _full_tables.planned_table(planned) in printed
+    assert {row["kind"] for row in measured} == {"shape", "measured", "rehearsed", "timed"}
 
 
 def test_a_gpu_is_not_asked_to_hold_full_fine_tuning():
@@ -223,8 +275,10 @@ def test_the_wrapper_dispatches_nothing_and_the_forward_measure_little():
 
 
 def test_a_row_says_what_a_reallocation_adds():
-    expected = overhead.group_rows()
-    rows = [line.split(" | ") for line in overhead.group_table(3, 2).splitlines()[2:]]
+    expected, run = overhead.group_rows(), _stored.run_of(overhead.__file__, [])
+    measured = [{**row, "run": run} for row in overhead.measured_groups(3, 2)]
+    table = _overhead_tables.group_table(measured)
+    rows = [line.split(" | ") for line in table.splitlines()[2:]]
     assert [row[0].strip("| ") for row in rows] == list(expected)
     fixed = {row[0].strip("| ") for row in rows if row[-1] == "- |"}
     assert fixed == {name for name, (_, twin) in expected.items() if twin is None}

@@ -377,15 +377,3 @@ def test_a_sweep_goes_on_from_the_runs_that_are_kept(folder):
     assert runs
     for run in runs:
         assert _training.Settings(**run["settings"]).key == run["key"]
-
-
-def test_the_results_are_those_of_the_runs_that_are_kept():
-    sweep = _compare.Sweep(_store.finished(_shared.STORED / "runs.jsonl"))
-    results = (QUALITY.parent / "RESULTS.md").read_text("utf-8")
-    readme = (QUALITY.parents[1] / "README.md").read_text("utf-8")
-    said = re.findall(r"^\| `?([\w.-]+)`? \| ([\d.]+) \|.* \| ([\d.]+) \|$", readme, re.MULTILINE)
-    assert len(said) >= 8
-    for name, mean, peak in said:
-        assert f"| {name} | {' | '.join(report._qualities(sweep, name))} | {mean} |" in results
-        assert mean == f"{100 * sweep.average(name, sweep.tasks):.1f}"
-        assert peak == f"{sweep.ratio(name, 'lora', 'peak_bytes', sweep.tasks):.2f}"

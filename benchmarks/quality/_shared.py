@@ -23,7 +23,7 @@ from _common import (
     without_padding,
 )
 
-STORED = Path(__file__).parents[1] / "sweep"  # `../RESULTS.md` tells of them
+STORED = Path(__file__).parents[1] / "results" / "quality"  # `../RESULTS.md` tells of them
 
 __all__ = [
     "CAUSAL_LM",

@@ -1,7 +1,7 @@
 """Who is active next, and when: from scores and costs to one choice.
 
 How the pieces divide the work. An `Allocator` chooses from an `AllocationContext`: numbers only, no
-modules. A `Schedule` says after which optimizer steps. The run's `Allocation` holds the clock and
+modules. A `Schedule` says after which optimizer steps. The run's ``Allocation`` holds the clock and
 the counters, asks both, keeps the `AllocationRecord`, and hands on a `Choice`: which groups train,
 and which blocks are recomputed. Nothing after it decides anything.
 

@@ -108,7 +108,7 @@ class Costs:
 
     @property
     def all_active(self) -> Plan:
-        """Every block trains and is kept as it is: plain LoRA."""
+        """Every block trains and is kept as it is, as in plain LoRA."""
         return Plan(frozenset(range(len(self.blocks))))
 
     def lowest_blocks(self) -> range:

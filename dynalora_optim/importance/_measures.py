@@ -120,10 +120,10 @@ class GradientNorm:
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """The change of the loss if a weight were dropped, to first order: sum of |w * g|.
+    """The change of the loss if a weight were dropped, to first order: sum of ``|w * g|``.
 
     Smoothed as AdaLoRA smooths it (arXiv 2303.10512, equations 9 to 11), a module at a time:
-    I <- beta1 I + (1 - beta1) s;  U <- beta2 U + (1 - beta2) |s - I|;  y = I * U.
+    ``I <- beta1 I + (1 - beta1) s;  U <- beta2 U + (1 - beta2) |s - I|;  y = I * U``.
 
     Attributes:
         beta1: Decay of the sensitivity I.
@@ -147,7 +147,7 @@ class Sensitivity:
         return self.beta1, self.beta2
 
     def score_gradients(self, parameters: Sequence[Tensor]) -> Tensor:
-        """Return s = the sum over the adapter's weights of |w * g|, in float32."""
+        """Return s = the sum over the adapter's weights of ``|w * g|``, in float32."""
         products = [
             (parameter.detach() * parameter.grad).abs().sum(dtype=torch.float32)
             for parameter in parameters

@@ -10,6 +10,8 @@ from torch.distributed import GradBucket  # type: ignore[attr-defined]
 
 from dynalora_optim._optimizer import DynamicAllocationOptimizer
 
+__all__ = ["active_gradients_hook"]
+
 
 def active_gradients_hook(
     optimizer: DynamicAllocationOptimizer, bucket: GradBucket

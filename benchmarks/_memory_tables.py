@@ -1,0 +1,124 @@
+"""From the stored rows of `memory.py` to its tables and figures."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from _bars import Bar, Result, bars, point
+from _fronts import Series, plot
+from _measure import markdown
+from _rows import ALL_ACTIVE, CHECKPOINTED, FULL, PEER_FRONT, RANDOM, REFERENCE, budget_name
+from _shapes import LARGE, LLAMA, ROBERTA
+from _stored import Row, described
+
+MIB = 2**20
+SLACK = {shape.name: shape.slack for shape in (ROBERTA, LLAMA, *LARGE)}
+IN_README = (
+    *(REFERENCE, CHECKPOINTED, RANDOM, ALL_ACTIVE),
+    *(budget_name(*budget) for budget in ((0.75, 1), (0.4, 1), (0.4, 0.6), (0.175, 1))),
+)
+
+
+def results(rows: Sequence[Row]) -> dict[str, Result]:
+    """Put the rows that ran in units of the reference's."""
+    ran = {row["row"]: row for row in rows if "refused" not in row}
+    unit = ran[REFERENCE]
+    return {
+        name: Result(
+            peak=row["peak"] / unit["peak"],
+            peak_mean=row["peak_mean"] / unit["peak"],
+            saved=row["saved"] / unit["saved"],
+            saved_mean=row["saved_mean"] / unit["saved"],
+            forward=row["forward"] / unit["forward"],
+            backward=row["backward"] / unit["backward"],
+            ops=row["ops"],
+            added=row["adapter_ops"] / unit["adapter_ops"],
+            time=row["seconds"] / unit["seconds"],
+            draws=row["draws"],
+            distinct=row["distinct"],
+            tokens=row["tokens"] / row["seconds"],
+            resident=row["resident"],
+            idle=row["idle"],
+            least_probability=row["least_probability"],
+        )
+        for name, row in ran.items()
+    }
+
+
+def unit_line(rows: Sequence[Row]) -> str:
+    """Say what a ratio of 1 stands for."""
+    unit = next(row for row in rows if row["row"] == REFERENCE)
+    return (
+        f"1.000 is {unit['peak'] / MIB:.1f} MiB peak, {unit['saved'] / MIB:.1f} MiB saved, "
+        f"{unit['forward'] / 1e9:.1f} GFLOPs forward and {unit['backward'] / 1e9:.1f} backward, "
+        f"{unit['adapter_ops']:.0f} operations that\npeft's adapters add, and "
+        f"{unit['seconds']:.2f} s a step."
+    )
+
+
+def main_table(rows: Sequence[Row]) -> str:
+    """Lay out the rows; those that a budget refused follow, with the reason."""
+    on_card = rows[0]["run"]["hardware"]["card"] is not None
+    header = ["row", "peak, largest", "mean", "saved, largest", "mean", "forward FLOPs"]
+    header += ["backward FLOPs", "ops", "added ops, ratio", "time", "tokens/s"]
+    header += ["draws (distinct)", f"{'CUDA peak' if on_card else 'peak RSS'} (MiB)"]
+    lines = [_cells(name, result) for name, result in results(rows).items()]
+    refused = [f"{row['row']} is missing: {row['refused']}" for row in rows if "refused" in row]
+    above = f"{described(rows, 'transformers', 'peft')}\n{unit_line(rows)}"
+    return "\n\n".join([above, markdown(header, lines), *refused])
+
+
+def _cells(name: str, r: Result) -> list[str]:
+    ratios = [r.peak, r.peak_mean, r.saved, r.saved_mean, r.forward, r.backward]
+    line = [name, *(f"{ratio:.3f}" for ratio in ratios), f"{r.ops:.0f}", f"{r.added:.2f}"]
+    line += [f"{r.time:.3f}", f"{r.tokens:.0f}", f"{r.draws} ({r.distinct})"]
+    return [*line, "-" if r.resident is None else f"{r.resident / MIB:.0f}"]
+
+
+def found_bars(rows: Sequence[Row]) -> list[Bar]:
+    return bars(results(rows), SLACK[rows[0]["part"]])
+
+
+def bars_table(rows: Sequence[Row]) -> str:
+    lines = [bar.line() for bar in found_bars(rows)]
+    return markdown(["bar", "value", "limit", ""], lines)
+
+
+def readme_table(rows: Sequence[Row]) -> str:
+    """The rows that the README shows."""
+    header = ["RoBERTa-base shape, 16 x 128 tokens; ratios to peft's LoRA"]
+    header += ["largest peak", "mean backward FLOPs", "time"]
+    found = results(rows)
+    lines = [
+        [_as_code(name), *(f"{ratio:.2f}" for ratio in (r.peak, r.backward, r.time))]
+        for name, r in ((name, found[name]) for name in IN_README)
+    ]
+    return markdown(header, lines)
+
+
+def _as_code(name: str) -> str:
+    return re.sub(r"(Budget\(.*\))", r"`\1`", name)
+
+
+def draw(path: Path, rows: Sequence[Row]) -> None:
+    """Plot the fronts."""
+    found = results(rows)
+    costs = {"backward": "mean backward FLOPs", "time": "median step time"}
+    title = f"{rows[0]['part']}: largest peak of a step against its cost"
+    plot(path, title, {label: _series(found, cost) for cost, label in costs.items()})
+
+
+def _series(found: Mapping[str, Result], cost: str) -> Series:
+    peers = {name.removeprefix("peft, ").removesuffix(" checkpointed"): name for name in PEER_FRONT}
+    lines = {"peft LoRA, blocks checkpointed": peers}
+    for name in found:
+        if budget := re.fullmatch(r"ours, Budget\((.+), (.+)\)", name):
+            lines.setdefault(f"ours, Budget(memory, {budget[2]})", {})[budget[1]] = name
+    lines |= {name: {"": name} for name in (ALL_ACTIVE, RANDOM, FULL)}
+    series = {
+        legend: {label: point(found[n], cost) for label, n in names.items() if n in found}
+        for legend, names in lines.items()
+    }
+    return {legend: points for legend, points in series.items() if points}

@@ -1,0 +1,212 @@
+"""From the stored runs of the sweep to its tables.
+
+A run is one line of a `runs.jsonl` in ``results/quality``, with every prediction on the test rows.
+The intervals need the labels of these rows as well, which are fetched and not stored here: so the
+intervals are computed once, with ``tables.py --intervals``, and stored too. What needs no labels,
+the difference itself, is computed anew whenever a table is made, and must agree.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from _measure import markdown
+from _stored import read, write
+
+sys.path.insert(0, str(Path(__file__).resolve().parent / "quality"))
+from _compare import Cell, Difference, Result, Sweep, paired
+from _figures import FIGURES, save
+from _shared import STORED
+from _store import finished
+from report import interval, main_table, pairs_table, rates
+
+FOLDER = STORED
+INTERVALS = FOLDER / "intervals.jsonl"
+METHODS = (
+    *("full", "lora", "static", "random", "forward", "gradient"),
+    *("budget-0.40", "budget-0.75", "vera", "dynavera"),
+)
+PAIRS = (
+    *("forward:random", "gradient:random", "gradient:forward", "forward:static", "random:static"),
+    *("budget-0.40:static", "budget-0.75:static", "budget-0.40:budget-0.75", "dynavera:vera"),
+)
+FEW = (
+    *("lora", "random@active=2", "forward@active=2", "gradient@active=2"),
+    *("decrease@active=2", "bandit@active=2", "static@top=1/6"),
+)
+FEW_PAIRS = (
+    *("decrease@active=2:random@active=2", "bandit@active=2:random@active=2"),
+    *("gradient@active=2:random@active=2", "forward@active=2:random@active=2"),
+    *("decrease@active=2:static@top=1/6", "bandit@active=2:static@top=1/6"),
+    "random@active=2:static@top=1/6",
+)
+
+
+class Stored(Sweep):
+    """A sweep whose intervals are the stored ones.
+
+    Args:
+        part: Of the stored intervals.
+        lines: The runs.
+    """
+
+    def __init__(self, part: str, lines: Iterable[Result]) -> None:
+        super().__init__(lines)
+        self.part = part
+
+    def difference(self, method: str, reference: str, *, seed: int = 0) -> Difference:
+        """Return the difference with its stored interval.
+
+        Raises:
+            ValueError: None is stored, or that of other runs.
+        """
+        rows = read(INTERVALS, self.part)
+        found = [row for row in rows if (row["row"], row["less"]) == (method, reference)]
+        remedy = "python benchmarks/results/tables.py --intervals makes it anew"
+        if not found:
+            raise ValueError(f"{INTERVALS} has no interval of {method} less {reference}; {remedy}")
+        row, value = found[0], self.value(method, reference)
+        if not math.isclose(row["value"], value, abs_tol=1e-12):
+            raise ValueError(
+                f"{INTERVALS} has {row['value']} for {method} less {reference}, and the runs give "
+                f"{value}; {remedy}"
+            )
+        return Difference(value, row["low"], row["high"], tuple(row["tasks"]))
+
+    def value(self, method: str, reference: str) -> float:
+        """Return the difference, on the tasks and seeds that both have."""
+        pairs = [
+            paired(self.cells[method, task], self.cells[reference, task])
+            for task in self.shared(method, reference)
+        ]
+        return statistics.fmean(Cell(mine).mean - Cell(theirs).mean for mine, theirs in pairs)
+
+
+def _lines(folder: Path, methods: Sequence[str], tasks: Sequence[str] = ()) -> list[Result]:
+    """The runs of these methods, in this order."""
+    runs = finished(folder / "runs.jsonl")
+    kept = [run for run in runs if not tasks or run["settings"]["task"] in tasks]
+    return [run for name in methods for run in kept if run["settings"]["method"] == name]
+
+
+def _full() -> list[Result]:
+    return _lines(FOLDER, METHODS)
+
+
+def _short() -> list[Result]:
+    return _lines(FOLDER / "short", METHODS)
+
+
+def _few() -> list[Result]:
+    return _lines(FOLDER / "short", FEW, ["bbc"])
+
+
+def _short_figures() -> list[Result]:
+    """All but the methods that lie far from, or on top of, those that the figures are about."""
+    left_out = {"full", "gradient", "vera", "dynavera"}
+    runs = finished(FOLDER / "short" / "runs.jsonl")
+    return [run for run in runs if run["settings"]["method"] not in left_out]
+
+
+PARTS: dict[str, tuple[Callable[[], list[Result]], tuple[str, ...]]] = {
+    "full": (_full, PAIRS),
+    "short": (_short, ()),
+    "few": (_few, FEW_PAIRS),
+}
+
+
+@cache
+def stored(part: str) -> Stored:
+    return Stored(part, PARTS[part][0]())
+
+
+def compute_intervals(part: str) -> list[dict[str, Any]]:
+    """Draw the intervals of a part, of each method to LoRA and of its pairs; fetches the labels."""
+    lines, pairs = PARTS[part]
+    sweep = Sweep(lines())
+    wanted = [f"{name}:lora" for name in sweep.methods if name != "lora"]
+    rows = []
+    for pair in (*wanted, *pairs):
+        method, _, reference = pair.partition(":")
+        found = sweep.difference(method, reference)
+        row = {"row": method, "less": reference, "value": found.value, "low": found.low}
+        rows.append(row | {"high": found.high, "tasks": list(found.tasks)})
+    return rows
+
+
+def store_intervals(run: dict[str, Any]) -> None:
+    """Draw and store the intervals of all parts."""
+    for part in PARTS:
+        write(INTERVALS, part, compute_intervals(part), run)
+
+
+def quality() -> str:
+    return main_table(stored("full"), "lora")
+
+
+def quality_rates() -> str:
+    return rates(stored("full"))
+
+
+def quality_pairs() -> str:
+    return pairs_table(stored("full"), PAIRS)
+
+
+def few() -> str:
+    return main_table(stored("few"), "lora")
+
+
+def few_pairs() -> str:
+    return pairs_table(stored("few"), FEW_PAIRS)
+
+
+def readme() -> str:
+    """The mean over the tasks, and what it takes."""
+    sweep = stored("full")
+    lines = [[name, *_mean_and_less(sweep, name, ""), _peak(sweep, name)] for name in sweep.methods]
+    return markdown(["method", "mean metric x 100", "less LoRA", "peak"], lines)
+
+
+def _peak(sweep: Sweep, name: str) -> str:
+    return f"{sweep.ratio(name, 'lora', 'peak_bytes', sweep.tasks):.2f}"
+
+
+def half() -> str:
+    """Half the steps beside all of them."""
+    lines = [
+        [name, *_mean_and_less(stored("short"), name), *_mean_and_less(stored("full"), name)]
+        for name in METHODS
+    ]
+    header = ["method", "half the steps: mean", "less lora", "these: mean", "less lora"]
+    return markdown(header, lines)
+
+
+def _mean_and_less(sweep: Sweep, name: str, none: str = "-") -> list[str]:
+    less = none if name == "lora" else interval(sweep.difference(name, "lora"))
+    return [f"{100 * sweep.average(name, sweep.tasks):.1f}", less]
+
+
+def mpnet() -> str:
+    """The accuracy of LoRA on all-mpnet-base-v2 at each rate."""
+    runs = {run["settings"]["lr"]: run for run in finished(FOLDER / "mpnet" / "runs.jsonl")}
+    lines = [
+        [what, *(f"{100 * next(iter(runs[lr][what].values())):.1f}" for lr in sorted(runs))]
+        for what in ("validation", "test")
+    ]
+    return markdown(["BBC, accuracy x 100", *(f"{lr:g}" for lr in sorted(runs))], lines)
+
+
+def figures(folder: Path) -> None:
+    """Draw the figures that the results show, those of half the steps in a folder of their own."""
+    for place, numbers in (("", "125"), ("short", "234")):
+        lines = _short_figures() if place else _full()
+        (folder / place).mkdir(parents=True, exist_ok=True)
+        for figure in FIGURES:
+            if figure.name.removeprefix("figure") in numbers:
+                save(figure, Sweep(lines), "lora", folder / place)
