@@ -216,6 +216,30 @@ def test_measuring_leaves_no_trace(make):
     assert not isinstance(model, Normed) or model.config.use_cache is True
 
 
+@pytest.mark.parametrize("calls", [1, 2, 3, 5, 9])
+def test_an_error_while_measuring_leaves_no_trace(calls):
+    """Such as out of memory, at whichever run of a block, in full or checkpointed."""
+    model = Normed()
+    optimizer = wrapped(model, allocator=Budget(memory=1.0))
+    before, traced = snapshot(model), trace(model)
+    left = [calls]
+
+    def fail(*_):
+        left[0] -= 1
+        if left[0] == 0:
+            raise torch.OutOfMemoryError("no more memory")
+
+    handle = model.layers[0][0].register_forward_pre_hook(fail)
+    with pytest.raises(torch.OutOfMemoryError):
+        model(batch())
+    handle.remove()
+    assert same_model(before, snapshot(model))
+    assert trace(model) == traced
+    assert torch.is_grad_enabled()
+    model(batch()).sum().backward()  # and is measured now
+    assert costs_of(optimizer)
+
+
 def test_the_measured_step_is_the_step_that_is_not_measured():
     """With dropout: the first forward draws what it would have drawn."""
     plain, shaped = Normed(), Normed()

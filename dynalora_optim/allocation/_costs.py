@@ -201,7 +201,7 @@ class Costs:
         parts = [getattr(self, f.name) for f in fields(self) if f.name not in may_lack]
         parts += [part for part in (*self.group_blocks, self.prefix) if part is not None]
         if (
-            not all(type(number) is int and 0 <= number < 2**63 for number in _numbers(parts))
+            not all(type(number) is int and 0 <= number < 2**63 for number in _numbers(tuple(parts)))
             or len(self.group_blocks) != modules
             or not {*self.group_blocks, *self.pinned} <= {None, *range(len(self.blocks))}
             or not self.flops(self.all_active)
@@ -233,8 +233,8 @@ class Costs:
 def _numbers(tree: Any) -> Iterator[Any]:
     """Yield the numbers, or what stands in their place, in dataclasses and collections of them."""
     if is_dataclass(tree):
-        tree = [getattr(tree, field.name) for field in fields(tree)]
-    if isinstance(tree, (list, tuple, frozenset)):
+        tree = tuple(getattr(tree, field.name) for field in fields(tree))
+    if isinstance(tree, (tuple, frozenset)):  # no list: that would stand where a number must be
         for item in tree:
             yield from _numbers(item)
     else:

@@ -71,13 +71,13 @@ class Profiler:
         with ExitStack() as stack:
             stack.enter_context(undisturbed(self._model))
             stack.enter_context(torch.enable_grad())
+            stack.callback(self._recomputer.recompute, ())  # also after an error within a block
             for handle in self._hooks():
                 stack.callback(handle.remove)
             stack.enter_context(self._memory)
             output = self._model(*args, **kwargs)
             self._check_complete()
             head = self._head(output)
-        self._recomputer.recompute(())
         return Costs(
             blocks=tuple(self._costs),
             group_blocks=tuple(group_blocks),

@@ -30,7 +30,7 @@ class Updater:
         fused: Whether to update within the backward pass.
 
     Raises:
-        ValueError: The optimizer's state cannot be treated as ``pause`` says.
+        ValueError: The optimizer does not go with ``pause`` or ``masters``.
     """
 
     def __init__(
@@ -43,6 +43,7 @@ class Updater:
         fused: bool,
     ) -> None:
         pause.check(optimizer)
+        masters.check(optimizer)
         self.rule = UpdateRule(optimizer, masters)
         self.rates = rates
         self.pause = pause
