@@ -201,7 +201,9 @@ class Costs:
         parts = [getattr(self, f.name) for f in fields(self) if f.name not in may_lack]
         parts += [part for part in (*self.group_blocks, self.prefix) if part is not None]
         if (
-            not all(type(number) is int and 0 <= number < 2**63 for number in _numbers(tuple(parts)))
+            not all(
+                type(number) is int and 0 <= number < 2**63 for number in _numbers(tuple(parts))
+            )
             or len(self.group_blocks) != modules
             or not {*self.group_blocks, *self.pinned} <= {None, *range(len(self.blocks))}
             or not self.flops(self.all_active)
