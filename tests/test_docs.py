@@ -32,7 +32,7 @@ def blocks(page: str, language: str) -> list[str]:
 
 
 KNOWN = {"python", "console", "diff", "text", "{toctree}", "{eval-rst}", "{include}"}
-SETTING = {"docs/processes.md": "one_process", "docs/trainers.md": }
+SETTING = {"docs/processes.md": "one_process"}
 WITH_CODE = [page for page in PAGES if blocks(page, "python")]
 
 
