@@ -264,7 +264,7 @@ def test_a_large_model_is_planned_in_seconds_without_its_memory():
 
 def test_the_loss_is_what_the_caller_says():
     model = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, CLASSES))
-    with pytest.raises(ValueError, match=r"Tensor, which is no loss.*pass loss="):
+    with pytest.raises(ValueError, match=r"Tensor, which is not a loss.*pass loss="):
         measure_step(model, [x()], adamw(model))
     memory = measure_step(model, (x(),), adamw(model), loss=lambda output: output.mean())
     assert memory.gradients == BLOCK + HEAD
@@ -287,7 +287,7 @@ def test_what_cannot_be_rehearsed_says_so():
         def forward(self, x):
             return super().forward(x + torch.ones(WIDTH))  # on the CPU, wherever x is
 
-    with pytest.raises(ValueError, match=r"Elsewhere cannot be rehearsed.*measure_step"):
+    with pytest.raises(ValueError, match=r"Elsewhere cannot run on the meta device.*measure_step"):
         estimate_memory(Elsewhere(), [x()], adamw)
 
 
