@@ -299,7 +299,7 @@ def test_rules_that_add_up_over_all_parameters_are_refused_before_anything_moves
     optimizer = by_blocks(model, Counting)
     before = weights(model)
     backward(model)
-    with pytest.raises(RuntimeError, match="the wrapped optimizer adds up over all parameters"):
+    with pytest.raises(RuntimeError, match="the wrapped optimizer sums over all parameters"):
         optimizer.step()
     assert same(weights(model), before)
     assert not any("total" in group for group in optimizer.param_groups)

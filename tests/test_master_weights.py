@@ -269,7 +269,7 @@ def test_nothing_is_lost_at_a_checkpoint(options, at):
 @pytest.mark.parametrize(
     ("master_weights", "dtype", "message"),
     [
-        ("up", BF16, "master_weights='up' is none of nearest, stochastic, None"),
+        ("up", BF16, "master_weights='up': pass one of nearest, stochastic, None"),
         ("stochastic", torch.float16, r"rounds to bfloat16, but \d+ parameter\(s\) are float16"),
     ],
 )
