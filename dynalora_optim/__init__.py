@@ -5,7 +5,7 @@ it in this list:
 
     groups -> importance -> allocation -> switching -> update -> state -> memory
 
-* `DynamicAllocationOptimizer` wraps a torch optimizer and takes its place in the training loop.
+* `DynamicAllocationOptimizer` wraps a torch optimizer and replaces it in the training loop.
 * An `ImportanceTracker` scores the module groups with a measure (`ForwardNorm`, `GradientNorm`,
   `Sensitivity`) over a window (`Ema`).
 * An allocator (`TopK`, `Threshold`, `Stochastic`, `DiscountedStochastic`, `UniformRandom`,

@@ -65,7 +65,7 @@ class AllocatedOptimizer(LateBoundOptimizer):
 
     @property
     def lr_time(self) -> LrTime:
-        """``"global"``, ``"local"``, or a `LocalLR`; settable before the first step."""
+        """``"global"``, ``"local"``, or a `LocalLR`; set ``"local"`` before the first step."""
         return self._updater.rates.lr_time
 
     @lr_time.setter

@@ -282,5 +282,5 @@ def test_optimizers_with_weights_of_their_own_are_refused():
     class Averaging(AdamW):
         def eval(self) -> None: ...
 
-    with pytest.raises(ValueError, match="puts weights of its own into the model"):
+    with pytest.raises(ValueError, match="writes its own weights into the model"):
         by_blocks(half(), Averaging)

@@ -102,7 +102,7 @@ class AllocationState:
         return tuple(name for name in self.names if name in self.chosen)
 
     def age(self, name: str) -> int | None:
-        """Return the steps since the group came back from a pause; None if it never paused."""
+        """Return the steps since the group returned from a pause; None if it never has."""
         return self._counters.age(name, self.steps)
 
     def local_time(self, name: str) -> tuple[int, float]:

@@ -82,12 +82,12 @@ class AllocationRecord(Sequence[Reallocation]):
         A temporary file is written and then renamed, so that a killed run never leaves half a file.
         """
         target = Path(path)
-        beside = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+        temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
         try:
-            beside.write_text(json.dumps(self.state_dict(), indent=1), encoding="utf-8")
-            beside.replace(target)
+            temporary.write_text(json.dumps(self.state_dict(), indent=1), encoding="utf-8")
+            temporary.replace(target)
         finally:
-            beside.unlink(missing_ok=True)
+            temporary.unlink(missing_ok=True)
 
     def plot(self, path: str | os.PathLike[str]) -> None:
         """Draw the paper's Figure 5 to ``path``: layer x module, colour = active steps.

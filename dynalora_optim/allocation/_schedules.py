@@ -49,7 +49,7 @@ class Periodic:
         whole_number("warmup", self.warmup, least=0)
 
     def due(self, step: int) -> bool:
-        """Return whether ``step``, from the end of the warm-up on, is a multiple of ``n``."""
+        """Return whether ``step`` is the end of the warm-up, or a multiple of ``n`` after it."""
         return step >= self.warmup and (step - self.warmup) % self.n == 0
 
 

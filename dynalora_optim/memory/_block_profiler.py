@@ -119,7 +119,7 @@ class Profiler:
             if self._is_measuring:
                 return None
             self._is_measuring = True
-            with _apart_from(module):
+            with _outside_checkpoint(module):
                 self._costs.append(self._block_cost(position, args, kwargs))
             self._is_measuring = False
             return self._leave_blocks(output) if position == len(self._blocks) - 1 else None
@@ -267,7 +267,7 @@ class Profiler:
         )
 
 
-def _apart_from(block: nn.Module) -> AbstractContextManager[object]:
+def _outside_checkpoint(block: nn.Module) -> AbstractContextManager[object]:
     """Return a context in which the block's own checkpoint does not handle saved tensors.
 
     Older releases of transformers (such as 5.17) run the hooks of a layer inside its checkpoint.

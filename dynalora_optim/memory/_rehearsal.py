@@ -25,7 +25,7 @@ from dynalora_optim.memory._step import Batch, Loss, StepMemory, count_step
 from dynalora_optim.update._pause import Pause
 
 _ATEN = torch.ops.aten
-_ASKING = (READ_SCALAR, _ATEN.allclose.default, _ATEN.equal.default)
+_VALUE_READS = (READ_SCALAR, _ATEN.allclose.default, _ATEN.equal.default)
 
 MakeOptimizer = Callable[[nn.Module], Optimizer]
 
@@ -156,7 +156,7 @@ def _choices(optimizer: Optimizer, active: int | Collection[str] | None) -> list
     if isinstance(active, Collection):
         if unknown := set(active) - set(names):
             raise ValueError(
-                f"active={sorted(unknown)} names no module group; pass some of {names}."
+                f"active={sorted(unknown)} are not names of module groups; pass some of {names}."
             )
         return [tuple(active)]
     count = len(optimizer.active_groups) if active is None else active
@@ -184,8 +184,8 @@ class _Rehearsal(LiveBytes):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> object:
-        if func in _ASKING and args[0].is_meta:
-            dtype = args[0].dtype if func is _ASKING[0] else torch.bool
+        if func in _VALUE_READS and args[0].is_meta:
+            dtype = args[0].dtype if func is _VALUE_READS[0] else torch.bool
             return torch.ones((), dtype=dtype).item()
         return super().__torch_dispatch__(func, types, args, kwargs)
 

@@ -117,7 +117,7 @@ class _Gradients:
         self.most = max(self.most, self._alive)
 
     def settle(self, size: int, *, is_gone: bool) -> None:
-        """Record that a gradient is in its parameter; or gone: added to another, or used up."""
+        """Record that a gradient is in its parameter, or gone: added to another, or freed."""
         self.end_interval()
         if is_gone:
             self._alive -= size

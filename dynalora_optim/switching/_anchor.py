@@ -69,7 +69,7 @@ class Anchor:
         self._carrier = carrier.modules[-1]
 
     def remove(self) -> None:
-        """Tie nothing."""
+        """Remove the hooks from all carriers."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
@@ -115,9 +115,9 @@ class Anchor:
         known = parameters_reduced(ddp)
         if known < len(trainable):
             raise RuntimeError(
-                f"DistributedDataParallel was built while only {known} of now {len(trainable)} "
-                "parameters had requires_grad=True; it would never synchronise the others. Set "
-                "requires_grad=True on all parameters that can train, before "
+                f"DistributedDataParallel was built while only {known} of the {len(trainable)} "
+                "parameters that now have requires_grad=True had it; it would never synchronise "
+                "the others. Set requires_grad=True on all parameters that can train, before "
                 "DistributedDataParallel or accelerator.prepare; DynamicAllocationOptimizer keeps "
                 "inactive ones from changing."
             )

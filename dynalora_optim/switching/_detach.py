@@ -94,5 +94,5 @@ def drop_copied_hooks(module: nn.Module) -> None:
 
 
 def has_flag(module: nn.Module) -> bool:
-    """Return whether ``module`` has a flag ``active``, and detaches its own parameters by it."""
+    """Return whether ``module`` detaches its own parameters by its flag ``active``."""
     return isinstance(module, AdapterModule) and isinstance(getattr(module, "active", None), bool)

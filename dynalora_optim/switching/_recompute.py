@@ -53,8 +53,8 @@ class LayerCheckpoint:
     """Replaces a transformers layer's checkpoint function during one forward.
 
     In new releases of transformers (5.23, not yet 5.17) the recomputation calls the layer's forward
-    without its hooks, which replace the layer's parameters while it is idle. This function replaces
-    them instead.
+    without its hooks, which replace the layer's parameters while it is idle. So this object replaces
+    them.
     """
 
     _NAME = "_gradient_checkpointing_func"
@@ -96,9 +96,9 @@ class _LayerSwitch:
         self._own.update({self._FLAG: True, self._FUNCTION: self._function})
 
     def remove(self) -> None:
-        """Undo what was switched, but not what the user has switched since."""
+        """Switch checkpointing off again, except what the user has switched since."""
         if self._own.get(self._FUNCTION) is not self._function:
-            return  # switched on by the user, with a function of his own
+            return  # the user has switched checkpointing on, with another function
         names = [self._FUNCTION] if self._own.get(self._FLAG) is not True else []
         for name in names or (self._FLAG, self._FUNCTION):
             self._own.pop(name, None)

@@ -124,6 +124,6 @@ def _mark(gradient: Tensor) -> tuple[int, Tensor]:
 def refusal(why: str) -> str:
     """Return the error message for a loop in which updates cannot be fused, with the reason."""
     return (
-        f"Backward(fused=True) updates each parameter within the backward pass, but {why}. Do not "
-        "do that, or leave out fused=True."
+        f"Backward(fused=True) updates each parameter within the backward pass, but {why}. "
+        "Change that, or leave out fused=True."
     )

@@ -117,16 +117,16 @@ Place: TypeAlias = "tuple[dict[str, Any], str]"  # values[key]
 def _begin_copies(device: torch.device, places: Iterable[Place]) -> torch.cuda.Event:
     """Start to replace ``places`` with pinned copies; return the event of their completion."""
     with torch.cuda.device(device):
-        beside = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        beside.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(beside):
+        copy_stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        copy_stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(copy_stream):
             for values, key in places:
                 value = values[key]
                 host = torch.empty_like(value, device="cpu", pin_memory=True)
                 values[key] = host.copy_(value, non_blocking=True)
-                value.record_stream(beside)
+                value.record_stream(copy_stream)
         copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        copied.record(beside)
+        copied.record(copy_stream)
     return copied
 
 

@@ -108,8 +108,8 @@ class MasterWeights:
             copy = state.get(parameter, {}).pop(MASTER, None)
             if copy is not None and self._rounding == "stochastic":
                 generator = torch.Generator(parameter.device)
-                of_its_own = random.Random(f"{self._seed}:{number}:{position}")
-                generator.manual_seed(of_its_own.getrandbits(63))
+                seeds = random.Random(f"{self._seed}:{number}:{position}")
+                generator.manual_seed(seeds.getrandbits(63))
                 parameter.copy_(stochastically_rounded(copy, generator))
 
 

@@ -94,9 +94,9 @@ class LocalLR:
         if len(self._factors) == len(set(lines)):
             return [self._factors[line] for line in lines]
         raise ValueError(
-            f"LocalLR got a scheduler of {len(self._factors)} functions; the optimizer has "
-            f"{len(set(lines))} param groups of yours, split into {len(lines)}. Build the "
-            "scheduler on this optimizer, before or after it is wrapped."
+            f"LocalLR got a scheduler of {len(self._factors)} functions, but your optimizer has "
+            f"{len(set(lines))} param groups, split into {len(lines)}. Build the scheduler on this "
+            "optimizer, before or after it is wrapped."
         )
 
     def time(self, updates: int, share: float) -> int:
