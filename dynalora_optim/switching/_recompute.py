@@ -53,8 +53,8 @@ class LayerCheckpoint:
     """Replaces a transformers layer's checkpoint function during one forward.
 
     In new releases of transformers (5.23, not yet 5.17) the recomputation calls the layer's forward
-    without its hooks, which replace the layer's parameters while it is idle. So this object replaces
-    them.
+    without its hooks, which replace the layer's parameters while it is idle. This object does it
+    instead.
     """
 
     _NAME = "_gradient_checkpointing_func"
