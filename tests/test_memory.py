@@ -314,7 +314,7 @@ def test_the_report_prints_a_table():
         assert table[f"saved by {name}"][1] == size
     assert list(mib) == [f"bert.encoder.layer.{i}" for i in range(ROOMY.blocks)] + ["head"]
     assert table["peak of a step"][1] == f"{report.all_active.peak / 2**20:,.1f}"
-    assert table["of them recomputation"][1] == "0%"
+    assert table["of which recomputation"][1] == "0%"
     assert len({len(line) for line in str(report).splitlines()}) == 1
 
 

@@ -426,5 +426,5 @@ def test_the_callback_refuses_another_optimizer(tmp_path):
     trainer = transformers.Trainer(
         tiny.model, arguments(tmp_path), train_dataset=[{}] * 4, callbacks=[AllocationCallback()]
     )
-    with pytest.raises(TypeError, match="the Trainer has AdamW; give it optimizer_cls"):
+    with pytest.raises(TypeError, match="the Trainer has AdamW; pass to the Trainer optimizer_cls"):
         trainer.train()

@@ -1,8 +1,8 @@
-"""The exact choice: of all plans whose peak fits, the one of highest value, and then of least work.
+"""The exact search: of all plans whose peak fits, the highest value, and then the least work.
 
-For a given lowest block the plans are searched from the bottom up, block by block. Of two partial
-plans one is dropped if the other holds no more, has had no higher peak, and is no worse: whatever
-completes the one completes the other. What remains is short, because blocks are alike.
+For a given lowest block the plans are searched block by block, from the bottom up. A partial plan
+is dropped if another one holds no more bytes, has no higher peak, and is not worse: every way to
+complete the first also completes the second. Few partial plans remain, because blocks are similar.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from typing import TypeAlias
 
 from dynalora_optim.allocation._costs import Costs, Plan
 
-Choices: TypeAlias = tuple[tuple[bool, ...], ...]  # per block: whether it may train, and may not
+Choices: TypeAlias = tuple[tuple[bool, ...], ...]  # per block: the allowed values of "it trains"
 
 
 @dataclass(frozen=True)
 class _Bounds:
-    """What a plan may not exceed, and where its backward pass ends."""
+    """The limits of a plan, and the block at which its backward pass ends."""
 
     limit: int
     lowest: int
@@ -32,10 +32,11 @@ class _Partial:
 
     Attributes:
         held: The bytes that these blocks hold.
-        peak: The most bytes alive in their backward, with the gradients of those above so far.
+        peak: The most bytes alive in the backward of any of them, with the gradients of those above
+            it in this plan.
         value: The sum of the values of the blocks that train.
         flops: The FLOPs of their backward.
-        plan: The choice.
+        plan: Which of these blocks train, and which are checkpointed.
     """
 
     plan: Plan
@@ -45,10 +46,10 @@ class _Partial:
     flops: int = 0
 
     def beats(self, other: _Partial, *, bounded: bool) -> bool:
-        """Return whether this one is as good, whatever completes both."""
+        """Return whether this plan is at least as good, however both are completed."""
         if self.held > other.held or self.peak > other.peak:
             return False
-        if bounded:  # less work may be worth more than value later on
+        if bounded:  # less work may allow more value in the blocks above
             return self.value >= other.value and self.flops <= other.flops
         return (self.value, -self.flops) >= (other.value, -other.flops)
 
@@ -59,15 +60,16 @@ def best_plan(
     """Return the best plan whose backward pass ends at ``lowest``; None if none fits.
 
     Args:
-        costs: What each choice costs.
-        values: What it is worth that a block trains, one number >= 0 per block.
+        costs: The measured costs.
+        values: For each block, a number >= 0: the value of training it.
         limit: The bytes that the peak may not exceed.
         lowest: The lowest block that trains.
-        flops: The FLOPs that the backward pass may not exceed.
+        flops: The FLOPs that the backward pass may not exceed; None for no limit.
     """
     blocks = range(len(costs.blocks))
     bounds = _Bounds(limit, lowest, flops)
-    # Where every block may train no choice is worth more, and the values need not be looked at.
+    # If every block can train, no choice has a higher value. This search does not need the values:
+    # with zeros in their place, its result is found in the cache of `_search` the next time.
     everyone = _search(costs, _one_choice(costs, blocks), (0.0,) * len(blocks), bounds)
     if everyone:
         return everyone
@@ -75,7 +77,7 @@ def best_plan(
 
 
 def cheapest_plan(costs: Costs, active: Collection[int], limit: int) -> Plan | None:
-    """Return the plan of least work in which these blocks train; None if none fits."""
+    """Return the plan of least work in which exactly these blocks train; None if none fits."""
     choices = _one_choice(costs, active)
     return _search(costs, choices, (0.0,) * len(choices), _Bounds(limit, min(active)))
 
@@ -83,7 +85,7 @@ def cheapest_plan(costs: Costs, active: Collection[int], limit: int) -> Plan | N
 def least_peak(costs: Costs, lowest: int, active: Collection[int] | None = None) -> int:
     """Return the smallest peak of any plan whose backward pass ends at ``lowest``.
 
-    Of those in which just these blocks train, if ``active`` names them.
+    If ``active`` is given, only plans in which exactly these blocks train are considered.
     """
     choices = _all_choices(costs, lowest) if active is None else _one_choice(costs, active)
     values = (0.0,) * len(choices)
@@ -111,7 +113,7 @@ def _one_choice(costs: Costs, active: Collection[int]) -> Choices:
 def _search(
     costs: Costs, choices: Choices, values: tuple[float, ...], bounds: _Bounds
 ) -> Plan | None:
-    """Return the best plan in which each block trains as its ``choices`` allow."""
+    """Return the best plan in which each block trains or not as its ``choices`` allow."""
     bottom = costs.prefix.held if costs.prefix else 0
     base = costs.base(bounds.lowest)
     if any(base + bottom + block.below > bounds.limit for block in costs.blocks[: bounds.lowest]):
@@ -147,7 +149,7 @@ def _prefix_peak(costs: Costs) -> int:
 def _steps(
     costs: Costs, below: _Partial, block: int, bounds: _Bounds, value: float | None
 ) -> Iterator[_Partial]:
-    """Yield ``below`` and one block more, in full and checkpointed; it trains if it has a value."""
+    """Yield ``below`` with one more block, in full and checkpointed; with a value it trains."""
     active = value is not None
     role = costs.role(block, bounds.lowest, active=active)
     gradients = costs.blocks[block].gradients if active else 0
