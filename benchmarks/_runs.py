@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from _count import Counted, count
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from dynalora_optim import AllocationContext, Budget
+from dynalora_optim import AllocationContext, Budget, DynamicAllocationOptimizer
 
 Choice = tuple[tuple[str, ...], ...]  # who is active, what trains, what is checkpointed
 
@@ -105,6 +107,26 @@ class Run:
                 for parameter in group["params"]:
                     if parameter.requires_grad:
                         parameter.grad = torch.zeros_like(parameter)
+
+    def timed_steps(self) -> list[tuple[float, Callable[[], None]]]:
+        """Return steps to time, and the share of the counted steps that each stands for.
+
+        Of a budget that is one for each distinct choice: steps of different choices take different
+        times, and the median of some that were drawn would be that of one choice.
+        """
+        if self.budget is None:
+            return [(1.0, self.step)]
+        counted = Counter(self.choices)
+        return [
+            (number / len(self.choices), partial(self._step_with, choice))
+            for choice, number in counted.items()
+        ]
+
+    def _step_with(self, choice: Choice) -> None:
+        """Take a step with the groups of this choice, made active before it."""
+        assert isinstance(self.optimizer, DynamicAllocationOptimizer)
+        self.optimizer.hold(choice[0])
+        self.step()
 
     def never_active(self) -> list[str]:
         """The allocated modules that were active in none of the choices counted."""

@@ -65,7 +65,7 @@ def _installed() -> dict[str, str]:
             found[name] = version(name)
         except PackageNotFoundError:
             continue
-    return found
+    return found | {"torch": torch.__version__}  # with what it was built for
 
 
 def hardware() -> dict[str, Any]:

@@ -7,9 +7,10 @@ All rows of a shape train the same frozen random weights on the same batch. *Pea
 of tensor storage alive in forward and backward (not the update) above weights, optimizer state and
 batch; *saved* is what autograd keeps at the end of the forward, parameters left out. Both, and the
 FLOPs and operations, are counted exactly; a row that draws its modules anew is counted over 24
-reallocations (40 where compute is bounded). Times are medians of steps taken side by side, each
-draw in a step of its own; on a CPU they are CPU seconds, which other processes stretch less. Peak
-RSS is that of a process per row, and noisy.
+reallocations (40 where compute is bounded). Times are medians of steps taken side by side. The time
+of a budget is the mean over these reallocations: each distinct choice is timed by itself. On a CPU
+they are CPU seconds, which other processes stretch less. Peak RSS is that of a process per row, and
+noisy.
 
 The rows are stored, one JSON line each; the tables and the plot are made from what is stored.
 """
@@ -54,10 +55,7 @@ def measure(shape: Shape, *, rounds: int, rss: Rss) -> list[dict[str, Any]]:
         except ValueError as problem:  # a budget too small for this model
             refused.append({"row": name, "refused": str(problem)})
     _tell(f"{shape.name}: timing")
-    fixed = {name: 2 for name, run in runs.items() if run.draws == 1 and name != REFERENCE}
-    steps = {name: run.step for name, run in runs.items()}
-    clock = time.process_time if shape.device == "cpu" else time.perf_counter
-    seconds = median_seconds(steps, rounds=rounds, warm_up=1, every=fixed, clock=clock)
+    seconds = _mean_seconds(runs, rounds=rounds, on_cpu=shape.device == "cpu")
     found = []
     for name, run in runs.items():
         row = {"row": name, **_numbers(run, counted[name], frozen_ops)}
@@ -65,6 +63,23 @@ def measure(shape: Shape, *, rounds: int, rss: Rss) -> list[dict[str, Any]]:
         row["resident"] = rss(name) if shape.device == "cpu" else allocated
         found.append(row | {"seconds": seconds[name], "tokens": shape.rows * shape.length})
     return found + refused
+
+
+def _mean_seconds(runs: Mapping[str, Run], *, rounds: int, on_cpu: bool) -> dict[str, float]:
+    """Return the time of a step of each run: the mean over its choices, of each the median."""
+    parts = {name: run.timed_steps() for name, run in runs.items()}
+    steps = {
+        f"{name}/{number}": step
+        for name, part in parts.items()
+        for number, (_, step) in enumerate(part)
+    }
+    rare = {f"{name}/0": 2 for name, run in runs.items() if run.draws == 1 and name != REFERENCE}
+    clock = time.process_time if on_cpu else time.perf_counter
+    seconds = median_seconds(steps, rounds=rounds, warm_up=1, every=rare, clock=clock)
+    return {
+        name: sum(share * seconds[f"{name}/{number}"] for number, (share, _) in enumerate(part))
+        for name, part in parts.items()
+    }
 
 
 def _numbers(run: Run, counted: Sequence[Counted], frozen_ops: int) -> dict[str, Any]:
@@ -108,7 +123,7 @@ def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--shape", choices=["roberta", "llama", "both"], default="both")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--quick", action="store_true", help="tiny shapes, few rounds")
-    parser.add_argument("--rounds", type=int, default=24)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--output", type=Path, default=Path("runs/memory.jsonl"))
     parser.add_argument("--no-rss", action="store_true", help="start no process per row")
     parser.add_argument("--rss-of", help=argparse.SUPPRESS)

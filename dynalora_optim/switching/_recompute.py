@@ -84,18 +84,24 @@ class LayerCheckpoint:
 class _LayerSwitch:
     """The switch that transformers' own layers have (``GradientCheckpointingLayer``)."""
 
-    _NAMES = ("gradient_checkpointing", "_gradient_checkpointing_func")
+    _FLAG, _FUNCTION = "gradient_checkpointing", "_gradient_checkpointing_func"
 
     def __init__(self, block: nn.Module) -> None:
-        self._block = block
-        self._previous = {n: block.__dict__[n] for n in self._NAMES if n in block.__dict__}
-        block.gradient_checkpointing = True  # type: ignore[assignment]
-        block._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)  # type: ignore[assignment]
+        self._own = block.__dict__
+        names = (self._FLAG, self._FUNCTION)
+        self._previous = {name: self._own[name] for name in names if name in self._own}
+        self._function = partial(checkpoint, use_reentrant=False)
+        self._own.update({self._FLAG: True, self._FUNCTION: self._function})
 
     def remove(self) -> None:
-        for name in self._NAMES:
-            self._block.__dict__.pop(name, None)
-        self._block.__dict__.update(self._previous)
+        """Undo what was switched, but not what the user has switched since."""
+        if self._own.get(self._FUNCTION) is not self._function:
+            return  # switched on by the user, with a function of his own
+        names = [self._FUNCTION] if self._own.get(self._FLAG) is not True else []
+        for name in names or (self._FLAG, self._FUNCTION):
+            self._own.pop(name, None)
+            if name in self._previous:
+                self._own[name] = self._previous[name]
 
 
 class _CheckpointedCode:
