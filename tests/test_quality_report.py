@@ -147,7 +147,7 @@ def test_sizes_are_in_units_of_the_references():
 def test_runs_of_other_settings_are_not_thrown_together():
     other = line(seed=1)
     other["settings"]["steps"] = 8
-    with pytest.raises(ValueError, match=r"easy differ.*'steps': 4.*'steps': 8.*folders"):
+    with pytest.raises(ValueError, match=r"easy differ in more.*'steps': 4.*'steps': 8.*folders"):
         _compare.Sweep([line(), other])
 
 
@@ -345,7 +345,7 @@ def test_other_rows_of_the_same_number_are_noticed():
     """The predictions no longer give the metric that the run had noted."""
     moved = line("vera", wrong=range(40))
     moved["predictions"] = moved["predictions"][1:] + moved["predictions"][:1]
-    with pytest.raises(ValueError, match=r"400 test rows with accuracy 0\.9000, which is not so"):
+    with pytest.raises(ValueError, match=r"400 predictions with accuracy 0\.9000, which does not"):
         _compare.Sweep([line(), moved]).difference("vera", "lora")
 
 
