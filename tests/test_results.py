@@ -84,7 +84,7 @@ def test_each_stored_row_says_how_when_and_where_it_was_measured(path):
 @pytest.mark.parametrize("folder", ["", "short", "mpnet"])
 def test_the_sweeps_ran_on_what_the_text_names(folder):
     runs = _quality_tables.finished(_quality_tables.FOLDER / folder / "runs.jsonl")
-    named = {f"{r['versions']['device']}, {r['versions']['threads']} thread a run" for r in runs}
+    named = {f"{r['versions']['device']}, {r['versions']['threads']} thread per run" for r in runs}
     named |= {f"{name} {r['versions'][name]}" for r in runs for name in ("torch", "transformers")}
     text = tables.RESULTS.read_text("utf-8")
     assert len(named) == 3
@@ -104,7 +104,7 @@ def test_a_part_that_is_measured_again_replaces_its_rows_and_no_others(tmp_path)
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (None, "there are no stored runs at .*rows.jsonl; a script's --output makes them"),
+        (None, "there are no stored runs at .*rows.jsonl; a script with --output writes them"),
         ('{"part": "a", "row": "x", "run": {}}', "has no rows of part 'b'; it has .'a'."),
         ('{"part": "a", "row"', "line 1, is not a row: "),
         ('{"part": "a"}', "line 1, is not a row: part, row or run is missing"),
