@@ -1,18 +1,18 @@
-"""What a step takes: memory, FLOPs and time, of plain LoRA, its rivals and ours, in one run.
+"""Measure memory, FLOPs and time of a step: plain LoRA, its alternatives, and ours, in one run.
 
     python benchmarks/memory.py [--shape roberta|llama|both] [--output runs/memory.jsonl]
     python benchmarks/memory.py --device cuda
 
-All rows of a shape train the same frozen random weights on the same batch. *Peak* is the most bytes
-of tensor storage alive in forward and backward (not the update) above weights, optimizer state and
-batch; *saved* is what autograd keeps at the end of the forward, parameters left out. Both, and the
-FLOPs and operations, are counted exactly; a row that draws its modules anew is counted over 24
-reallocations (40 where compute is bounded). Times are medians of steps taken side by side. The time
-of a budget is the mean over these reallocations: each distinct choice is timed by itself. On a CPU
-they are CPU seconds, which other processes stretch less. Peak RSS is that of a process per row, and
-noisy.
+All rows of a shape use the same frozen random weights and the same batch. *Peak* is the largest
+number of bytes of tensor storage alive in forward and backward (not in the update), without
+weights, optimizer state and batch. *Saved* is what autograd keeps at the end of the forward pass,
+without parameters. These, the FLOPs and the operations are exact counts. A row that makes choices
+is counted over 24 of them (40 if compute is bounded). Times are medians, and the steps of all rows
+are timed in turn. The time of a budget is the mean over its choices; each distinct choice is timed
+by itself. Times on a CPU are CPU seconds, which depend less on other processes. Peak RSS is
+measured in one process per row, and is not exact.
 
-The rows are stored, one JSON line each; the tables and the plot are made from what is stored.
+The rows are stored, one JSON line each. The tables and the plot are made from the stored rows.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ Rss = Callable[[str], int | None]
 
 
 def measure(shape: Shape, *, rounds: int, rss: Rss) -> list[dict[str, Any]]:
-    """Return a row of absolute numbers for each way to train; of one that is refused, why."""
+    """Return a row of absolute numbers for each way to train, or the reason why it is refused."""
     bare = shape.bare()
     frozen_ops = ops_without_adapters(shape, bare)
     known: dict[Choice, Counted] = {}
@@ -66,7 +66,7 @@ def measure(shape: Shape, *, rounds: int, rss: Rss) -> list[dict[str, Any]]:
 
 
 def _mean_seconds(runs: Mapping[str, Run], *, rounds: int, on_cpu: bool) -> dict[str, float]:
-    """Return the time of a step of each run: the mean over its choices, of each the median."""
+    """Return the time of a step of each run: the mean over its choices of their median times."""
     parts = {name: run.timed_steps() for name, run in runs.items()}
     steps = {
         f"{name}/{number}": step
@@ -106,7 +106,7 @@ def _numbers(run: Run, counted: Sequence[Counted], frozen_ops: int) -> dict[str,
 def report(
     shape: Shape, *, rounds: int, rss: Rss, output: Path, run: Mapping[str, Any]
 ) -> list[Row]:
-    """Measure a shape, store its rows, print its tables, and draw its fronts beside the rows."""
+    """Measure a shape, store its rows, print its tables, and save the plot next to the rows."""
     found: list[Row] = [*write(output, shape.name, measure(shape, rounds=rounds, rss=rss), run)]
     print(f"\n## {shape.name}: {shape.rows} x {shape.length} tokens, LoRA rank {shape.rank}\n")
     print(f"{main_table(found)}\n\n{bars_table(found)}", flush=True)
@@ -125,7 +125,7 @@ def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="tiny shapes, few rounds")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--output", type=Path, default=Path("runs/memory.jsonl"))
-    parser.add_argument("--no-rss", action="store_true", help="start no process per row")
+    parser.add_argument("--no-rss", action="store_true", help="do not measure peak RSS")
     parser.add_argument("--rss-of", help=argparse.SUPPRESS)
     return parser.parse_args(arguments)
 
