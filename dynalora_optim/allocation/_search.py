@@ -14,19 +14,20 @@ completes the other. Few remain where blocks are alike, and then the plan found 
 
 Where blocks differ, their number can double with each block, and no fast way to the very best is
 known: with two bounds (held bytes, gradients) this is a knapsack problem of two dimensions, which
-has no fully polynomial approximation unless P = NP (Korte and Schrader, 1981). So no more than
-`_MOST` partial plans are kept of each block (`_thinned`). They are sorted into boxes, equally wide
-in gradients, value and FLOPs, and of each box the one of most slack is kept. It follows that
+has no fully polynomial approximation unless P = NP (Korte and Schrader, 1981). So few partial plans
+are kept of each block (`_MOST`). If there are more, they are sorted into boxes, which are as wide
+in gradients, value and FLOPs as it takes, and of each box the one of most slack is kept. So
 
-- the limit is never exceeded: each partial plan carries its own exact numbers, none is rounded;
+- the limit is never exceeded: a partial plan has its own exact numbers, none is rounded;
 - no more than 4 x `_MOST` partial plans are looked at per block: the time is linear in the blocks;
-- whatever completes a plan that is dropped completes the one kept for it, as long as the latter's
-  gradients, greater by less than the width of a box, fit as well. The loss of value and of work in
-  one block is then less than the width of a box. The losses of all blocks add up at most.
+- whatever completes a plan that is dropped completes the one kept for it, unless the gradients or
+  FLOPs of the latter, which are greater by less than a box is wide, are too many. Per block that
+  loses less value, and less work, than a box is wide; over the blocks the losses add up at most.
 
-Where all blocks train there is one dimension of boxes, the work, and a box is 1 / `_MOST` of the
-work that recomputing can add. With 128 blocks that all differ, results are within 1% of a bound
-that no plan can pass (`tests/test_search.py`).
+In truth they hardly add up. `tests/test_search.py` holds results for 128 blocks that all differ
+within 1% of wider searches: in value, and in work where all train. For a choice of fewer blocks
+what is recomputed is planned once more, for these alone (`cheapest_plan`). Where memory and FLOPs (`flops`) both leave no room for whole
+blocks of parameters the boxes are the widest, and 10% can be lost.
 """
 
 from __future__ import annotations
@@ -42,9 +43,11 @@ from typing import Any, TypeAlias
 from dynalora_optim.allocation._costs import Costs, Plan
 
 _MOST = 256  # partial plans that are kept of each block
+_FINEST, _COARSER = 2**-16, 1.5  # the first width of a box, and the factor of each further one
+_VALUE_FIRST = 64  # how much wider a box is in FLOPs where they only decide between equal values
 Choices: TypeAlias = tuple[tuple[bool, ...], ...]  # per block: whether it may train, and may not
-# Slack, gradients, value, FLOPs, and the choice: two bits per block, the last block's come first,
-# so that of equal plans the smaller number is the one that recomputes, and leaves out, lower blocks.
+# Slack, gradients, value, FLOPs, and the choice: two bits per block, those of the last block first,
+# so that of equal plans the smallest number recomputes, and leaves out, the lowest blocks.
 Partial: TypeAlias = tuple[int, int, float, int, int]
 _IDLE, _CHECKPOINTED = 2, 1
 
@@ -75,18 +78,19 @@ def best_plan(
     blocks = range(len(costs.blocks))
     # Where every block may train no choice is worth more, and the values need not be looked at.
     everyone = _Problem(costs, _one_choice(costs, blocks), (0.0,) * len(blocks), limit, flops)
-    plan = _plans(everyone, lowest).get(lowest)
+    shared = costs.base(lowest), min(lowest, 1)  # by all lowest blocks but block 0
+    plan = _best_plans(everyone, *shared).get(lowest)
     if plan:
         return plan
     choosing = _Problem(costs, _all_choices(costs), tuple(values), limit, flops)
-    return _plans(choosing, lowest).get(lowest)
+    return _best_plans(choosing, *shared).get(lowest)
 
 
 def cheapest_plan(costs: Costs, active: Collection[int], limit: int) -> Plan | None:
     """Return the plan of least work in which these blocks train; None if none fits."""
     choices = _one_choice(costs, active)
-    problem = _Problem(costs, choices, (0.0,) * len(choices), limit)
-    return _plans(problem, min(active)).get(min(active))
+    problem, lowest = _Problem(costs, choices, (0.0,) * len(choices), limit), min(active)
+    return _best_plans(problem, costs.base(lowest), lowest).get(lowest)
 
 
 def least_peak(costs: Costs, lowest: int, active: Collection[int] | None = None) -> int:
@@ -95,7 +99,7 @@ def least_peak(costs: Costs, lowest: int, active: Collection[int] | None = None)
     Of those in which just these blocks train, if ``active`` names them.
     """
     choices = _all_choices(costs) if active is None else _one_choice(costs, active)
-    return _least_peaks(costs, choices, costs.base(lowest))[lowest]
+    return _least_peaks(costs, choices, costs.base(lowest), min(lowest, 1))[lowest]
 
 
 def _all_choices(costs: Costs) -> Choices:
@@ -107,15 +111,11 @@ def _one_choice(costs: Costs, active: Collection[int]) -> Choices:
     return tuple((block in active,) for block in range(len(costs.blocks)))
 
 
-def _plans(problem: _Problem, lowest: int) -> dict[int, Plan]:
-    """Return the best plan for each lowest block that has the same base as this one."""
-    return _best_plans(problem, problem.costs.base(lowest))
-
-
 @lru_cache(maxsize=256)
-def _best_plans(problem: _Problem, base: int) -> dict[int, Plan]:
+def _best_plans(problem: _Problem, base: int, down_to: int) -> dict[int, Plan]:
+    """Return the best plan for each lowest block from ``down_to`` up, if they have this base."""
     costs, plans = problem.costs, {}
-    for lowest, partials in _whole(problem, base):
+    for lowest, partials in _whole(problem, base, down_to):
         below = _below(costs, base, lowest)
         fit = (p for p in partials if max(below, _at_prefix(costs, p)) <= problem.limit)
         best = min(fit, key=lambda p: (-p[2], p[3], -p[0], p[4]), default=None)
@@ -125,12 +125,12 @@ def _best_plans(problem: _Problem, base: int) -> dict[int, Plan]:
 
 
 @lru_cache(maxsize=256)
-def _least_peaks(costs: Costs, choices: Choices, base: int) -> dict[int, int]:
-    """Return the least peak for each lowest block that has this base."""
+def _least_peaks(costs: Costs, choices: Choices, base: int, down_to: int) -> dict[int, int]:
+    """Return the least peak for each lowest block from ``down_to`` up, if they have this base."""
     # With no limit to measure it against, slack is what a peak lacks to 0 bytes.
     problem, peaks = _Problem(costs, choices, None, 0), {}
     bottom = costs.prefix.held if costs.prefix else 0
-    for lowest, partials in _whole(problem, base):
+    for lowest, partials in _whole(problem, base, down_to):
         below = _below(costs, base, lowest)
         peaks[lowest] = min(max(bottom - p[0], below, _at_prefix(costs, p)) for p in partials)
     return peaks
@@ -147,16 +147,15 @@ def _at_prefix(costs: Costs, partial: Partial) -> int:
     return costs.backward_base + costs.prefix.backward + partial[1] if costs.prefix else 0
 
 
-def _whole(problem: _Problem, base: int) -> Iterator[tuple[int, list[Partial]]]:
-    """Yield each lowest block that has this base, from the last one down, and its plans."""
+def _whole(problem: _Problem, base: int, down_to: int) -> Iterator[tuple[int, list[Partial]]]:
+    """Yield each block down to ``down_to``, from the last one on, and the plans that end there."""
     costs, head = problem.costs, problem.costs.head
     slack = problem.limit - max(base + head.forward, costs.backward_base + head.backward)
     partials = [(slack, costs.head_gradients, 0.0, costs.flops(Plan(frozenset())), 0)]
-    for block in reversed(range(len(costs.blocks))):
-        if block in costs.lowest_blocks() and costs.base(block) == base:
-            yield block, _longer(problem, base, partials, block, lowest=block)
+    for block in reversed(range(down_to, len(costs.blocks))):
+        yield block, _longer(problem, base, partials, block, lowest=block)
         longer = _longer(problem, base, partials, block)
-        partials = _thinned(_undominated(longer, bounded=problem.flops is not None))
+        partials = _thinned(problem, _undominated(longer, bounded=problem.flops is not None))
 
 
 def _longer(
@@ -218,27 +217,34 @@ def _undominated(partials: Iterable[Partial], *, bounded: bool) -> list[Partial]
     return [*compress(ordered, first)]
 
 
-def _thinned(partials: list[Partial]) -> list[Partial]:
+def _thinned(problem: _Problem, partials: list[Partial]) -> list[Partial]:
     """Return ``partials``, sorted by slack, or of each box the first, if there are too many."""
-    if len(partials) <= _MOST:
+    one_choice = all(len(choices) == 1 for choices in problem.choices)
+    most = 2 * _MOST if one_choice else _MOST  # each has half as many ways to go on
+    if len(partials) <= most:
         return partials
-    sides = [_side([p[axis] for p in partials]) for axis in (1, 2, 3)]
-    boxes = _MOST
+    sizes = _box(problem, value_first=not one_choice and problem.flops is None)
+    scaled = [
+        tuple(number / size for number, size in zip(p[1:4], sizes, strict=True)) for p in partials
+    ]
+    width = _FINEST
     while True:
         found: dict[tuple[int, ...], Partial] = {}
-        for partial, *shares in zip(partials, *sides, strict=True):
-            found.setdefault(tuple([int(share * boxes) for share in shares]), partial)
-            if len(found) > _MOST:
+        for partial, (gradients, value, flops) in zip(partials, scaled, strict=True):
+            box = int(gradients / width), int(value / width), int(flops / width)
+            found.setdefault(box, partial)
+            if len(found) > most:
                 break
         else:
             return [*found.values()]
-        boxes = boxes * 2 // 3
+        width *= _COARSER
 
 
-def _side(numbers: list[float]) -> list[float]:
-    """Return where the ``numbers`` lie between the least (0) and the greatest of them (1)."""
-    least, greatest = min(numbers), max(numbers)
-    return [(number - least) / (greatest - least or 1) for number in numbers]
+def _box(problem: _Problem, *, value_first: bool) -> tuple[float, float, float]:
+    """Return how much gradients, value and FLOPs a box of width 1 has."""
+    costs = problem.costs
+    work = costs.flops(costs.all_active) * (_VALUE_FIRST if value_first else 1)
+    return max(problem.limit, 1), sum(problem.values or ()) or 1.0, work
 
 
 def _no_greater(keys: Sequence[Any]) -> list[int]:
