@@ -100,7 +100,7 @@ def keeping(most: int) -> Iterator[None]:
     _search._best_plans.cache_clear()
 
 
-@pytest.mark.parametrize(("seed", "share"), zip(SEEDS, SHARES, strict=True))
+@pytest.mark.parametrize(("seed", "share"), [*zip(SEEDS, SHARES, strict=True)])
 @pytest.mark.parametrize("whole", [False, True])
 @pytest.mark.parametrize("compute", [None, 0.6])
 def test_the_worst_case_is_linear_in_the_blocks(looked_at, whole, share, seed, compute):

@@ -26,8 +26,9 @@ in gradients, value and FLOPs as it takes, and of each box the one of most slack
 
 In truth they hardly add up. `tests/test_search.py` holds results for 128 blocks that all differ
 within 1% of wider searches: in value, and in work where all train. For a choice of fewer blocks
-what is recomputed is planned once more, for these alone (`cheapest_plan`). Where memory and FLOPs (`flops`) both leave no room for whole
-blocks of parameters the boxes are the widest, and 10% can be lost.
+what is recomputed is planned once more, for these alone (`cheapest_plan`). Where memory and FLOPs
+(`flops`) both leave no room for whole blocks of parameters the boxes are the widest, and 10% can
+be lost.
 """
 
 from __future__ import annotations
