@@ -220,32 +220,29 @@ def _undominated(partials: Iterable[Partial], *, bounded: bool) -> list[Partial]
 
 def _thinned(problem: _Problem, partials: list[Partial]) -> list[Partial]:
     """Return ``partials``, sorted by slack, or of each box the first, if there are too many."""
-    one_choice = all(len(choices) == 1 for choices in problem.choices)
-    most = 2 * _MOST if one_choice else _MOST  # each has half as many ways to go on
-    if len(partials) <= most:
+    if len(partials) <= _MOST:
         return partials
-    sizes = _box(problem, value_first=not one_choice and problem.flops is None)
-    scaled = [
-        tuple(number / size for number, size in zip(p[1:4], sizes, strict=True)) for p in partials
-    ]
+    per_limit, per_value, per_work = _box(problem)
+    scaled = [(p[1] / per_limit, p[2] / per_value, p[3] / per_work) for p in partials]
     width = _FINEST
     while True:
         found: dict[tuple[int, ...], Partial] = {}
         for partial, (gradients, value, flops) in zip(partials, scaled, strict=True):
             box = int(gradients / width), int(value / width), int(flops / width)
             found.setdefault(box, partial)
-            if len(found) > most:
+            if len(found) > _MOST:
                 break
         else:
             return [*found.values()]
         width *= _COARSER
 
 
-def _box(problem: _Problem, *, value_first: bool) -> tuple[float, float, float]:
+def _box(problem: _Problem) -> tuple[float, float, float]:
     """Return how much gradients, value and FLOPs a box of width 1 has."""
-    costs = problem.costs
-    work = costs.flops(costs.all_active) * (_VALUE_FIRST if value_first else 1)
-    return max(problem.limit, 1), sum(problem.values or ()) or 1.0, work
+    value, work = sum(problem.values or ()), problem.costs.flops(problem.costs.all_active)
+    if value and problem.flops is None:
+        work *= _VALUE_FIRST
+    return max(problem.limit, 1), value or 1.0, work
 
 
 def _no_greater(keys: Sequence[Any]) -> list[int]:
