@@ -1,4 +1,4 @@
-"""The badam package as a peer, that nothing here depends on: ``pip install --no-deps badam``."""
+"""The badam package, to compare with. It is optional: ``pip install --no-deps badam``."""
 
 from __future__ import annotations
 
@@ -20,9 +20,10 @@ def is_installed() -> bool:
 def block_optimizer(
     optimizer: Optimizer, model: nn.Module, prefixes: list[list[str]] | None = None, **options: Any
 ) -> Any:
-    """Wrap an optimizer by the package's, quietly.
+    """Wrap an optimizer with that of the package, without its output.
 
-    It names the block that it turns to, whatever ``verbose`` says, and warns of float32 weights.
+    The package prints the name of each block that it switches to, even if ``verbose`` is off, and
+    it warns about float32 weights.
     """
     package: Any = importlib.import_module("badam")
     with redirect_stdout(StringIO()), warnings.catch_warnings():

@@ -1,4 +1,4 @@
-"""What was promised of each row, computed from the numbers."""
+"""The targets of the memory benchmark: limits that the measured numbers are compared with."""
 
 from __future__ import annotations
 
@@ -11,25 +11,25 @@ from _rows import ALL_ACTIVE, PEER_FRONT, UNWRAPPED, budget_name
 
 @dataclass
 class Result:
-    """The numbers of one row; ratios are to peft LoRA.
+    """The numbers of one row. Ratios are ratios to peft LoRA.
 
     Attributes:
-        peak: The largest peak of its draws.
-        peak_mean: The mean peak.
-        saved: The largest saved bytes.
-        saved_mean: The mean.
-        forward: Mean FLOPs of the forward.
-        backward: Mean FLOPs of the backward.
-        ops: Mean dispatched operations.
-        added: Of these, beyond the frozen model without adapters; a ratio too.
-        time: Median step time.
-        draws: Reallocations counted.
-        distinct: Different choices among them.
+        peak: The largest peak over the choices, as a ratio.
+        peak_mean: The mean peak, as a ratio.
+        saved: The largest number of saved bytes, as a ratio.
+        saved_mean: The mean number of saved bytes, as a ratio.
+        forward: Mean FLOPs of the forward pass, as a ratio.
+        backward: Mean FLOPs of the backward pass, as a ratio.
+        ops: Mean number of dispatched operations.
+        added: Operations that the frozen model without adapters does not have, as a ratio.
+        time: Time of a step, as a ratio.
+        draws: Number of choices counted.
+        distinct: Number of different choices among them.
         tokens: Tokens per second.
-        resident: Peak resident bytes above the weights in a process of its own, if taken; on a GPU
-            the largest peak, in bytes, that CUDA's allocator saw.
-        idle: Modules that were never active in the draws; None if not known.
-        least_probability: The smallest chance of being active that any module had.
+        resident: Peak resident bytes above the weights, measured in a separate process, or None. On
+            a GPU: the largest peak, in bytes, that CUDA's allocator reports.
+        idle: Modules that no choice made active; None if not known.
+        least_probability: The smallest probability of being active, over all modules and choices.
     """
 
     peak: float
@@ -51,10 +51,10 @@ class Result:
 
 @dataclass(frozen=True)
 class Bar:
-    """A value and its limit.
+    """A value and its limit: a target.
 
-    A value that may not exceed its limit is compared as it is printed, to three decimals; one that
-    must (``above``) as it is.
+    A value that must not exceed its limit is rounded to three decimals, as it is printed, before it
+    is compared. A value that must exceed its limit (``above``) is not rounded.
     """
 
     name: str
@@ -75,7 +75,7 @@ class Bar:
 
 
 def bars(results: Mapping[str, Result], slack: float) -> list[Bar]:
-    """Return every bar whose rows are there."""
+    """Return the targets for which all rows were measured."""
     found = [*_all_active(results), *_budgets(results), *_fronts(results)]
     return [bar if not bar.limit else Bar(bar.name, bar.value, bar.limit + slack) for bar in found]
 

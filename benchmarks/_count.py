@@ -1,4 +1,4 @@
-"""Counting one forward and backward pass: peak and saved bytes, FLOPs, dispatched operations."""
+"""Count peak bytes, saved bytes, FLOPs and operations of one forward and backward pass."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from dynalora_optim import LiveBytes
 
 @dataclass(frozen=True)
 class Counted:
-    """What a forward and backward pass took, above what existed before it.
+    """The counts of a forward and backward pass, without what existed before it.
 
     Attributes:
-        peak: The most bytes of tensor storage alive at any moment.
-        saved: The bytes that autograd kept at the end of the forward, parameters left out.
-        forward: FLOPs of the forward.
-        backward: FLOPs of the backward, recomputation included.
-        ops: Operations dispatched.
-        allocated: What CUDA's caching allocator saw of the peak; 0 on a CPU.
+        peak: The largest number of bytes of tensor storage alive at the same time.
+        saved: The bytes that autograd keeps at the end of the forward pass, without parameters.
+        forward: FLOPs of the forward pass.
+        backward: FLOPs of the backward pass, including recomputation.
+        ops: Number of dispatched operations.
+        allocated: The peak that CUDA's caching allocator reports; 0 on a CPU.
     """
 
     peak: int
@@ -35,7 +35,7 @@ class Counted:
 
 
 class SavedBytes:
-    """The bytes that autograd keeps: distinct storages, the parameters of ``model`` left out."""
+    """Counts the bytes that autograd keeps. Each storage counts once; parameters do not count."""
 
     def __init__(self, model: nn.Module) -> None:
         self._left_out = {p.untyped_storage().data_ptr() for p in model.parameters()}
@@ -56,7 +56,7 @@ class SavedBytes:
 
 
 def count(loss: Callable[[], Tensor], model: nn.Module) -> Counted:
-    """Run ``loss()`` and its backward under the counters; the gradients stay."""
+    """Run ``loss()`` and its backward pass, and count. The gradients are kept."""
     saved = SavedBytes(model)
     before = _restart_allocated()
     with LiveBytes() as memory:

@@ -1,4 +1,4 @@
-"""Memory against cost: whether one front lies below another, and the plots."""
+"""Plots of memory against cost, and comparisons of two Pareto fronts."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ Point = tuple[float, float]  # (peak memory, cost), both as shares of the refere
 
 
 def pareto(points: Sequence[Point]) -> list[Point]:
-    """Return the points that no other one beats in both, by rising memory."""
+    """Return the points that no other point beats in memory and cost, sorted by memory."""
     kept: list[Point] = []
     for point in sorted(points):
         if not kept or point[1] < kept[-1][1]:
@@ -22,7 +22,7 @@ def pareto(points: Sequence[Point]) -> list[Point]:
 def between(points: Sequence[Point], memory: float) -> float:
     """Return the cost at ``memory`` on the straight lines between neighbouring points.
 
-    Below the least memory there is none; above the most nothing becomes cheaper.
+    It is infinite below the smallest memory, and constant above the largest.
     """
     front = pareto(points)
     if memory < front[0][0]:
@@ -34,11 +34,11 @@ def between(points: Sequence[Point], memory: float) -> float:
 
 
 def worst_ratio(ours: Sequence[Point], peers: Sequence[Point], steps: int = 1000) -> float:
-    """Return the largest of our cost over the peers', at any memory that the peers' front spans.
+    """Return the largest ratio of our cost to the peers' cost, over the memory of their front.
 
-    The peers are given the lines between their points (a mixture of two settings), ours only the
-    points themselves: at each memory the cheapest row whose peak is no higher. Peaks are compared
-    to three decimals, as they are printed: the scores of the modules are a few hundred bytes.
+    Between two points the peers' cost is interpolated, as if two settings were mixed. Our cost is
+    that of our cheapest row with at most this peak, without interpolation. Peaks are rounded to
+    three decimals, as they are printed, because the scores of the modules take a few hundred bytes.
     """
     front = pareto(peers)
     low, high = front[0][0], front[-1][0]
@@ -52,7 +52,7 @@ def worst_ratio(ours: Sequence[Point], peers: Sequence[Point], steps: int = 1000
 
 
 def worst_point(ours: Sequence[Point], peers: Sequence[Point]) -> float:
-    """Return the largest of a row's cost over the peers' at the memory of that row."""
+    """Return the largest ratio of a row's cost to the peers' cost at the memory of that row."""
     return max(cost / between(peers, memory) for memory, cost in ours)
 
 
@@ -60,7 +60,7 @@ Series = Mapping[str, Mapping[str, Point]]  # legend -> label -> point
 
 
 def plot(path: Path, title: str, panels: Mapping[str, Series]) -> None:
-    """Draw one panel per cost: each series a line of labelled points, by rising memory."""
+    """Draw one panel per cost, with one line per series. Its points are labelled."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 5), layout="constrained")
@@ -72,7 +72,7 @@ def plot(path: Path, title: str, panels: Mapping[str, Series]) -> None:
             xs, ys = zip(*sorted(points.values()), strict=True)
             axes.plot(xs, ys, f"{marker}-", label=name, markersize=5)
             for label, point in points.items():
-                place = (4, -11) if turn % 2 else (4, 5)  # neighbours do not cover each other
+                place = (4, -11) if turn % 2 else (4, 5)  # labels of neighbours do not overlap
                 axes.annotate(label, point, xytext=place, textcoords="offset points", fontsize=8)
         axes.set(xlabel="peak memory / peft LoRA", ylabel=f"{cost} / peft LoRA")
         axes.margins(0.12)

@@ -1,4 +1,4 @@
-"""The rows of `full_parameter.py`: who trains all weights how, and each as an optimizer's maker."""
+"""The rows of `full_parameter.py`: ways to train, each with a function that builds an optimizer."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ LISA_DROP = "ours, LISA, drop"
 LISA_KEEP = "ours, LISA, keep"
 LORA = "peft LoRA"
 LISA_LAYERS = 2
-STEPS_EACH = 2  # at a position: the first creates the state that the second holds
+STEPS_EACH = 2  # at each position; the first creates the optimizer state
 
 
 def adamw(model: nn.Module) -> Optimizer:
@@ -42,7 +42,7 @@ def blocks(model: nn.Module) -> nn.ModuleList:
 
 @dataclass(frozen=True)
 class Listed:
-    """An allocator that makes one block after another of a list active."""
+    """An allocator that activates the blocks of a list, one after the other."""
 
     positions: tuple[int, ...]
 
@@ -51,7 +51,7 @@ class Listed:
 
 
 class Package:
-    """The badam package's optimizer, with its state where a torch optimizer has it."""
+    """The optimizer of the badam package, with its state in the attribute that torch uses."""
 
     def __init__(self, model: nn.Module, position: int) -> None:
         self.inner = block_optimizer(
@@ -71,11 +71,12 @@ class Row:
     """A way of training.
 
     Attributes:
-        optimizers: Yields, for a model and the positions to visit, each position and the optimizer
-            that trains there for the next `STEPS_EACH` steps; None where there is none.
-        active: Blocks that train at a time; None if all do, or none whole.
-        has_outside: Whether what lies outside the blocks trains too.
-        prepare: What is done to the model first.
+        optimizers: Takes a model and the positions to visit. Yields each position, and the
+            optimizer that trains it for the next `STEPS_EACH` steps. The position is None if the
+            row has no positions.
+        active: Number of blocks that train at a time; None if all blocks train, or only adapters.
+        has_outside: Whether parameters outside the blocks train too.
+        prepare: A function that changes the model first.
     """
 
     optimizers: Callable[[nn.Module, tuple[int, ...]], Iterator[tuple[int | None, Any]]]
@@ -122,7 +123,7 @@ def with_lora(model: nn.Module) -> nn.Module:
 
 
 def checkpointed(model: nn.Module) -> nn.Module:
-    """Checkpoint every block, as ``gradient_checkpointing_enable`` does, non-reentrant."""
+    """Checkpoint every block (non-reentrant), as ``gradient_checkpointing_enable`` does."""
     for block in blocks(model):
         block.gradient_checkpointing = True  # type: ignore[assignment]
         block._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)  # type: ignore[assignment]
@@ -146,7 +147,7 @@ ROWS = {
 
 
 def active_state(optimizer: Any) -> int:
-    """Return the bytes of the state of what is active now: with "offload" no other is on a GPU."""
+    """Return the bytes of the active groups' state. On a GPU, "offload" keeps no other there."""
     active = getattr(optimizer, "active_parameters", optimizer.state.keys)()
     return sum(_state_bytes(optimizer.state.get(parameter, {})) for parameter in active)
 

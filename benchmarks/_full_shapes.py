@@ -1,4 +1,4 @@
-"""The models of `full_parameter.py`: real weights on a CPU, published shapes on meta or a GPU."""
+"""The models of `full_parameter.py`: real weights on a CPU; known shapes on meta or a GPU."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ class FullShape:
         build: Returns the model, in training mode.
         rows: Sequences in the batch.
         length: Tokens in a sequence.
-        timed_length: In a step that is timed.
-        device: Where it runs.
+        timed_length: Tokens in a sequence when steps are timed.
+        device: The device that it runs on.
     """
 
     name: str
@@ -40,7 +40,7 @@ class FullShape:
 
     def model(self) -> Any:
         model: Any = self.build().train()
-        model.config.use_cache = False  # a training step has no use for keys and values
+        model.config.use_cache = False  # training does not need keys and values
         return model
 
     def batch(self, model: Any, length: int | None = None) -> dict[str, Tensor]:

@@ -1,7 +1,7 @@
-"""From the stored rows of `full_parameter.py` to its tables.
+"""Make the tables of `full_parameter.py` from its stored rows.
 
-The rows of one run differ in their *kind*: "measured" (a visit of one position), "rehearsed" (at
-one position), "timed", and "shape" (what share of the parameters lies where).
+Each row has a *kind*: "measured" (steps at one position), "rehearsed" (an estimate for one
+position), "timed", or "shape" (the shares of the parameters inside and outside the blocks).
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ from _stored import Row, described
 from dynalora_optim import StepMemory
 
 MIB, GIB = 2**20, 2**30
-PEERS = {OURS: PACKAGE, CHECKPOINTED: PACKAGE_CHECKPOINTED}  # like with like
+PEERS = {OURS: PACKAGE, CHECKPOINTED: PACKAGE_CHECKPOINTED}  # rows to compare with each other
 CATEGORIES = [name for name in StepMemory.__dataclass_fields__ if name != "master_weights"]
 
 
 @dataclass(frozen=True)
 class Visit:
-    """What the steps at one position took at most; ``active_state`` is of what is active then."""
+    """The largest memory of the steps at one position. ``active_state``: state of active groups."""
 
     position: int | None
     memory: StepMemory
@@ -52,11 +52,11 @@ class Measured:
     """One run.
 
     Attributes:
-        visits: What was measured, by row.
-        full: AdamW's step as it was rehearsed.
-        everywhere: The steps rehearsed, by row, a position after the other.
-        share: Of the parameters: in one block, outside of all.
-        seconds: Of a step, by row.
+        visits: The measurements, by row.
+        full: The estimate for a step of AdamW.
+        everywhere: The estimates for each position in order, by row.
+        share: The share of the parameters in one block, and outside of all blocks.
+        seconds: The time of a step, by row.
     """
 
     visits: Mapping[str, Sequence[Visit]]
@@ -66,7 +66,7 @@ class Measured:
     seconds: Mapping[str, float]
 
     def to_rows(self) -> list[dict[str, Any]]:
-        """Return what is stored of it."""
+        """Return the rows to store."""
         rows: list[dict[str, Any]] = [{"row": "shares", "kind": "shape", **self.share}]
         for name, found in self.visits.items():
             rows += [{"row": name, "kind": "measured", **asdict(visit)} for visit in found]
@@ -81,7 +81,7 @@ class Measured:
 
     @classmethod
     def of_rows(cls, rows: Sequence[Row]) -> Measured:
-        """Read what was stored."""
+        """Build it from stored rows."""
         visits, everywhere = defaultdict(list), defaultdict(list)
         for row in rows:
             if row["kind"] == "measured":
@@ -109,19 +109,19 @@ def _memory_bars(found: Measured) -> list[Bar]:
         inside = (row.active or 0) * found.share["block"]
         allowed = inside + row.has_outside * found.share["outside"]
         held = max(v.memory.gradients + v.active_state for v in found.visits[name]) / trained
-        bars.append(Bar(f"{name}: gradients and state, of AdamW's", held, allowed + 0.01))
+        bars.append(Bar(f"{name}: gradients and state / AdamW", held, allowed + 0.01))
     for name in (IDLE, CHECKPOINTED):
         worst = max(memory.peak for memory in found.everywhere[name]) / full.peak
-        bars.append(Bar(f"{name}: peak, of AdamW's, worst position", worst, 0.35))
+        bars.append(Bar(f"{name}: peak / AdamW, worst position", worst, 0.35))
     for name, peer in PEERS.items():
         pairs = zip(found.everywhere[name], found.everywhere[peer], strict=True)
         ratio = max(ours.peak / theirs.peak for ours, theirs in pairs)
-        bars.append(Bar(f"{name}: peak, of {peer}'s, worst position", ratio, 1.0))
+        bars.append(Bar(f"{name}: peak / {peer}, worst position", ratio, 1.0))
     return bars
 
 
 def planner_error(found: Measured) -> float:
-    """Return the largest relative error of a rehearsed peak where it was measured too."""
+    """Return the largest relative error of an estimated peak, over all that were measured too."""
     pairs = [(found.full, largest([visit.memory for visit in found.visits[ADAMW]]))]
     for name, planned in found.everywhere.items():
         visits = (v for v in found.visits[name] if v.position is not None)
@@ -131,13 +131,13 @@ def planner_error(found: Measured) -> float:
 
 def _time_bars(seconds: Mapping[str, float]) -> list[Bar]:
     return [
-        Bar(f"{name}: time, of {peer}'s", seconds[name] / seconds[peer], 1.05)
+        Bar(f"{name}: time / {peer}", seconds[name] / seconds[peer], 1.05)
         for name, peer in PEERS.items()
     ]
 
 
 def memory_table(rows: Sequence[Row]) -> str:
-    """Lay out the visits; in MiB."""
+    """Return the table of the measurements, in MiB."""
     visits = Measured.of_rows(rows).visits
     unit = largest([visit.memory for visit in visits[ADAMW]]).peak
     header = ["row", "block active", *(name.replace("_", " ") for name in CATEGORIES)]
@@ -149,12 +149,12 @@ def memory_table(rows: Sequence[Row]) -> str:
             cells = [f"{size:.0f}" for size in sizes]
             masters = f"{visit.memory.master_weights / MIB:.0f}"
             lines.append([name, place, *cells, f"{visit.memory.peak / unit:.3f}", masters])
-    table = markdown([*header, "peak of AdamW's", "master weights"], lines)
+    table = markdown([*header, "peak / AdamW's peak", "master weights"], lines)
     return f"{described(rows, 'transformers', 'peft', 'badam')}\nIn MiB:\n\n{table}"
 
 
 def everywhere_table(rows: Sequence[Row]) -> str:
-    """Lay out the peaks at the lowest, the middle and the top block, and the largest of all."""
+    """Return the table of peaks at the lowest, middle and top block, and the largest peak."""
     found = Measured.of_rows(rows)
     lines = []
     for name, memories in found.everywhere.items():
@@ -167,16 +167,16 @@ def everywhere_table(rows: Sequence[Row]) -> str:
 def times_table(rows: Sequence[Row]) -> str:
     seconds = Measured.of_rows(rows).seconds
     lines = [[name, f"{s:.3f}", f"{s / seconds[PACKAGE]:.3f}"] for name, s in seconds.items()]
-    return markdown(["row", "seconds", "of the badam package's"], lines)
+    return markdown(["row", "seconds", "ratio to the badam package"], lines)
 
 
 def bars_table(rows: Sequence[Row]) -> str:
     lines = [bar.line() for bar in bars(Measured.of_rows(rows))]
-    return markdown(["bar", "value", "limit", ""], lines)
+    return markdown(["target", "value", "limit", ""], lines)
 
 
 def planned_table(rows: Sequence[Row]) -> str:
-    """Lay out the rehearsals of the large shapes; in GiB."""
+    """Return the table of the estimates for the large shapes, in GiB."""
     header = ["shape", "row", *(name.replace("_", " ") for name in StepMemory.__dataclass_fields__)]
     lines = []
     for row in rows:

@@ -1,4 +1,4 @@
-"""What all benchmarks share: times side by side, counts of operations, Markdown tables, quiet."""
+"""What all benchmarks share: timing, counting operations, Markdown tables, less output."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ def median_seconds(
     every: Mapping[str, int] | None = None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, float]:
-    """Time each step once a round, all side by side, and return the medians.
+    """Time each step once per round, and return the median time of each.
 
-    The order turns from round to round, so that none is always the one after a slow one. A step
-    named in ``every`` is taken in every so many rounds only.
+    The order changes from round to round, so that no step always follows the same slow step. For a
+    step in ``every``, the value n means that it is timed only in every n-th round.
     """
     every = every or {}
     seconds: dict[str, list[float]] = {name: [] for name in steps}
@@ -47,7 +47,7 @@ def median_seconds(
 
 
 def synchronize() -> None:
-    """Wait for the device, if there is one besides the CPU."""
+    """Wait for the GPU, if there is one."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
 
@@ -63,7 +63,7 @@ class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def dispatched_ops(step: Step, *, repeats: int = 1) -> float:
-    """Count the operations that a step dispatches, forward, backward and update: the mean."""
+    """Return the mean number of operations that a step dispatches (forward, backward, update)."""
     counter = _Counter()  # type: ignore[no-untyped-call]
     with counter:
         for _ in range(repeats):
@@ -79,7 +79,7 @@ def markdown(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
 
 @contextmanager
 def quiet(*warned: type[Warning]) -> Iterator[None]:
-    """Hold back what the library and transformers log below an error, and these warnings."""
+    """Hide log messages below errors of the library and of transformers, and these warnings."""
     ours = logging.getLogger("dynalora_optim")
     level, verbosity = ours.level, transformers.logging.get_verbosity()
     ours.setLevel(logging.ERROR)
@@ -96,7 +96,7 @@ def quiet(*warned: type[Warning]) -> Iterator[None]:
 
 @contextmanager
 def threads(count: int) -> Iterator[None]:
-    """Let torch use so many threads, and as many as before afterwards."""
+    """Let torch use ``count`` threads, and restore the former number afterwards."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:

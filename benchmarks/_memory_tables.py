@@ -1,4 +1,4 @@
-"""From the stored rows of `memory.py` to its tables and figures."""
+"""Make the tables and figures of `memory.py` from its stored rows."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ IN_README = (
 
 
 def results(rows: Sequence[Row]) -> dict[str, Result]:
-    """Put the rows that ran in units of the reference's."""
+    """Return the rows that ran, as ratios to the reference row."""
     ran = {row["row"]: row for row in rows if "refused" not in row}
     unit = ran[REFERENCE]
     return {
@@ -48,18 +48,18 @@ def results(rows: Sequence[Row]) -> dict[str, Result]:
 
 
 def unit_line(rows: Sequence[Row]) -> str:
-    """Say what a ratio of 1 stands for."""
+    """Return a sentence with the values that the ratio 1 stands for."""
     unit = next(row for row in rows if row["row"] == REFERENCE)
     return (
         f"1.000 is {unit['peak'] / MIB:.1f} MiB peak, {unit['saved'] / MIB:.1f} MiB saved, "
         f"{unit['forward'] / 1e9:.1f} GFLOPs forward and {unit['backward'] / 1e9:.1f} backward, "
         f"{unit['adapter_ops']:.0f} operations that\npeft's adapters add, and "
-        f"{unit['seconds']:.2f} s a step."
+        f"{unit['seconds']:.2f} s per step."
     )
 
 
 def main_table(rows: Sequence[Row]) -> str:
-    """Lay out the rows; those that a budget refused follow, with the reason."""
+    """Return the table of rows. Rows that a budget refused follow, with the reason."""
     on_card = rows[0]["run"]["hardware"]["card"] is not None
     header = ["row", "peak, largest", "mean", "saved, largest", "mean", "forward FLOPs"]
     header += ["backward FLOPs", "ops", "added ops, ratio", "time", "tokens/s"]
@@ -83,11 +83,11 @@ def found_bars(rows: Sequence[Row]) -> list[Bar]:
 
 def bars_table(rows: Sequence[Row]) -> str:
     lines = [bar.line() for bar in found_bars(rows)]
-    return markdown(["bar", "value", "limit", ""], lines)
+    return markdown(["target", "value", "limit", ""], lines)
 
 
 def readme_table(rows: Sequence[Row]) -> str:
-    """The rows that the README shows."""
+    """Return the table with the rows of the README."""
     header = ["RoBERTa-base shape, 16 x 128 tokens; ratios to peft's LoRA"]
     header += ["largest peak", "mean backward FLOPs", "time"]
     found = results(rows)

@@ -1,4 +1,4 @@
-"""From the stored rows of `overhead.py` to its tables."""
+"""Make the tables of `overhead.py` from its stored rows."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ STEP = "MiniLM step"
 
 
 def step_table(rows: Sequence[Row]) -> str:
-    """Lay out the rows of a real step."""
+    """Return the table of a real step."""
     unit = _unit(rows)["seconds"]
-    header = ["row", "dispatched ops a step", "median time, ratio", "median ms"]
+    header = ["row", "dispatched ops per step", "median time, ratio", "median ms"]
     lines = [
         [r["row"], f"{r['ops']:.0f}", f"{r['seconds'] / unit:.3f}", f"{r['seconds'] * 1e3:.1f}"]
         for r in rows
@@ -23,9 +23,9 @@ def step_table(rows: Sequence[Row]) -> str:
 
 
 def group_table(rows: Sequence[Row]) -> str:
-    """A row: a whole step, the update in it, and what a reallocation adds to that."""
+    """Return a table: the time of a step, of its update, and what a reallocation adds to it."""
     unit = _unit(rows)["seconds"]
-    header = ["row", "dispatched ops a step", "step, ratio", "step, ms", "of it update, ms"]
+    header = ["row", "dispatched ops per step", "step, ratio", "step, ms", "update only, ms"]
     lines = []
     for row in rows:
         line = [row["row"], f"{row['ops']:.0f}", f"{row['seconds'] / unit:.2f}"]

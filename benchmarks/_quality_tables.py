@@ -1,9 +1,9 @@
-"""From the stored runs of the sweep to its tables.
+"""Make the tables of the sweep from its stored runs.
 
-A run is one line of a `runs.jsonl` in ``results/quality``, with every prediction on the test rows.
-The intervals need the labels of these rows as well, which are fetched and not stored here: so the
-intervals are computed once, with ``tables.py --intervals``, and stored too. What needs no labels,
-the difference itself, is computed anew whenever a table is made, and must agree.
+A run is one line of a `runs.jsonl` in ``results/quality``, with all predictions on the test rows.
+The intervals also need the labels of these rows, which are downloaded and not stored here. So the
+intervals are computed once, with ``tables.py --intervals``, and stored. The difference itself needs
+no labels. It is computed again whenever a table is made, and must agree with the stored one.
 """
 
 from __future__ import annotations
@@ -49,10 +49,10 @@ FEW_PAIRS = (
 
 
 class Stored(Sweep):
-    """A sweep whose intervals are the stored ones.
+    """A sweep that uses the stored intervals.
 
     Args:
-        part: Of the stored intervals.
+        part: The part of the stored intervals to use.
         lines: The runs.
     """
 
@@ -64,23 +64,23 @@ class Stored(Sweep):
         """Return the difference with its stored interval.
 
         Raises:
-            ValueError: None is stored, or that of other runs.
+            ValueError: No interval is stored, or it belongs to other runs.
         """
         rows = read(INTERVALS, self.part)
         found = [row for row in rows if (row["row"], row["less"]) == (method, reference)]
-        remedy = "python benchmarks/results/tables.py --intervals makes it anew"
+        remedy = "python benchmarks/results/tables.py --intervals computes it again"
         if not found:
-            raise ValueError(f"{INTERVALS} has no interval of {method} less {reference}; {remedy}")
+            raise ValueError(f"{INTERVALS} has no interval of {method} minus {reference}; {remedy}")
         row, value = found[0], self.value(method, reference)
         if not math.isclose(row["value"], value, abs_tol=1e-12):
             raise ValueError(
-                f"{INTERVALS} has {row['value']} for {method} less {reference}, and the runs give "
+                f"{INTERVALS} has {row['value']} for {method} minus {reference}, but the runs give "
                 f"{value}; {remedy}"
             )
         return Difference(value, row["low"], row["high"], tuple(row["tasks"]))
 
     def value(self, method: str, reference: str) -> float:
-        """Return the difference, on the tasks and seeds that both have."""
+        """Return the difference on the tasks and seeds that both methods have."""
         pairs = [
             paired(self.cells[method, task], self.cells[reference, task])
             for task in self.shared(method, reference)
@@ -89,7 +89,7 @@ class Stored(Sweep):
 
 
 def _lines(folder: Path, methods: Sequence[str], tasks: Sequence[str] = ()) -> list[Result]:
-    """The runs of these methods, in this order."""
+    """Return the runs of these methods, in this order."""
     runs = finished(folder / "runs.jsonl")
     kept = [run for run in runs if not tasks or run["settings"]["task"] in tasks]
     return [run for name in methods for run in kept if run["settings"]["method"] == name]
@@ -108,7 +108,7 @@ def _few() -> list[Result]:
 
 
 def _short_figures() -> list[Result]:
-    """All but the methods that lie far from, or on top of, those that the figures are about."""
+    """Return all runs except of methods that would hide the others, or are far from them."""
     left_out = {"full", "gradient", "vera", "dynavera"}
     runs = finished(FOLDER / "short" / "runs.jsonl")
     return [run for run in runs if run["settings"]["method"] not in left_out]
@@ -127,7 +127,7 @@ def stored(part: str) -> Stored:
 
 
 def compute_intervals(part: str) -> list[dict[str, Any]]:
-    """Draw the intervals of a part, of each method to LoRA and of its pairs; fetches the labels."""
+    """Compute the intervals of a part: each method minus LoRA, and its pairs. Downloads labels."""
     lines, pairs = PARTS[part]
     sweep = Sweep(lines())
     wanted = [f"{name}:lora" for name in sweep.methods if name != "lora"]
@@ -141,7 +141,7 @@ def compute_intervals(part: str) -> list[dict[str, Any]]:
 
 
 def store_intervals(run: dict[str, Any]) -> None:
-    """Draw and store the intervals of all parts."""
+    """Compute and store the intervals of all parts."""
     for part in PARTS:
         write(INTERVALS, part, compute_intervals(part), run)
 
@@ -167,10 +167,10 @@ def few_pairs() -> str:
 
 
 def readme() -> str:
-    """The mean over the tasks, and what it takes."""
+    """Return the table of the README: the mean over the tasks, and the peak memory."""
     sweep = stored("full")
     lines = [[name, *_mean_and_less(sweep, name, ""), _peak(sweep, name)] for name in sweep.methods]
-    return markdown(["method", "mean metric x 100", "less LoRA", "peak"], lines)
+    return markdown(["method", "mean metric x 100", "minus LoRA", "peak"], lines)
 
 
 def _peak(sweep: Sweep, name: str) -> str:
@@ -178,12 +178,12 @@ def _peak(sweep: Sweep, name: str) -> str:
 
 
 def half() -> str:
-    """Half the steps beside all of them."""
+    """Return a table that compares runs with half the steps and with all steps."""
     lines = [
         [name, *_mean_and_less(stored("short"), name), *_mean_and_less(stored("full"), name)]
         for name in METHODS
     ]
-    header = ["method", "half the steps: mean", "less lora", "these: mean", "less lora"]
+    header = ["method", "half the steps: mean", "minus lora", "all steps: mean", "minus lora"]
     return markdown(header, lines)
 
 
@@ -193,7 +193,7 @@ def _mean_and_less(sweep: Sweep, name: str, none: str = "-") -> list[str]:
 
 
 def mpnet() -> str:
-    """The accuracy of LoRA on all-mpnet-base-v2 at each rate."""
+    """Return the table of LoRA's accuracy on all-mpnet-base-v2 at each learning rate."""
     runs = {run["settings"]["lr"]: run for run in finished(FOLDER / "mpnet" / "runs.jsonl")}
     lines = [
         [what, *(f"{100 * next(iter(runs[lr][what].values())):.1f}" for lr in sorted(runs))]
@@ -203,7 +203,7 @@ def mpnet() -> str:
 
 
 def figures(folder: Path) -> None:
-    """Draw the figures that the results show, those of half the steps in a folder of their own."""
+    """Draw the figures of the results. Those with half the steps get a folder of their own."""
     for place, numbers in (("", "125"), ("short", "234")):
         lines = _short_figures() if place else _full()
         (folder / place).mkdir(parents=True, exist_ok=True)

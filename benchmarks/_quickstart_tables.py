@@ -1,4 +1,4 @@
-"""From the stored rows of `quickstart_seeds.py` to its tables."""
+"""Make the tables of `quickstart_seeds.py` from its stored rows."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ LINES: dict[str, Callable[[Row], str]] = {
 
 
 def methods_table(rows: Sequence[Row]) -> str:
-    """Lay out the run with seed 0 and the default settings, a column a method."""
+    """Return the table of the run with seed 0 and default settings, with one column per method."""
     runs = {row["row"]: row for row in rows if row["seed"] == 0}
     lines = [[label, *(cell(runs[name]) for name in COLUMNS)] for label, cell in LINES.items()]
     return markdown(["", *COLUMNS.values()], lines)
@@ -33,7 +33,7 @@ def described_methods_table(rows: Sequence[Row]) -> str:
 
 
 def seeds_table(parts: Sequence[Sequence[Row]]) -> str:
-    """Lay out the held-out accuracies after training, LoRA / DynaLoRA, a line for each part."""
+    """Return the table of held-out accuracies, LoRA / DynaLoRA, with one line per part."""
     seeds = sorted({row["seed"] for rows in parts for row in rows})
     lines = []
     for rows in parts:

@@ -1,4 +1,4 @@
-"""The rows of `memory.py`: who trains how, each with its model and optimizer."""
+"""The rows of `memory.py`: ways to train, each with its model and optimizer."""
 
 from __future__ import annotations
 
@@ -43,15 +43,16 @@ def _blocks(model: nn.Module) -> nn.ModuleList:
 
 
 def full(shape: Shape, bare: nn.Module) -> Run:
-    model = shape.bare()  # whose weights no other row sees move
+    model = shape.bare()  # a model of its own, because its weights change
     return Run(model, _adamw(model), shape.batch(model))
 
 
 def peft_model(shape: Shape, bare: nn.Module, *, every: int = 0) -> nn.Module:
-    """Lay peft's LoRA over it; every so many blocks, if any, are checkpointed.
+    """Add peft's LoRA to a copy of ``bare``, and checkpoint every n-th block, if ``every`` is n.
 
-    Non-reentrant, and the inputs require no gradients: transformers' own switch would have it so,
-    which takes the backward pass through all of the lowest block, for nothing.
+    The checkpoints are non-reentrant, and inputs require no gradients. With transformers' own
+    switch the inputs would require gradients, and the backward pass would go through the whole
+    lowest block, without any use.
     """
     model: Any = copy_sharing(bare, shape.head)
     config = peft.LoraConfig(
@@ -74,7 +75,7 @@ def pefts(shape: Shape, bare: nn.Module, *, every: int = 0) -> Run:
 
 
 def random_pefts(shape: Shape, bare: nn.Module) -> Run:
-    """Freeze a third of peft's modules, drawn anew after each step: the paper's setting."""
+    """Freeze a random third of peft's modules, drawn again after each step, as in the paper."""
     run = pefts(shape, bare)
     layers = [m for m in run.model.modules() if len(getattr(m, "lora_A", ()))]
     generator = random.Random(0)
@@ -91,7 +92,7 @@ def random_pefts(shape: Shape, bare: nn.Module) -> Run:
 
 
 def injected(shape: Shape, bare: nn.Module) -> nn.Module:
-    """Lay our LoRA over it."""
+    """Add our LoRA to a copy of ``bare``."""
     config = LoRAConfig(
         rank=shape.rank,
         alpha=2 * shape.rank,
@@ -102,7 +103,7 @@ def injected(shape: Shape, bare: nn.Module) -> nn.Module:
 
 
 def unwrapped(shape: Shape, bare: nn.Module) -> Run:
-    """Train our adapters without the wrapper: what it and its measure add shows beside it."""
+    """Train our adapters without the wrapper, to see what the wrapper and its measure add."""
     model = injected(shape, bare)
     return Run(model, _adamw(model), shape.batch(bare))
 
@@ -114,11 +115,12 @@ def all_active(shape: Shape, bare: nn.Module) -> Run:
 
 
 def budgeted(shape: Shape, bare: nn.Module, *, memory: float, compute: float) -> Run:
-    """Keep a budget, choosing anew after each step."""
+    """Train with a budget, with a new choice after each step."""
     model = injected(shape, bare)
     budget = Watched(memory=memory, compute=compute)
     optimizer = DynamicAllocationOptimizer(_adamw(model), model, allocator=budget, period=1)
-    draws = shape.draws if compute == 1 else round(shape.draws * 5 / 3)  # 40 for 24: a mean
+    # A bound on the mean compute needs more draws: 40 in place of 24.
+    draws = shape.draws if compute == 1 else round(shape.draws * 5 / 3)
     return Run(model, optimizer, shape.batch(bare), draws=draws, budget=budget)
 
 
@@ -140,7 +142,7 @@ PEERS: dict[str, Build] = {
 
 
 def rows(shape: Shape) -> dict[str, Build]:
-    """Return every row of a shape, by name; on a GPU without full fine-tuning, which fits none."""
+    """Return the rows of a shape, by name. On a GPU, full fine-tuning does not fit."""
     budgets = {
         budget_name(memory, compute): partial(budgeted, memory=memory, compute=compute)
         for memory, compute in shape.budgets
@@ -150,9 +152,9 @@ def rows(shape: Shape) -> dict[str, Build]:
 
 
 def ops_without_adapters(shape: Shape, bare: nn.Module) -> int:
-    """Count a step of the frozen model in which the gradient passes through all blocks.
+    """Count the operations of a step of the frozen model, with a gradient through all blocks.
 
-    The adapters need that pass but do not add it: what their step has beyond is their own.
+    The adapters need this backward pass, but it is not counted as an operation that they add.
     """
     model: Any = copy_sharing(bare, shape.head).requires_grad_(False)
     if shape.head:

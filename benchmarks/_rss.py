@@ -1,4 +1,4 @@
-"""The resident memory of one row, in a process of its own."""
+"""The resident memory of one row, measured in a separate process."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ STEPS = 2
 
 
 def measured_here(shape: Shape, name: str) -> int:
-    """Return the most resident bytes of two steps above those before: the weights and torch."""
+    """Return by how much two steps raise the peak of resident bytes above weights and torch."""
     run = rows(shape)[name](shape, shape.bare())
-    Path("/proc/self/clear_refs").write_text("5")  # forget the peak of building the model
+    Path("/proc/self/clear_refs").write_text("5")  # reset the peak that building the model has left
     before = _status("VmRSS")
     for _ in range(STEPS):
         run.step()
@@ -24,7 +24,7 @@ def measured_here(shape: Shape, name: str) -> int:
 
 
 def measured_apart(name: str, *arguments: str) -> int | None:
-    """Return what a fresh process measures for the row; None where there is no /proc."""
+    """Return what a new process measures for the row; None if there is no /proc."""
     if not Path("/proc/self/clear_refs").exists():
         return None
     script = Path(__file__).with_name("memory.py")

@@ -1,23 +1,25 @@
-"""One row under way: a model, its optimizer, and the choices that it draws."""
+"""A row that is being measured: a model, its optimizer, and the choices that are drawn."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from _count import Counted, count
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from dynalora_optim import AllocationContext, Budget
+from dynalora_optim import AllocationContext, Budget, DynamicAllocationOptimizer
 
-Choice = tuple[tuple[str, ...], ...]  # who is active, what trains, what is checkpointed
+Choice = tuple[tuple[str, ...], ...]  # active groups, trained parameters, checkpointed blocks
 
 
 @dataclass(frozen=True)
 class Watched(Budget):
-    """A `Budget` that keeps what it was asked."""
+    """A `Budget` that stores the contexts of its selections."""
 
     contexts: list[AllocationContext] = field(default_factory=list, compare=False)
 
@@ -26,18 +28,18 @@ class Watched(Budget):
         return super().select(context)
 
     def least_probability(self) -> float:
-        """The smallest chance that any module had in any of the selections."""
+        """Return the smallest probability that any module had in any selection."""
         return min(min(self.probabilities(context)) for context in self.contexts)
 
 
 @dataclass
 class Run:
-    """A row under way.
+    """A row that is being measured.
 
     Attributes:
-        draws: The reallocations to count; 1 where nothing is drawn.
-        redraw: Draws anew after a step, where the optimizer does not do so itself.
-        budget: The allocator, if it is one.
+        draws: Number of choices to count; 1 if nothing is drawn.
+        redraw: Makes a new choice after a step, if the optimizer does not do that itself.
+        budget: The allocator, if it is a budget.
     """
 
     model: nn.Module
@@ -53,7 +55,7 @@ class Run:
         return value
 
     def step(self) -> None:
-        """One step of a user's loop, with its reallocation."""
+        """Take one training step, with the choice at its end."""
         self.loss().backward()  # type: ignore[no-untyped-call]
         self.update()
 
@@ -64,7 +66,7 @@ class Run:
             self.redraw()
 
     def choice(self) -> Choice:
-        """All that the cost of a step depends on: who trains, and what is checkpointed."""
+        """Return all that the cost of a step depends on: what trains and what is checkpointed."""
         active = getattr(self.optimizer, "active_groups", ())
         trains = [name for name, p in self.model.named_parameters() if p.requires_grad]
         switched = [
@@ -75,15 +77,14 @@ class Run:
         return tuple(active), tuple(trains), tuple(switched)
 
     def count(self, known: dict[Choice, Counted]) -> list[Counted]:
-        """Count the step of each choice drawn, for ``draws`` reallocations.
+        """Make ``draws`` choices, and return the counts of the step of each.
 
-        All choices are those that ``optimizer.step()`` (or `redraw`) made. A choice met for the
-        first time takes a real step under the counters. One met before takes an update with
-        hand-made gradients, zero for whatever is active: so the counters of updates and of compute,
-        which the draws depend on, go on as in training, but the importance scores come from the
-        real forwards only.
+        ``optimizer.step()`` (or `redraw`) makes the choices. If a choice is new, a real step is
+        taken and counted. If it was counted before, only the update is run, with gradients of zero
+        for all active groups. So the counters of updates and of compute, which the choices depend
+        on, change as in training. The importance scores come only from the real forward passes.
         """
-        self.loss()  # a Budget measures on the first training forward: not counted
+        self.loss()  # a Budget measures in its first forward pass; this is not counted
         counted = []
         for _ in range(self.draws):
             choice = self.choice()
@@ -106,7 +107,27 @@ class Run:
                     if parameter.requires_grad:
                         parameter.grad = torch.zeros_like(parameter)
 
+    def timed_steps(self) -> list[tuple[float, Callable[[], None]]]:
+        """Return the steps to time, each with its share of the counted steps.
+
+        For a budget there is one step per distinct choice. Steps of different choices take
+        different times, and a median over a few of them would be the time of only one choice.
+        """
+        if self.budget is None:
+            return [(1.0, self.step)]
+        counted = Counter(self.choices)
+        return [
+            (number / len(self.choices), partial(self._step_with, choice))
+            for choice, number in counted.items()
+        ]
+
+    def _step_with(self, choice: Choice) -> None:
+        """Activate the groups of this choice, then take a step."""
+        assert isinstance(self.optimizer, DynamicAllocationOptimizer)
+        self.optimizer.hold(choice[0])
+        self.step()
+
     def never_active(self) -> list[str]:
-        """The allocated modules that were active in none of the choices counted."""
+        """Return the allocated modules that no counted choice made active."""
         ever = {name for active, *_ in self.choices for name in active}
         return [name for name in getattr(self.optimizer, "groups", ()) if name not in ever]

@@ -21,22 +21,22 @@ from transformers import (
 
 @dataclass(frozen=True)
 class Shape:
-    """A model with random weights, its batch, and how LoRA is laid over it.
+    """A model with random weights, its batch, and the options of its LoRA.
 
     Attributes:
-        model: Builds the bare model of a config.
+        model: Builds the model, without adapters, from a config.
         config: Builds the config.
         rows: Sequences in the batch.
         length: Tokens in a sequence.
         rank: LoRA's rank; alpha is twice that.
         targets: The adapted layers.
-        budgets: Our rows: shares of the memory and of the backward FLOPs.
-        head: The part that trains whole, if any.
-        device: Where it runs.
-        dtype: Of the weights.
-        slack: What every bar is eased by.
-        draws: Reallocations counted of a row that keeps a budget.
-        control_draws: Of the row whose modules are frozen at random: no two draws are equal.
+        budgets: The budgets of our rows: shares of the memory and of the backward FLOPs.
+        head: The module of which all parameters train, if any.
+        device: The device that it runs on.
+        dtype: The dtype of the weights.
+        slack: A number that is added to every limit.
+        draws: Number of choices to count for a row with a budget.
+        control_draws: The same for the row with random frozen modules, where all choices differ.
     """
 
     name: str
@@ -58,11 +58,11 @@ class Shape:
         torch.manual_seed(0)
         with _default(self.dtype), torch.device(self.device):
             model: Any = self.model(self.config()).train()
-        model.config.use_cache = False  # a training step has no use for keys and values
+        model.config.use_cache = False  # training does not need keys and values
         return model  # type: ignore[no-any-return]
 
     def batch(self, model: Any) -> dict[str, Tensor]:
-        """Random tokens without padding, and labels."""
+        """Return random tokens without padding, and labels."""
         generator = torch.Generator().manual_seed(1)
         vocabulary = model.config.vocab_size
         ids = torch.randint(5, vocabulary, (self.rows, self.length), generator=generator)
@@ -82,7 +82,7 @@ def _default(dtype: torch.dtype) -> Iterator[None]:
 
 
 def copy_sharing(model: nn.Module, own: str | None) -> nn.Module:
-    """Copy a model whose frozen weights may be shared; those of the part ``own`` may not."""
+    """Copy a model. The copy shares the frozen weights, except those of the part ``own``."""
     shared = {
         id(p): p for name, p in model.named_parameters() if not own or own not in name.split(".")
     }
@@ -122,12 +122,12 @@ LLAMA = Shape(
     targets="all-linear",
     budgets=((0.75, 1.0), (0.4, 1.0), (0.175, 1.0), (0.11, 1.0), (0.4, 0.6)),
     slack=0.03,
-    control_draws=4,  # of 112 modules: they differ little
+    control_draws=4,  # with 112 modules the choices differ little
 )
 
 
 def _on_cuda(name: str, **sizes: Any) -> Shape:
-    """A published Llama 3 of these sizes, 2,048 tokens, attention as it is trained."""
+    """Return a Llama 3 with these published sizes, 2,048 tokens, and fast attention."""
     config = partial(
         LlamaConfig,
         vocab_size=128256,
@@ -161,7 +161,7 @@ LARGE = (
 
 
 def quick(shape: Shape) -> Shape:
-    """The same in small: every row within a second."""
+    """Return a small version of the shape, with which every row takes less than a second."""
     sizes = {"hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 12}
     heads = {"num_attention_heads": 4}
     if not shape.head:

@@ -1,10 +1,10 @@
-"""Stored runs: a file of JSON lines, a line a row, each with how and where it was measured.
+"""Stored runs: a file of JSON lines. Each line is one row, and says how and where it was measured.
 
     {"part": "roberta", "row": "peft LoRA", "peak": 1400998212, ..., "run": {"command": ...,
      "date": ..., "commit": ..., "versions": {...}, "hardware": {...}}}
 
-A *part* is what one table is made of: all rows that were measured side by side. A script that
-measures a part again replaces its rows and leaves the other parts of the file as they are.
+A *part* contains the rows of one table, which were measured together. If a script measures a part
+again, it replaces the rows of this part and does not change the other parts of the file.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ import torch
 Row = Mapping[str, Any]
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "badam")
-ENVIRONMENT = ("OMP_NUM_THREADS",)  # what a command line needs to give the same numbers
+ENVIRONMENT = ("OMP_NUM_THREADS",)  # variables that change the numbers
 
 
 def run_of(script: str, arguments: Sequence[str] | None = None) -> dict[str, Any]:
-    """Describe the run under way: what is stored with every row of it.
+    """Describe the current run. The description is stored with each of its rows.
 
     Args:
         script: The ``__file__`` of the script.
-        arguments: Its command line; None for that of the process.
+        arguments: Its command-line arguments; None: those of the process.
     """
     place = Path(script).resolve().relative_to(ROOT).as_posix()
     words = ["python", place, *(sys.argv[1:] if arguments is None else arguments)]
@@ -49,7 +49,7 @@ def run_of(script: str, arguments: Sequence[str] | None = None) -> dict[str, Any
 
 
 def _commit() -> str | None:
-    """The commit that is checked out, marked where files differ from it; None without git."""
+    """Return the current commit, marked "dirty" if files differ from it; None without git."""
     command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
     try:
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
@@ -65,11 +65,11 @@ def _installed() -> dict[str, str]:
             found[name] = version(name)
         except PackageNotFoundError:
             continue
-    return found
+    return found | {"torch": torch.__version__}  # with its build, such as +cpu
 
 
 def hardware() -> dict[str, Any]:
-    """Name the machine, and what of it a run uses."""
+    """Describe the machine, and how many threads the run uses."""
     card = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {
         "card": card,
@@ -80,7 +80,7 @@ def hardware() -> dict[str, Any]:
 
 
 def _processor() -> str:
-    """The architecture, and the model where Linux tells it."""
+    """Return the architecture and, on Linux, the model of the processor."""
     try:
         text = Path("/proc/cpuinfo").read_text("utf-8")
     except OSError:
@@ -90,13 +90,13 @@ def _processor() -> str:
 
 
 def described(rows: Sequence[Row], *packages: str) -> str:
-    """Return what stands above a table: the machine, the versions and the date of its rows.
+    """Return the text above a table: the machine, the versions and the date of its rows.
 
-    Of rows that were not measured but recorded from an earlier text, it says so.
+    If rows were not stored when they were measured, but copied from an earlier text, it says so.
 
     Args:
-        rows: Of one part.
-        packages: Whose versions to name beside torch's.
+        rows: The rows of one part.
+        packages: Packages whose versions are named, in addition to torch.
     """
     run = rows[0]["run"]
     place, versions = run["hardware"], run["versions"]
@@ -108,10 +108,10 @@ def described(rows: Sequence[Row], *packages: str) -> str:
 
 
 def read(path: Path, part: str | None = None) -> list[dict[str, Any]]:
-    """Read the rows of a part; None for those of all parts.
+    """Read the rows of a part, or of all parts if ``part`` is None.
 
     Raises:
-        ValueError: There is no such file, no such part in it, or a line that is no row.
+        ValueError: The file or the part does not exist, or a line is not a row.
     """
     rows = []
     for number, line in enumerate(_lines(path), 1):
@@ -119,9 +119,9 @@ def read(path: Path, part: str | None = None) -> list[dict[str, Any]]:
             row = json.loads(line)
             found = bool({"part", "row", "run"} <= row.keys())
         except (json.JSONDecodeError, AttributeError) as error:
-            raise ValueError(f"{path}, line {number}, is no row: {error}") from error
+            raise ValueError(f"{path}, line {number}, is not a row: {error}") from error
         if not found:
-            raise ValueError(f"{path}, line {number}, is no row: it lacks part, row or run")
+            raise ValueError(f"{path}, line {number}, is not a row: part, row or run is missing")
         rows.append(row)
     kept = [row for row in rows if part in (None, row["part"])]
     if not kept:
@@ -132,17 +132,17 @@ def read(path: Path, part: str | None = None) -> list[dict[str, Any]]:
 
 def _lines(path: Path) -> list[str]:
     if not path.is_file():
-        raise ValueError(f"there are no stored runs at {path}; a script's --output makes them")
+        raise ValueError(f"there are no stored runs at {path}; a script with --output writes them")
     return path.read_text("utf-8").splitlines()
 
 
 def write(path: Path, part: str, rows: Iterable[Row], run: Row) -> list[dict[str, Any]]:
     """Replace the rows of a part, and return them as they are stored.
 
-    The file is written beside its place and renamed: a killed process leaves no half of one.
+    The file is written under a temporary name and then renamed, so it is never incomplete.
 
     Raises:
-        ValueError: What is there is no file of stored runs.
+        ValueError: The existing file is not a file of stored runs.
     """
     stored = [{"part": part, **row, "run": dict(run)} for row in rows]
     others = [row for row in read(path) if row["part"] != part] if path.exists() else []

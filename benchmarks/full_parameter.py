@@ -1,14 +1,15 @@
-"""Full-parameter training by blocks: what a step takes and costs, beside AdamW, BAdam and LoRA.
+"""Measure full-parameter training by blocks, and compare it with AdamW, BAdam and LoRA.
 
     python benchmarks/full_parameter.py [--output runs/full_parameter.jsonl]
     python benchmarks/full_parameter.py --device cuda
     python benchmarks/full_parameter.py --part planned      # 8B, 70B and 405B, on any machine
 
-SmolLM2-135M with its real weights, in float32, takes real steps on random tokens: two each with the
-top, the middle and the lowest block active (the first step creates the state that the second one
-holds). What every other position takes is rehearsed by `estimate_memory`, which is held against
-what is measured. The badam package (``pip install --no-deps badam``) runs beside ours. Times are
-medians of steps taken side by side, all with the middle block active, without its switches.
+SmolLM2-135M with its real weights, in float32, takes real steps on random tokens. Two steps are
+taken with the top, the middle and the lowest block active; the first of the two creates the
+optimizer state. For all other positions, `estimate_memory` computes the memory; it is compared with
+the measurements. The badam package (``pip install --no-deps badam``) is measured as well. Times are
+medians. The steps of all rows are timed in turn, with the middle block active and without a switch
+of the active block.
 """
 
 from __future__ import annotations
@@ -61,20 +62,20 @@ LARGE_ROWS = (ADAMW, LORA, LISA_DROP, OURS, IDLE, CHECKPOINTED)
 
 
 def measured(shape: FullShape, row: Training, positions: tuple[int, ...]) -> list[Visit]:
-    """Take real steps at each of these positions."""
+    """Take real steps with the block at each of these positions active."""
     model = row.prepare(shape.model())
     batch = shape.batch(model)
     visits = []
     for position, optimizer in row.optimizers(model, positions):
         steps = [measure_step(model, batch, optimizer)]
-        kept = active_state(optimizer)  # before the last step may move on
+        kept = active_state(optimizer)  # before the last step, which may change the active block
         steps += [measure_step(model, batch, optimizer) for _ in range(STEPS_EACH - 1)]
         visits.append(Visit(position, largest(steps), kept))
     return visits
 
 
 def rehearsed(shape: FullShape, row: Training, position: int = 0) -> StepMemory:
-    """Rehearse steps; of a row that trains one block, with the one at this position."""
+    """Estimate the memory of a step. If a row trains one block, it is the one at ``position``."""
     model = row.prepare(shape.model())
 
     def make(copy: Any) -> Any:
@@ -85,13 +86,13 @@ def rehearsed(shape: FullShape, row: Training, position: int = 0) -> StepMemory:
 
 
 def _names(model: Any) -> list[str]:
-    """The dotted paths of the blocks."""
+    """Return the dotted paths of the blocks."""
     names = {module: name for name, module in model.named_modules()}
     return [names[block] for block in blocks(model)]
 
 
 def shares(model: Any) -> dict[str, float]:
-    """Return the share of all parameters that lies in one block, and outside of all."""
+    """Return the share of the parameters in one block, and outside of all blocks."""
     total = sum(p.numel() for p in model.parameters())
     inside = sum(p.numel() for p in blocks(model).parameters())
     return {"block": inside / len(blocks(model)) / total, "outside": 1 - inside / total}
@@ -113,7 +114,7 @@ def _step(model: Any, batch: Any, rows: Iterator[tuple[int | None, Any]]) -> Cal
     _, optimizer = next(rows)
 
     def step() -> None:
-        _ = rows  # an iterator that is gone closes its optimizer
+        _ = rows  # keeps the iterator; if it is deleted, it closes its optimizer
         model(**batch).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -122,7 +123,7 @@ def _step(model: Any, batch: Any, rows: Iterator[tuple[int | None, Any]]) -> Cal
 
 
 def measure(shape: FullShape, *, rounds: int) -> Measured:
-    """Visit, rehearse and time every row."""
+    """Measure, estimate and time every row."""
     count = len(blocks(shape.model()))
     positions = (count - 1, count // 2, 0)
     visits, everywhere = {}, {}
@@ -143,14 +144,14 @@ def report(shape: FullShape, *, rounds: int, output: Path, run: Row) -> list[Row
     rows: list[Row] = [*write(output, shape.name, measure(shape, rounds=rounds).to_rows(), run)]
     print(f"\n### {shape.name}: {shape.rows} x {shape.length} tokens\n")
     print(memory_table(rows))
-    print("\nPeak of AdamW's, at all positions.\n\n" + everywhere_table(rows))
+    print("\nPeak / AdamW's peak, at all positions.\n\n" + everywhere_table(rows))
     print(f"\nTimes, {shape.rows} x {shape.timed_length} tokens, {rounds} rounds.\n")
     print(f"{times_table(rows)}\n\n{bars_table(rows)}", flush=True)
     return rows
 
 
 def plan(shapes: Sequence[FullShape], *, output: Path, run: Row) -> list[Row]:
-    """Rehearse the large shapes, store the rows, and print their table."""
+    """Estimate the large shapes, store the rows, and print their table."""
     rows: list[dict[str, Any]] = []
     for shape in shapes:
         for name in LARGE_ROWS:
@@ -180,7 +181,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.quick:
         shape, rounds = QUICK, 2
     run = run_of(__file__, arguments)
-    with quiet(Warning):  # the badam package's, on float32
+    with quiet(Warning):  # of the badam package, about float32
         if options.part != "planned":
             report(shape, rounds=rounds, output=options.output, run=run)
         if options.part != "measured":

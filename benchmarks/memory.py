@@ -1,17 +1,18 @@
-"""What a step takes: memory, FLOPs and time, of plain LoRA, its rivals and ours, in one run.
+"""Measure memory, FLOPs and time of a step: plain LoRA, its alternatives, and ours, in one run.
 
     python benchmarks/memory.py [--shape roberta|llama|both] [--output runs/memory.jsonl]
     python benchmarks/memory.py --device cuda
 
-All rows of a shape train the same frozen random weights on the same batch. *Peak* is the most bytes
-of tensor storage alive in forward and backward (not the update) above weights, optimizer state and
-batch; *saved* is what autograd keeps at the end of the forward, parameters left out. Both, and the
-FLOPs and operations, are counted exactly; a row that draws its modules anew is counted over 24
-reallocations (40 where compute is bounded). Times are medians of steps taken side by side, each
-draw in a step of its own; on a CPU they are CPU seconds, which other processes stretch less. Peak
-RSS is that of a process per row, and noisy.
+All rows of a shape use the same frozen random weights and the same batch. *Peak* is the largest
+number of bytes of tensor storage alive in forward and backward (not in the update), without
+weights, optimizer state and batch. *Saved* is what autograd keeps at the end of the forward pass,
+without parameters. These, the FLOPs and the operations are exact counts. A row that makes choices
+is counted over 24 of them (40 if compute is bounded). Times are medians, and the steps of all rows
+are timed in turn. The time of a budget is the mean over its choices; each distinct choice is timed
+by itself. Times on a CPU are CPU seconds, which depend less on other processes. Peak RSS is
+measured in one process per row, and is not exact.
 
-The rows are stored, one JSON line each; the tables and the plot are made from what is stored.
+The rows are stored, one JSON line each. The tables and the plot are made from the stored rows.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ Rss = Callable[[str], int | None]
 
 
 def measure(shape: Shape, *, rounds: int, rss: Rss) -> list[dict[str, Any]]:
-    """Return a row of absolute numbers for each way to train; of one that is refused, why."""
+    """Return a row of absolute numbers for each way to train, or the reason why it is refused."""
     bare = shape.bare()
     frozen_ops = ops_without_adapters(shape, bare)
     known: dict[Choice, Counted] = {}
@@ -54,10 +55,7 @@ def measure(shape: Shape, *, rounds: int, rss: Rss) -> list[dict[str, Any]]:
         except ValueError as problem:  # a budget too small for this model
             refused.append({"row": name, "refused": str(problem)})
     _tell(f"{shape.name}: timing")
-    fixed = {name: 2 for name, run in runs.items() if run.draws == 1 and name != REFERENCE}
-    steps = {name: run.step for name, run in runs.items()}
-    clock = time.process_time if shape.device == "cpu" else time.perf_counter
-    seconds = median_seconds(steps, rounds=rounds, warm_up=1, every=fixed, clock=clock)
+    seconds = _mean_seconds(runs, rounds=rounds, on_cpu=shape.device == "cpu")
     found = []
     for name, run in runs.items():
         row = {"row": name, **_numbers(run, counted[name], frozen_ops)}
@@ -65,6 +63,23 @@ def measure(shape: Shape, *, rounds: int, rss: Rss) -> list[dict[str, Any]]:
         row["resident"] = rss(name) if shape.device == "cpu" else allocated
         found.append(row | {"seconds": seconds[name], "tokens": shape.rows * shape.length})
     return found + refused
+
+
+def _mean_seconds(runs: Mapping[str, Run], *, rounds: int, on_cpu: bool) -> dict[str, float]:
+    """Return the time of a step of each run: the mean over its choices of their median times."""
+    parts = {name: run.timed_steps() for name, run in runs.items()}
+    steps = {
+        f"{name}/{number}": step
+        for name, part in parts.items()
+        for number, (_, step) in enumerate(part)
+    }
+    rare = {f"{name}/0": 2 for name, run in runs.items() if run.draws == 1 and name != REFERENCE}
+    clock = time.process_time if on_cpu else time.perf_counter
+    seconds = median_seconds(steps, rounds=rounds, warm_up=1, every=rare, clock=clock)
+    return {
+        name: sum(share * seconds[f"{name}/{number}"] for number, (share, _) in enumerate(part))
+        for name, part in parts.items()
+    }
 
 
 def _numbers(run: Run, counted: Sequence[Counted], frozen_ops: int) -> dict[str, Any]:
@@ -91,7 +106,7 @@ def _numbers(run: Run, counted: Sequence[Counted], frozen_ops: int) -> dict[str,
 def report(
     shape: Shape, *, rounds: int, rss: Rss, output: Path, run: Mapping[str, Any]
 ) -> list[Row]:
-    """Measure a shape, store its rows, print its tables, and draw its fronts beside the rows."""
+    """Measure a shape, store its rows, print its tables, and save the plot next to the rows."""
     found: list[Row] = [*write(output, shape.name, measure(shape, rounds=rounds, rss=rss), run)]
     print(f"\n## {shape.name}: {shape.rows} x {shape.length} tokens, LoRA rank {shape.rank}\n")
     print(f"{main_table(found)}\n\n{bars_table(found)}", flush=True)
@@ -108,9 +123,9 @@ def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--shape", choices=["roberta", "llama", "both"], default="both")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--quick", action="store_true", help="tiny shapes, few rounds")
-    parser.add_argument("--rounds", type=int, default=24)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--output", type=Path, default=Path("runs/memory.jsonl"))
-    parser.add_argument("--no-rss", action="store_true", help="start no process per row")
+    parser.add_argument("--no-rss", action="store_true", help="do not measure peak RSS")
     parser.add_argument("--rss-of", help=argparse.SUPPRESS)
     return parser.parse_args(arguments)
 

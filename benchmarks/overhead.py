@@ -1,15 +1,15 @@
-"""What knowing costs: the importance tracker, the wrapper and a reallocation.
+"""Measure the overhead of the importance tracker, of the wrapper, and of a reallocation.
 
     pip install --no-deps badam
     python benchmarks/overhead.py [--output runs/overhead.jsonl]
 
-The first table is of a real step: LoRA (rank 8 on query and value) over a BertModel of
-all-MiniLM-L6-v2's shape, with random weights, batch 16 x 48 tokens. The others are of many groups
-with hardly any work in each, a chain of 24, 144 and 512 small layers with LoRA, so that what does
-not shrink with the work stands out; they have the badam package, where it is installed, as a peer.
+The first table is about a real step: LoRA (rank 8 on query and value) on a BertModel with the shape
+of all-MiniLM-L6-v2 and random weights, with a batch of 16 x 48 tokens. The other tables are about
+many small groups: chains of 24, 144 and 512 small layers with LoRA. They show the costs that do not
+depend on the size of a layer. If the badam package is installed, they contain it as well.
 
-Rows of a table are timed side by side. Operations are exact, times are medians of CPU seconds,
-which other processes stretch less.
+The rows of a table are timed in turn. Operations are exact counts. Times are medians of CPU
+seconds, which depend less on other processes.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ SHAPE = {
     "vocab_size": 30522,
 }
 GROUPS = (24, 144, 512)
-WIDTH, BATCH = 32, 16  # of the chain
+WIDTH, BATCH = 32, 16  # sizes of the chain
 NEVER = 10**9
 
 
@@ -73,7 +73,7 @@ class Step:
     """A training step: forward, backward, update.
 
     Attributes:
-        updates: The CPU seconds of `Optimizer.step` in each call.
+        updates: The CPU seconds of `Optimizer.step`, one number per call.
     """
 
     def __init__(self, optimizer: Optimizer, loss: Callable[[], torch.Tensor]) -> None:
@@ -96,7 +96,7 @@ def minilm_step(build: Callable[[], nn.Module], wrap: Wrap) -> Step:
 
 
 class Chain(nn.Module):
-    """``h + W h``, so many times over."""
+    """``h + W h``, repeated ``length`` times."""
 
     def __init__(self, length: int) -> None:
         super().__init__()
@@ -136,12 +136,12 @@ def wrapped(importance: str, every: int = 1, *, active: float = 1.0, **options: 
 
 
 def in_turn(period: int) -> Wrap:
-    """One group at a time, as BAdam has it, and its state dropped after its turn."""
+    """Train one group at a time, as BAdam does, and drop its state afterwards."""
     return wrapped("forward", NEVER, active=1, allocator="round_robin", pause="drop", period=period)
 
 
 def package(period: int) -> Wrap:
-    """The badam package in its LoRA mode, a block a group."""
+    """Wrap by the badam package in its LoRA mode, with one group per block."""
 
     def wrap(optimizer: Optimizer, model: nn.Module) -> Optimizer:
         prefixes = [[f"{name}."] for name, m in model.named_modules() if hasattr(m, "lora_A")]
@@ -163,7 +163,7 @@ STEP_ROWS = {
     "wrapped, forward measure, 2/3 active": (ours, wrapped("forward", active=2 / 3)),
 }
 
-# Each with its twin that reallocates after every step, if it reallocates at all.
+# Each row with a second version that reallocates after every step, if the row reallocates.
 GROUP_ROWS: dict[str, tuple[Wrap, Wrap | None]] = {
     REFERENCE: (plain, None),
     "wrapped, not measured": (wrapped("forward", NEVER), None),
@@ -193,14 +193,14 @@ def step_rows(rounds: int) -> list[dict[str, Any]]:
 
 
 def measured_groups(groups: int, rounds: int) -> list[dict[str, Any]]:
-    """Measure the chain; of a row that reallocates also the update that does so in every step."""
+    """Measure the chain. For rows that reallocate, also measure an update with a reallocation."""
     rows = group_rows()
     steps: dict[str, Step] = {}
     for name, (wrap, reallocating) in rows.items():
         steps[name] = chain_step(groups, wrap)
         if reallocating is not None:
             steps[_twin(name)] = chain_step(groups, reallocating)
-    with redirect_stdout(StringIO()):  # the package names each block that it turns to
+    with redirect_stdout(StringIO()):  # the package prints each switch
         ops = counted(steps)
         seconds = median_seconds(steps, rounds=rounds, clock=time.process_time)
     updates = {name: statistics.median(step.updates[-rounds:]) for name, step in steps.items()}
@@ -222,7 +222,7 @@ def _twin(name: str) -> str:
 
 def counted(steps: dict[str, Step]) -> dict[str, float]:
     for step in steps.values():
-        step()  # makes the optimizer's state, which later steps do not
+        step()  # creates the optimizer state
     return {name: dispatched_ops(step, repeats=4) for name, step in steps.items()}
 
 
@@ -230,7 +230,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--rounds", type=int, default=100)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--groups", type=int, nargs="*", default=GROUPS, help="none to leave out")
+    parser.add_argument("--groups", type=int, nargs="*", default=GROUPS, help="none: no chains")
     parser.add_argument("--output", type=Path, default=Path("runs/overhead.jsonl"))
     options = parser.parse_args(arguments)
     with threads(options.threads):

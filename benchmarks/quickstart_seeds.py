@@ -1,4 +1,4 @@
-"""Store what the quickstart prints: with its defaults, and over several seeds with more steps.
+"""Run the quickstart and store its results: with defaults, and with more steps and seeds.
 
 OMP_NUM_THREADS=1 python benchmarks/quickstart_seeds.py [--output runs/quickstart.jsonl]
 OMP_NUM_THREADS=1 python benchmarks/quickstart_seeds.py --seeds 0    # the defaults only
@@ -20,7 +20,7 @@ from _stored import ROOT, Row, run_of, write
 
 
 def rows_of(settings: str, seed: int, more: Sequence[str] = ()) -> list[dict[str, Any]]:
-    """Run the quickstart in a process of its own; return a row for each method."""
+    """Run the quickstart in a new process; return a row for each method."""
     script = ROOT / "examples" / "quickstart.py"
     with TemporaryDirectory() as folder:
         given = [*settings.split(), "--seed", str(seed), *more, "--output", folder]
@@ -44,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--seeds", type=int, default=4)
     parser.add_argument("--output", type=Path, default=Path("runs/quickstart.jsonl"))
-    options, more = parser.parse_known_args(arguments)  # what it does not know, the quickstart does
+    options, more = parser.parse_known_args(arguments)  # other options are passed to the quickstart
     run = run_of(__file__, arguments)
     seeds = {DEFAULTS: 1} | dict.fromkeys(OVER_SEEDS, options.seeds)
     parts: list[list[Row]] = []

@@ -1,4 +1,4 @@
-"""How the pages are built: ``tox run -e docs``. Every warning is an error; nothing is fetched."""
+"""Sphinx settings for ``tox run -e docs``. Every warning is an error; no network is needed."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ myst_heading_anchors = 3
 html_theme = "furo"
 html_title = project
 
-# The modules whose ``__all__`` is the public interface, each name documented at the first of them.
+# The modules whose ``__all__`` is the public interface. Each name is documented at the first.
 PUBLIC = (
     "dynalora_optim",
     "dynalora_optim.allocation",
@@ -41,13 +41,13 @@ PUBLIC = (
 
 nitpicky = True
 nitpick_ignore_regex = [
-    # Of other projects: their pages are on the network, which a build does without.
+    # Names of other projects: their pages are on the network, which is not used here.
     (r"py:.*", r"(torch|nn|transformers|collections|typing|os|pathlib|random)\..*"),
     (r"py:.*", r"Optimizer|Tensor|LambdaLR|TrainingArguments|TrainerCallback"),
-    # Unions with a short name; the docstrings say what they allow.
+    # Short names of union types; the docstrings say what they allow.
     (r"py:.*", r"Batch|Factor|GroupRule|ImportanceMeasure|Loss|LrTime|MakeOptimizer"),
     (r"py:.*", r"Rounding|WindowSpec"),
-    # What a user neither makes nor calls.
+    # Names that a user neither creates nor calls.
     (r"py:.*", r"Projections|dynalora_adapters\._config\.AdapterConfig"),
 ]
 
@@ -58,15 +58,15 @@ autodoc_typehints_description_target = "documented"
 autodoc_default_options = {
     "members": True,
     "undoc-members": True,
-    # Of our own base classes, and not of these.
+    # Inherited members are documented, except those of these classes.
     "inherited-members": "Optimizer,Module,TorchDispatchMode,TrainerCallback,Sequence,Protocol",
 }
-napoleon_use_ivar = True  # "Attributes:" is a list, no entries of their own
+napoleon_use_ivar = True  # "Attributes:" is shown as a list, not as separate entries
 napoleon_use_rtype = False
 
 
 def home_of(name: str) -> str | None:
-    """Return the public module at which ``name`` is documented: the first that exports it."""
+    """Return the public module that documents ``name``: the first one that exports it."""
     for module in PUBLIC:
         if name in importlib.import_module(module).__all__:
             return module
@@ -76,7 +76,7 @@ def home_of(name: str) -> str | None:
 def document_once(
     app: Sphinx, what: str, name: str, thing: Any, skip: bool, options: Any
 ) -> bool | None:
-    """Leave out what an earlier public module documents, and fields: "Attributes:" has those."""
+    """Skip names that an earlier module documents, and fields, which "Attributes:" lists."""
     module = app.env.temp_data["autodoc:module"]
     if what == "module" and home_of(name) not in (None, module):
         return True
@@ -88,7 +88,7 @@ def document_once(
 def require_docstring(
     app: Sphinx, what: str, name: str, thing: Any, options: Any, lines: list[str]
 ) -> None:
-    """Warn, which fails the build, where a public thing has no docstring."""
+    """Warn if a public name has no docstring. A warning makes the build fail."""
     if not any(lines) and what not in ("attribute", "data"):
         logger.warning("%s has no docstring", name)
 
@@ -96,9 +96,9 @@ def require_docstring(
 def resolve_private_path(
     app: Sphinx, env: BuildEnvironment, node: pending_xref, content: nodes.Element
 ) -> nodes.reference | None:
-    """Link a public name, in whatever module it is defined, to its place in the reference.
+    """Link a public name to its place in the reference, in whatever module it is defined.
 
-    Annotations name the private module of a class, and docstrings its bare name.
+    Annotations contain the private module of a class; docstrings contain only its name.
     """
     target = node.get("reftarget", "").split(".")
     for length in (1, 2):  # Budget; Budget.select

@@ -1,31 +1,32 @@
 """Fine-tune on a fixed budget: an optimizer that decides every period which modules get gradients.
 
-How the pieces divide the work. Data flows one way, and each folder imports only from those before
-it:
+How the pieces divide the work. Data flows one way, and each folder imports only from folders before
+it in this list:
 
     groups -> importance -> allocation -> switching -> update -> state -> memory
 
-* `DynamicAllocationOptimizer` wraps a torch optimizer and takes its place in the training loop.
+* `DynamicAllocationOptimizer` wraps a torch optimizer and replaces it in the training loop.
 * An `ImportanceTracker` scores the module groups with a measure (`ForwardNorm`, `GradientNorm`,
   `Sensitivity`) over a window (`Ema`).
 * An allocator (`TopK`, `Threshold`, `Stochastic`, `DiscountedStochastic`, `UniformRandom`,
-  `RoundRobin`) chooses who is active; `Bounded` sees to it that nobody waits too long.
-* A schedule (`Periodic`, `Once`) says after which optimizer steps to choose anew.
-* A `Budget` is an allocator that also decides where the backward pass ends and what it recomputes,
-  from measured costs: a `MemoryReport` of `MemoryUse`, counted by `LiveBytes`.
-* `Blocks` makes whole transformer blocks the groups; `lisa` and `badam` are presets of that.
-* `Pause` says what becomes of the optimizer state of modules that pause, `Backward` how the
+  `RoundRobin`) chooses which groups are active; `Bounded` limits how long a group is inactive.
+* A schedule (`Periodic`, `Once`) decides after which optimizer steps to choose again.
+* A `Budget` is an allocator that also decides where the backward pass ends and which blocks are
+  recomputed, from measured costs. A `MemoryReport` of two `MemoryUse` shows these costs.
+* `Blocks` makes whole transformer blocks the groups; `lisa` and `badam` are presets that use it.
+* `Pause` sets what happens to the optimizer state of modules that pause, `Backward` sets how the
   backward pass is run, and `LocalLR` lets each module follow the learning-rate schedule at its own
   pace.
 * `show_versions` prints what an issue report needs.
-* `measure_step` counts what a training step takes; `estimate_memory` rehearses it without memory.
+* `LiveBytes` counts the memory of any code, `measure_step` that of a training step;
+  `estimate_memory` predicts it without allocating the memory.
 * The `AllocationRecord` keeps every `Reallocation`.
 
-To write an allocator, a schedule or a measure of your own, see `dynalora_optim.allocation` and
+To write your own allocator, schedule or measure, see `dynalora_optim.allocation` and
 `dynalora_optim.importance`.
 
-This package imports torch and the standard library only. It recognises adapters by what they have
-(`AdapterModule`), whoever wrote them.
+This package imports only torch and the standard library. It recognises adapter layers of any
+library by their attributes (`AdapterModule`).
 """
 
 from dynalora_optim._optimizer import DynamicAllocationOptimizer

@@ -1,4 +1,4 @@
-"""An optimizer under an allocation: what is in force, and what can be asked of it."""
+"""An optimizer with an allocation: it applies the current choice, and shows it to the user."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ from dynalora_optim.update._updater import Updater
 
 
 class AllocatedOptimizer(LateBoundOptimizer):
-    """Puts the choice of its allocation into force, and shows it.
+    """Applies the choice of its allocation, and shows it.
 
-    `DynamicAllocationOptimizer` builds the parts and advances them.
+    The subclass `DynamicAllocationOptimizer` builds the parts, and runs them at each step.
     """
 
     _model: nn.Module
@@ -60,12 +60,12 @@ class AllocatedOptimizer(LateBoundOptimizer):
 
     @property
     def allocator(self) -> Allocator:
-        """Who chooses."""
+        """The allocator, which chooses the active groups."""
         return self._allocation.allocator
 
     @property
     def lr_time(self) -> LrTime:
-        """``"global"``, ``"local"``, or a `LocalLR`; settable before the first step."""
+        """``"global"``, ``"local"``, or a `LocalLR`; set ``"local"`` before the first step."""
         return self._updater.rates.lr_time
 
     @lr_time.setter
@@ -74,7 +74,7 @@ class AllocatedOptimizer(LateBoundOptimizer):
 
     @property
     def record(self) -> AllocationRecord:
-        """Every reallocation so far, with its step, the scores, and the groups chosen."""
+        """Every reallocation so far, with its step, the scores, and the chosen groups."""
         return self._allocation.record
 
     def _apply_allocation(self, *, probe: bool) -> None:
@@ -94,7 +94,7 @@ class AllocatedOptimizer(LateBoundOptimizer):
 
     @torch.no_grad()
     def _update_one(self, parameter: Tensor, position: int) -> None:
-        """Move one parameter of the param group at ``position``, within the backward pass."""
+        """Update one parameter of the param group at ``position``, within the backward pass."""
         group, clock = self.param_groups[position], self._allocation
         if self._is_active(group):
             self._updater.update_one(
@@ -102,37 +102,40 @@ class AllocatedOptimizer(LateBoundOptimizer):
             )
 
     def active_parameters(self) -> list[Tensor]:
-        """Return the parameters that get gradients now, those outside all groups among them."""
+        """Return the parameters that get gradients now, including those outside all groups."""
         return flatten(group for group in self.param_groups if self._is_active(group))
 
     def hold(self, groups: Collection[str]) -> None:
-        """Make just these ``groups`` active, and choose no others from here on.
+        """Make only these ``groups`` active, and never choose again.
 
         Args:
-            groups: Names out of `groups`, at least one.
+            groups: One or more of the names in the property `groups`.
 
         Raises:
-            ValueError: Unknown names, none, or more than a `Budget` can hold. Nothing is changed
-                then.
+            ValueError: A name is unknown, no name is given, or a `Budget` cannot hold the groups.
+                Then nothing is changed.
         """
         self._allocation.hold(groups)
         self._apply_allocation(probe=False)
 
     def learning_rates(self) -> list[float]:
-        """Return the rate that each of ``param_groups`` had at the last update, local ones too."""
+        """Return the learning rate that each of ``param_groups`` used at the last update."""
         return [float(rate) for rate in self._updater.rates.last]
 
     def memory_report(self, *args: Any, **kwargs: Any) -> MemoryReport:
-        """Return what a training step holds, now and with all modules active; print it as a table.
+        """Return the memory of a training step, now and with all modules active.
+
+        ``print()`` shows the report as a table.
 
         Args:
-            *args: What the model is called with. Its costs are measured for such a batch.
-            **kwargs: As well. Without any, the report is on the batch that the `Budget` measured.
+            *args: The positional arguments of the model for a batch, on which costs are measured.
+            **kwargs: The keyword arguments of the model for this batch. Without any arguments, the
+                report uses the costs that the `Budget` has measured.
 
         Raises:
             RuntimeError: No batch is given and none has been measured, or the model is not in
                 training mode.
-            ValueError: The model has no blocks that can be told apart.
+            ValueError: The model has no blocks, or blocks that cannot be measured one by one.
         """
         costs, plan = self._costing.current(args, kwargs)
         allocated = flatten(g for g in self.param_groups if g["name"] in self._allocation.updates)
@@ -145,13 +148,15 @@ class AllocatedOptimizer(LateBoundOptimizer):
         )
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a param group, split per module group as those given at construction.
+        """Add a param group, split by module groups like those of the wrapped optimizer.
 
-        Its parameters may belong to modules adapted since: these join the allocation as new groups.
-        They are active at once where all others are; else a selection is made after this step.
+        Its parameters may belong to modules that were adapted after the optimizer was built. These
+        join the allocation as new groups. If all groups are active, the new ones are active at
+        once. If not, a selection is made after the next step.
 
         Raises:
-            ValueError: A parameter is not the model's, or is held already. Nothing is changed then.
+            ValueError: A parameter is not in the model, or another param group holds it. Then
+                nothing is changed.
         """
         parameters = self._check_new(param_group)
         if hasattr(self, "_driver"):  # not while torch's constructor adds the first ones
@@ -182,14 +187,14 @@ class AllocatedOptimizer(LateBoundOptimizer):
         return self._driver.groups()
 
     def plain_state_dict(self) -> dict[str, Any]:
-        """Return what the wrapped optimizer's own ``load_state_dict`` takes.
+        """Return a state dict for the wrapped optimizer's own ``load_state_dict``.
 
-        Its groups and their parameters are those that it was given, in that order. Modules that
-        were never active have no state in it, as parameters without a gradient have none.
+        It has the user's param groups with their parameters, in the user's order. Modules that were
+        never active have no state in it, like parameters that never had a gradient.
 
         Raises:
-            ValueError: Groups that were split from one of yours have come to differ in an option,
-                such as a rate that was set for one module.
+            ValueError: Param groups that were split from one of yours now differ in an option, such
+                as a rate that was set for one module.
         """
         self._updater.wait()
         state = {} if self._is_provisional else self.state

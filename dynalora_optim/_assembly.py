@@ -1,4 +1,4 @@
-"""Putting together what drives a model: all checks first, then the hooks."""
+"""Building the parts that drive a model: all checks first, then the hooks."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from dynalora_optim.update._fused import refusal
 
 @dataclass(frozen=True)
 class Choosing:
-    """Who chooses, when, how many, and by which random numbers."""
+    """How groups are chosen: by which allocator, when, how many, and with which seed."""
 
     allocator: Allocator
     schedule: Schedule
@@ -33,21 +33,23 @@ class Choosing:
 
 
 class Assembly:
-    """What drives a model, checked; it has changed nothing yet.
+    """Checks the options of an optimizer, and then builds the parts that drive its model.
+
+    The model does not change before `attach`.
 
     Args:
         model: The adapted model.
-        grouping: Its groups.
+        grouping: The groups of the model.
         backward: How the backward pass is run.
         choosing: How groups are chosen.
-        tracker: Scores them.
+        tracker: Scores the groups.
 
     Attributes:
-        allocation: Who is active at the start.
+        allocation: The allocation, with the choice for the start.
 
     Raises:
         TypeError: ``active`` is not a number.
-        ValueError: The options do not go together, or the model lacks blocks that they need.
+        ValueError: The options cannot be combined, or need blocks that the model does not have.
     """
 
     def __init__(
@@ -86,7 +88,7 @@ class Assembly:
             raise ValueError(refusal("importance= measures gradients at step()"))
 
     def attach(self) -> tuple[ModuleDriver, StepCosting]:
-        """Set the hooks of the modules; return what drives them and what measures them."""
+        """Set the hooks; return the driver of the modules, and the part that measures costs."""
         driver = ModuleDriver(
             self._model,
             self._blocks,

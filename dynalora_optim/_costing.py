@@ -1,4 +1,4 @@
-"""Measuring what choices cost, before the first step that needs it: on this rank, then on all."""
+"""Measuring the costs of choices before the first step that needs them, and on all ranks."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from dynalora_optim.memory._block_meter import BlockMeter
 
 
 class StepCosting:
-    """Measures training batches for an allocation that decides by what they cost."""
+    """Measures costs on training batches, for an allocator that decides by costs."""
 
     def __init__(
         self,
@@ -33,44 +33,44 @@ class StepCosting:
         self._handle: RemovableHandle | None = None
         self._is_measuring = False
         self._largest = 0  # elements of the largest batch on this rank
-        self._largest_of_all = 0  # and on any, as far as all ranks know
+        self._largest_of_all = 0  # the same over all ranks, when they last shared it
 
     def attach(self) -> None:
-        """Be told of each training forward, if the allocation needs costs."""
+        """Listen to each training forward, if the allocation needs costs."""
         self.close()
         if self._allocation.needs_costs:
             self._handle = announce(self._meter.model, self)
 
     def close(self) -> None:
-        """Be told no more."""
+        """Stop listening to forwards."""
         if self._handle:
             self._handle.remove()
         self._handle = None
 
     def before_forward(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Measure a training batch that is larger than any before, and fit the choice to it."""
+        """Measure a training batch that is larger than all before, and fit the choice to it."""
         if self._is_measuring:
             return
         self._largest = max(self._largest, elements(args, kwargs))
-        # Several ranks measure together, and so only when all know of it: see `share_largest`.
+        # Several ranks measure together, so that all must know the size first: see `share_largest`.
         outgrown = self._largest_of_all if world_size() > 1 else self._largest
         if not self._allocation.is_unmeasured(outgrown):
             return
         is_probing = self._driver.is_probing
         try:
             costs = agreed(self.measure(args, kwargs), key=lambda costs: costs.batch)
-            if costs.flops(costs.all_active):  # nothing can be told from a batch without rows
+            if costs.flops(costs.all_active):  # a batch without rows has no costs
                 self._allocation.take_costs(costs)
         finally:
             self._resume(is_probing)
 
     def share_largest(self) -> None:
-        """Let all ranks know of the largest batch that any has seen."""
+        """Share the size of the largest batch with all ranks, if the allocation needs costs."""
         if self._allocation.needs_costs:
             self._largest_of_all = largest(self._largest, self._driver.device)
 
     def measure(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Costs:
-        """Return what every choice costs for this batch; the caller then applies the choice."""
+        """Return the costs of every choice for this batch; the caller then applies the choice."""
         self._is_measuring = True
         self._driver.close_probe()
         groups = [self._driver.group(name) for name in self._allocation.names]
@@ -81,15 +81,15 @@ class StepCosting:
             self._is_measuring = False
 
     def current(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Costs, Plan]:
-        """Return the costs of this batch, or of the one measured, and the plan in force.
+        """Return the costs of this batch, or else the costs already measured, and the current plan.
 
         Raises:
-            RuntimeError: There is neither, or the model is not in training mode.
+            RuntimeError: There are no costs and no batch, or the model is not in training mode.
         """
         costs = self._allocation.costs
         if args or kwargs:
             if not self._meter.model.training:
-                raise RuntimeError("memory_report() is on training steps: call model.train().")
+                raise RuntimeError("memory_report() measures training: call model.train() first.")
             is_probing = self._driver.is_probing
             try:
                 costs = self.measure(args, kwargs)
@@ -97,8 +97,8 @@ class StepCosting:
                 self._resume(is_probing)
         if costs is None:
             raise RuntimeError(
-                "memory_report() has no batch: none was measured so far. Pass one as the model "
-                "takes it, such as memory_report(**batch)."
+                "memory_report() has no batch, and none was measured so far. Pass a batch as you "
+                "pass it to the model, such as memory_report(**batch)."
             )
         return costs, self._allocation.current_plan(costs)
 

@@ -1,4 +1,4 @@
-"""All that the optimizer does to the modules of its model: watch them, and open and close them."""
+"""Everything that the optimizer does to the modules of its model: measuring and switching them."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ logger = logging.getLogger(__name__)
 
 
 class ModuleDriver:
-    """Keeps the choice in force, DDP in step, and the tracker informed.
+    """Applies choices to the modules, keeps DDP synchronised, and runs the tracker.
 
     Args:
         model: The adapted model.
-        blocks: Its blocks; there may be none.
+        blocks: The model's blocks; there may be none.
         groups: The allocated groups.
         frozen: Groups that are never active.
-        tracker: Watches the allocated groups.
+        tracker: Measures the allocated groups.
         recomputes: Whether some blocks will be recomputed.
-        by_blocks: Whether each group lies in one block, so that compiled blocks can be idle as a
+        by_blocks: Whether each group lies in one block, so that a compiled block can be idle as a
             whole.
     """
 
@@ -62,7 +62,7 @@ class ModuleDriver:
         self._probe = GradientProbe(model, self.switch, tracker)
         self._anchor = Anchor()
         self._choice = Choice(frozenset())
-        self._has_diverged = False  # from the other ranks
+        self._has_diverged = False  # from the weights of other ranks
         self.add(groups)
         self.switch.set_flags(frozen, ())
 
@@ -71,7 +71,7 @@ class ModuleDriver:
         self._hooks.attach()
 
     def add(self, groups: Sequence[ModuleGroup]) -> None:
-        """Take ``groups`` into care; they stay active until `apply` says otherwise."""
+        """Drive ``groups`` too; they stay active until the next `apply`."""
         for module in filterfalse(is_claimed, self._model.modules()):
             drop_copied_hooks(module)
         self._groups.update((group.name, group) for group in groups)
@@ -79,25 +79,26 @@ class ModuleDriver:
         self._anchor.attach(groups)
 
     def check_same(self, groups: Iterable[ModuleGroup]) -> None:
-        """Raise if one of ``groups`` has the name of one in care, but other modules.
+        """Raise if one of ``groups`` has the name of a driven group, but other modules.
 
         Raises:
-            ValueError: The modules in care have left the model, or a rule names more of them.
+            ValueError: Modules of the driven group were removed from the model, or the rule now
+                puts more modules into the group.
         """
         for group in groups:
             known = self._groups.get(group.name, group)
             if known.modules != group.modules:
                 raise ValueError(
-                    f"group {group.name!r} has other modules than those that this optimizer "
-                    "drives under that name, which it would go on to drive; close() it and build "
-                    "a new DynamicAllocationOptimizer."
+                    f"group {group.name!r} no longer has the modules that this optimizer drives "
+                    "under that name; close() the optimizer and build a new "
+                    "DynamicAllocationOptimizer."
                 )
 
     def check_held(self, parameters: Iterable[Tensor]) -> None:
-        """Raise unless each group has some of ``parameters``, those that the optimizer updates.
+        """Raise unless each group has some of ``parameters``, which the optimizer updates.
 
         Raises:
-            RuntimeError: Since the optimizer was built, other parameters were put into one of them.
+            RuntimeError: The parameters of a group were replaced after the optimizer was built.
         """
         held = set(map(id, parameters))
         for group in self._groups.values():
@@ -106,16 +107,16 @@ class ModuleDriver:
                     f"the optimizer no longer holds the parameters of {group.name}. fully_shard "
                     "replaces them: call it before the optimizer is built, or leave it to "
                     "accelerator.prepare(model, optimizer). DeepSpeed ZeRO flattens them into "
-                    "tensors that belong to no module, so that none could be left out: use DDP or "
-                    "FSDP2 (fully_shard) instead."
+                    "tensors that belong to no module, so that no module can be inactive: use DDP "
+                    "or FSDP2 (fully_shard) instead."
                 )
 
     def groups(self) -> list[ModuleGroup]:
-        """Return the groups in care, those that are never active among them."""
+        """Return the driven groups, including those that are never active."""
         return [*self._groups.values(), *self._frozen]
 
     def modules(self) -> Iterator[nn.Module]:
-        """Yield the modules in care."""
+        """Yield the modules of the driven groups."""
         return (module for group in self.groups() for module in group.modules)
 
     @property
@@ -124,13 +125,13 @@ class ModuleDriver:
         return self._probe.is_waiting
 
     def apply(self, choice: Choice, *, probe: Choice | None = None) -> None:
-        """Put ``choice`` into force; before it, for one backward pass, that of the ``probe``."""
+        """Apply ``choice``; if a ``probe`` is given, apply that first, for one backward pass."""
         self._probe.close()
         self._choice = choice
         groups = list(self._groups.values())
         self.switch.apply(groups, choice)
         self.switch.set_gated(groups, self._gated(groups, choice))
-        if world_size() == 1:  # else DDP waits for these too
+        if world_size() == 1:  # with several ranks, DDP waits for frozen parameters too
             self.switch.set_gated(self._frozen, ())
         if not self.is_closed:
             idle = (group for group in groups if group.name not in choice.active)
@@ -142,25 +143,25 @@ class ModuleDriver:
             self._probe.open(groups, probe, choice)
 
     def close_probe(self) -> None:
-        """Put the choice into force, whether or not a backward pass has come."""
+        """Apply the choice, even if the probe's backward pass has not run yet."""
         self._probe.close()
 
     def _gated(self, groups: Sequence[ModuleGroup], choice: Choice) -> Collection[str]:
-        # DDP waits for all parameters, so that compiled code must have gradients of all.
+        # DDP waits for all parameters, so that compiled code must compute gradients for all.
         if not self._by_blocks or world_size() > 1:
             return [group.name for group in groups]
         return gated_groups(groups, choice, self._blocks)
 
     def layout_with(self, new: Sequence[ModuleGroup]) -> BlockLayout:
-        """Return where the allocated groups are, with ``new`` ones among them."""
+        """Return the layout of the allocated groups and the ``new`` ones."""
         return BlockLayout.of([*self._groups.values(), *new], self._blocks)
 
     def group(self, name: str) -> ModuleGroup:
-        """Return the group of this name that is in care."""
+        """Return the allocated group of this name."""
         return self._groups[name]
 
     def agree(self, settings: object) -> None:
-        """Raise unless all ranks have these ``settings``.
+        """Raise unless all ranks have the same ``settings``.
 
         Raises:
             RuntimeError: The ranks disagree.
@@ -169,7 +170,7 @@ class ModuleDriver:
         check_agreement("the allocation", settings, self.device)
 
     def watch_synchronization(self) -> None:
-        """Warn, once, if the ranks have come to different weights in an active group."""
+        """Warn, once, if the weights of an active group differ between ranks."""
         parameters = list(self._groups[min(self._choice.active)].parameters())
         if self._has_diverged or world_size() == 1 or any(map(is_sharded, parameters)):
             return
@@ -179,13 +180,13 @@ class ModuleDriver:
         if self._has_diverged:
             logger.warning(
                 "the ranks have different weights: nothing averages their gradients. Wrap the "
-                "model in DistributedDataParallel, or prepare it with Accelerate. (Calling "
-                "Trainer.evaluate() before Trainer.train() keeps the Trainer from doing so; pass "
-                "eval_on_start=True instead.)"
+                "model in DistributedDataParallel, or prepare it with Accelerate. (If you call "
+                "Trainer.evaluate() before Trainer.train(), the Trainer does not wrap the model; "
+                "pass eval_on_start=True instead.)"
             )
 
     def before_update(self) -> None:
-        """Read what the backward passes left, before an optimizer step uses it."""
+        """Score the gradients of the backward passes, before an optimizer step uses them."""
         self.switch.restore()
         self._probe.close()
         self._tracker.observe_step(
@@ -195,11 +196,11 @@ class ModuleDriver:
 
     @property
     def device(self) -> torch.device:
-        """Where the allocated parameters are."""
+        """The device of the allocated parameters."""
         return next(p for group in self._groups.values() for p in group.parameters()).device
 
     def close(self) -> None:
-        """Make every module active again and remove all hooks; once, for others may follow."""
+        """Make every module active and remove all hooks, once: others may drive them afterwards."""
         if self.is_closed:
             return
         self.is_closed = True

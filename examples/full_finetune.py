@@ -1,13 +1,13 @@
 """Full-parameter training of a causal language model by blocks, in a plain PyTorch loop.
 
     python examples/full_finetune.py                      # SmolLM2-135M on movie reviews, by BAdam
-    python examples/full_finetune.py --method adamw       # everything in every step, to compare
+    python examples/full_finetune.py --method adamw       # all parameters in every step, to compare
     python examples/full_finetune.py --method lisa --layers 4 --pause drop
     python examples/full_finetune.py --dtype bfloat16 --rounding stochastic --fused-backward
     python examples/full_finetune.py --model my-folder --data my-text.txt --save-every 10
 
-With --save-every, run the same command again after a kill: it continues from the last checkpoint,
-bit for bit. What the methods differ in is `optimizer_for`; the loop is `train`.
+With --save-every, you can run the same command again after a kill: it continues from the last
+checkpoint, bit for bit. The methods differ only in `optimizer_for`; the loop is in `train`.
 """
 
 from __future__ import annotations
@@ -52,19 +52,19 @@ from dynalora_optim import (
 )
 
 BY_BLOCKS = {"outside", "pause", "checkpoint_idle", "fused_backward"}
-TAKES = {  # what trains in a step, and what else it can be told
+TAKES = {  # method: its options; the comment says what trains in a step
     "adamw": set[str](),  # everything
     "badam": BY_BLOCKS | {"order"},  # one block at a time
-    "lisa": BY_BLOCKS | {"layers"},  # blocks drawn at random, and what is outside of them
-    "blocks": BY_BLOCKS | {"layers"},  # blocks of importance
+    "lisa": BY_BLOCKS | {"layers"},  # random blocks, and what is outside the blocks
+    "blocks": BY_BLOCKS | {"layers"},  # blocks chosen by importance
 }
-RATES = {"adamw": 1e-4, "badam": 1e-3, "lisa": 3e-4, "blocks": 1e-3}  # to start from
+RATES = {"adamw": 1e-4, "badam": 1e-3, "lisa": 3e-4, "blocks": 1e-3}  # default learning rates
 
 
 def optimizer_for(model: nn.Module, options: Namespace) -> Optimizer:
     """Return the method's optimizer over all parameters of ``model``.
 
-    AdamW alone would lose most updates of weights in bfloat16: it gets float32 copies there too.
+    With bfloat16 weights AdamW gets float32 copies too; without them most updates would be lost.
     """
     lr = RATES[options.method] if options.lr is None else options.lr
     adamw = AdamW(model.parameters(), lr=lr)
@@ -88,35 +88,35 @@ def optimizer_for(model: nn.Module, options: Namespace) -> Optimizer:
 
 
 def given(options: Namespace) -> dict[str, Any]:
-    """Return the options of single methods that are on the command line."""
+    """Return the options for single methods that are given on the command line."""
     names = sorted(set().union(*TAKES.values()))
     return {name: value for name in names if (value := getattr(options, name)) is not None}
 
 
-PROGRESS = ("loss_before", "losses", "trained", "memory", "seconds")  # in a checkpoint as well
+PROGRESS = ("loss_before", "losses", "trained", "memory", "seconds")  # saved in checkpoints
 
 
 @dataclass
 class Run:
-    """What trains, and what its steps so far were like."""
+    """What is trained, and what was measured in the steps so far."""
 
     model: nn.Module
     optimizer: Optimizer
     scheduler: LambdaLR
     loss_before: float = 0.0  # on the held-out blocks
-    losses: list[float] = field(default_factory=list)  # in training
-    trained: list[int] = field(default_factory=list)  # parameters that the step could move
-    memory: list[tuple[int, ...]] = field(default_factory=list)  # of a step a period: StepMemory's
+    losses: list[float] = field(default_factory=list)  # of the training steps
+    trained: list[int] = field(default_factory=list)  # parameters that the step trains
+    memory: list[tuple[int, ...]] = field(default_factory=list)  # StepMemory of one step per period
     seconds: list[float] = field(default_factory=list)  # of the other steps
 
     def loss(self, output: Any) -> Tensor:
-        """Return the loss in what the model returned, and keep its value."""
+        """Return the loss in the output of the model, and store its value."""
         loss: Tensor = output.loss
         self.losses.append(loss.item())
         return loss
 
     def trained_parameters(self) -> int:
-        """Return how many parameters the next step can move."""
+        """Return how many parameters the next step trains."""
         if isinstance(self.optimizer, DynamicAllocationOptimizer):
             return sum(parameter.numel() for parameter in self.optimizer.active_parameters())
         return sum(parameter.numel() for parameter in self.model.parameters())
@@ -125,14 +125,14 @@ class Run:
 def prepare(texts: Texts, options: Namespace) -> Run:
     model = texts.model(getattr(torch, options.dtype)).to(DEVICE).train()
     optimizer = optimizer_for(model, options)
-    torch.manual_seed(options.seed)  # of dropout, where a model has some
+    torch.manual_seed(options.seed)  # for dropout, if the model has it
     return Run(model, optimizer, linear_schedule(optimizer, options.steps))
 
 
 def train(run: Run, options: Namespace, batches: Iterator[Batch]) -> None:
-    """Take the steps that are left: a plain loop, but for the steps whose memory is measured."""
+    """Take the remaining steps in a plain loop. In some of them the memory is measured."""
     model, optimizer, start = run.model, run.optimizer, len(run.losses)
-    left = islice(batches, start, None)  # those of an uninterrupted run
+    left = islice(batches, start, None)  # the same batches as without interruption
     bar = tqdm(left, options.method, options.steps, initial=start, disable=None)
     for step, batch in enumerate(map(inputs, bar), start):
         run.trained.append(run.trained_parameters())
@@ -151,12 +151,12 @@ def train(run: Run, options: Namespace, batches: Iterator[Batch]) -> None:
 
 
 def inputs(batch: Batch) -> dict[str, Any]:
-    """Return what the model is called with; it would keep keys and values to generate with."""
+    """Return the arguments of the model; keys and values need not be kept for generation."""
     return {**placed(batch), "use_cache": False}
 
 
 def is_measured(step: int, options: Namespace) -> bool:
-    """One step a period is: the second one, which holds the state that the first one made."""
+    """Whether it is the second step of a period: its optimizer state exists already."""
     return bool(step % max(2, options.period) == 1)
 
 
@@ -168,7 +168,7 @@ def clock() -> float:
 
 @torch.no_grad()
 def held_out_loss(model: nn.Module, blocks: Sequence[Batch]) -> float:
-    """Return the mean over the blocks, which are of one length."""
+    """Return the mean loss over the blocks, which all have the same length."""
     model.eval()
     alone = [{name: field[None] for name, field in block.items()} for block in blocks]
     losses = [float(model(**inputs(batch)).loss) for batch in alone]
@@ -177,12 +177,12 @@ def held_out_loss(model: nn.Module, blocks: Sequence[Batch]) -> float:
 
 
 def identity(options: Namespace) -> dict[str, str]:
-    """Return what the two halves of an interrupted run must share."""
+    """Return the options that must be the same when a run continues."""
     return {k: str(v) for k, v in vars(options).items() if k not in ("output", "save_every")}
 
 
 def save(run: Run, options: Namespace) -> None:
-    """Write the checkpoint beside and rename it, so that a killed run leaves no half of one."""
+    """Write the checkpoint to a temporary file, then rename it, so that it is never incomplete."""
     state = {
         "options": identity(options),
         "model": run.model.state_dict(),
@@ -198,7 +198,7 @@ def save(run: Run, options: Namespace) -> None:
 
 
 def resume(run: Run, options: Namespace) -> None:
-    """Put ``run`` where its checkpoint is, if there is one of the same options, or raise."""
+    """Load the checkpoint into ``run``, if there is one. Raise if its options are different."""
     path = options.output / "checkpoint.pt"
     if not (options.save_every and path.is_file()):
         return
@@ -206,10 +206,10 @@ def resume(run: Run, options: Namespace) -> None:
         state = torch.load(path, map_location="cpu", weights_only=True)
         saved = state["options"]
     except (EOFError, KeyError, RuntimeError, pickle.UnpicklingError) as error:
-        raise ValueError(f"{path} is no checkpoint of this script; remove it") from error
+        raise ValueError(f"{path} is not a checkpoint of this script; remove it") from error
     for name, value in identity(options).items():
         if saved.get(name) != value:
-            found = f"{path} is of a run with {name}={saved.get(name)}, not {value}"
+            found = f"{path} belongs to a run with {name}={saved.get(name)}, not {value}"
             raise ValueError(f"{found}; remove it, or pass another --output")
     run.model.load_state_dict(state["model"])
     run.optimizer.load_state_dict(state["optimizer"])
@@ -221,7 +221,7 @@ def resume(run: Run, options: Namespace) -> None:
 
 
 def results(run: Run, after: float) -> dict[str, float]:
-    """Return what the run was like, by flat keys."""
+    """Return the results of the run, by name."""
     memory = StepMemory(*map(max, zip(*run.memory, strict=True)))
     return {
         "loss_before": run.loss_before,
@@ -234,32 +234,32 @@ def results(run: Run, after: float) -> dict[str, float]:
 
 
 def parse(arguments: Sequence[str] | None) -> Namespace:
-    """Read the command line, or raise ValueError; None is what the method does by itself."""
+    """Read the command line, or raise ValueError. None leaves an option to the method's default."""
     reader = parser(
         __doc__, model=CAUSAL_LM, steps=60, batch_size=4, length=64, period=2, output="runs/full"
     )
     add = reader.add_argument
     add("--method", choices=sorted(TAKES), default="badam", help="what trains in a step")
-    add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the weights")
-    add("--rounding", choices=("nearest", "stochastic"), help="of bfloat16 weights that pause")
-    add("--layers", type=positive, help="blocks at a time, of lisa and blocks; None: 2")
-    add("--order", choices=("ascending", "descending", "random"), help="of badam's blocks")
-    add("--outside", choices=("frozen", "always_active", "allocated"), help="what is not a block")
-    add("--pause", choices=("keep", "offload", "drop"), help="state of a block that pauses")
-    add("--checkpoint-idle", action="store_const", const=True, help="recompute idle blocks")
+    add("--dtype", choices=("float32", "bfloat16"), default="float32", help="dtype of the weights")
+    add("--rounding", choices=("nearest", "stochastic"), help="of bfloat16 weights at a pause")
+    add("--layers", type=positive, help="active blocks, for lisa and blocks; None: 2")
+    add("--order", choices=("ascending", "descending", "random"), help="order for badam")
+    add("--outside", choices=("frozen", "always_active", "allocated"), help="embeddings, head")
+    add("--pause", choices=("keep", "offload", "drop"), help="optimizer state at a pause")
+    add("--checkpoint-idle", action="store_const", const=True, help="recompute inactive blocks")
     add("--fused-backward", action="store_const", const=True, help="update in the backward pass")
-    add("--save-every", type=positive, help="steps; go on from the last checkpoint. None: neither")
+    add("--save-every", type=positive, help="steps between checkpoints; None: no checkpoints")
     options = reader.parse_args(arguments)
     for name, why in {
-        "steps": "one timed, one measured",
-        "length": "one token, and the next",
+        "steps": "one step is timed, one measured",
+        "length": "a token, and the next one to predict",
     }.items():
         if (value := getattr(options, name)) < 2:
-            raise ValueError(f"--{name} {value} must be 2 at least: {why}")
+            raise ValueError(f"--{name} {value} must be at least 2: {why}")
     if refused := sorted(given(options).keys() - TAKES[options.method]):
         raise ValueError(f"--method {options.method} takes no --{refused[0].replace('_', '-')}")
     if options.rounding is not None and options.dtype != "bfloat16":
-        raise ValueError("--rounding is of weights in bfloat16: pass --dtype bfloat16 as well")
+        raise ValueError("--rounding needs bfloat16 weights: pass --dtype bfloat16 as well")
     return options
 
 

@@ -1,4 +1,4 @@
-"""The shortest honest loop: a real model, real sentences, and the one line that DynaLoRA changes.
+"""A short training loop with a real model and real sentences. DynaLoRA changes one line of it.
 
 python examples/plain_loop.py
 python examples/plain_loop.py --model my-folder --data my-texts.csv --output my-adapter
@@ -38,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     lora = LoRAConfig(rank=8, alpha=16, targets=["query", "value"], trainable=["classifier"])
     model = inject(model, lora)
 
-    # The changed line: with AdamW alone this is plain LoRA.
+    # The changed line. With AdamW alone this is plain LoRA.
     adamw = torch.optim.AdamW(model.parameters(), lr=options.lr)
     optimizer = DynamicAllocationOptimizer(adamw, model, active=2 / 3, period=options.period)
 

@@ -3,10 +3,10 @@
     python examples/quickstart.py                        # all-MiniLM-L6-v2 on Rotten Tomatoes
     python examples/quickstart.py --model roberta-base --data my-texts.csv --length 128 --lr 5e-4
 
-All that the methods change in the training loop is one line; `plain_loop.py` is that loop alone.
+The methods differ in one line of the training loop; `plain_loop.py` has only that loop.
 
-The three take turns, step by step: whatever else the machine does slows down all three alike. Each
-has its own model, optimizer, batches and random numbers, so each comes to what it comes to alone.
+The three methods take turns, step by step, so other work on the machine slows all three equally.
+Each has its own model, optimizer, batches and random numbers, so its result is the same as alone.
 """
 
 from __future__ import annotations
@@ -45,13 +45,13 @@ from tqdm.auto import tqdm
 from dynalora_adapters import LoRAConfig, inject, save_adapter
 from dynalora_optim import Budget, DynamicAllocationOptimizer, LiveBytes
 
-EVALUATIONS = 2  # on the held-out rows, over a run
-WEIGHED = 10  # in one step of so many the bytes are counted; the others are timed
-TOLERANCE = 1e-5  # between peft's logits and ours
+EVALUATIONS = 2  # per run, on the held-out rows
+WEIGHED = 10  # the memory of every 10th step is counted; the others are timed
+TOLERANCE = 1e-5  # for the difference between peft's logits and ours
 
 
 def adapted(sentences: Sentences, options: Namespace) -> Module:
-    """Put a LoRA adapter on every target of the pretrained model; the same start at every call."""
+    """Put a LoRA adapter on every target of the pretrained model. Each call gives equal weights."""
     model = sentences.classifier(options.seed, **blocks_kept(options))
     config = LoRAConfig(
         rank=options.rank,
@@ -63,29 +63,29 @@ def adapted(sentences: Sentences, options: Namespace) -> Module:
 
 
 def blocks_kept(options: Namespace) -> dict[str, int]:
-    """What --layers changes in the pretrained model's configuration."""
+    """Return the changes to the pretrained model's configuration that --layers asks for."""
     return {} if options.layers is None else {"num_hidden_layers": options.layers}
 
 
 def methods(options: Namespace) -> dict[str, dict[str, Any] | None]:
-    """What each method passes to DynamicAllocationOptimizer; plain LoRA does without."""
+    """Return the options of DynamicAllocationOptimizer by method; None: plain LoRA."""
     budget = Budget(memory=options.memory, compute=options.compute)
     return {"LoRA": None, "DynaLoRA": {"active": options.active}, "Budget": {"allocator": budget}}
 
 
 class Run:
-    """One method in training, and what its steps were like."""
+    """The training of one method, with what was measured in its steps."""
 
     def __init__(self, method: str, sentences: Sentences, options: Namespace) -> None:
         self.loss: list[float] = []
-        self.accuracy: dict[int, float] = {}  # steps done -> on the held-out rows
-        self.seconds: list[float] = []  # of the steps that were timed
-        self.peaks: list[int] = []  # most bytes alive, of the other steps
-        self.updated: list[int] = []  # parameters that a step had a gradient for
+        self.accuracy: dict[int, float] = {}  # steps done -> accuracy on held-out rows
+        self.seconds: list[float] = []  # of the timed steps
+        self.peaks: list[int] = []  # most bytes alive, of the counted steps
+        self.updated: list[int] = []  # parameters with a gradient, by step
         self.model = adapted(sentences, options).train()
         optimizer: Optimizer = torch.optim.AdamW(self.model.parameters(), lr=options.lr)
         if (chosen := methods(options)[method]) is not None:
-            # The one line: the wrapper takes the optimizer's place; nothing below knows of it.
+            # The one line that differs. Nothing below depends on it.
             optimizer = DynamicAllocationOptimizer(
                 optimizer, self.model, period=options.period, seed=options.seed, **chosen
             )
@@ -97,7 +97,7 @@ class Run:
         self._random = random_state()
 
     def step(self, batch: Batch) -> None:
-        """Train on a batch, as any loop does."""
+        """Train on a batch, as in any training loop."""
         loss = self.model(**batch).loss
         loss.backward()
         self.updated.append(sum(p.numel() for p in self.model.parameters() if p.grad is not None))
@@ -122,7 +122,7 @@ class Run:
 
 
 def random_state() -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """Where PyTorch's random numbers, of dropout say, have come to."""
+    """Return the state of PyTorch's random generators, which dropout uses."""
     return torch.get_rng_state(), torch.cuda.get_rng_state_all()
 
 
@@ -132,7 +132,7 @@ def set_random_state(state: tuple[torch.Tensor, list[torch.Tensor]]) -> None:
 
 
 def clock() -> float:
-    """CPU time of this process, which others do not lengthen; on a GPU the time on the clock."""
+    """Return the CPU time of this process, or the wall-clock time on a GPU."""
     if DEVICE == "cpu":
         return time.process_time()
     torch.cuda.synchronize()
@@ -140,14 +140,14 @@ def clock() -> float:
 
 
 def compare(sentences: Sentences, options: Namespace) -> dict[str, Run]:
-    """Train with all methods in turn, step by step."""
+    """Train with all methods. They take turns, step by step."""
     held_out = [placed(batch) for batch in sentences.held_out]
     runs = {method: Run(method, sentences, options) for method in methods(options)}
     before = accuracy(next(iter(runs.values())).model, held_out)  # all start from the same weights
     for run in runs.values():
         run.accuracy[0] = before
     every = max(1, options.steps // EVALUATIONS)
-    seconds = 0.1 if sys.stderr.isatty() else 10  # a log file wants few lines
+    seconds = 0.1 if sys.stderr.isatty() else 10  # few lines in a log file
     with tqdm(range(1, options.steps + 1), mininterval=seconds, unit="step") as bar:
         for step in bar:
             for run in runs.values():
@@ -161,7 +161,7 @@ def compare(sentences: Sentences, options: Namespace) -> dict[str, Run]:
 
 
 def numbers(run: Run) -> dict[str, float]:
-    """What a run was like."""
+    """Return the results of a run, by name."""
     return {
         "accuracy": run.accuracy[len(run.loss)],
         "active_parameters": statistics.fmean(run.updated),
@@ -171,7 +171,7 @@ def numbers(run: Run) -> dict[str, float]:
 
 
 def table(runs: Mapping[str, Run]) -> str:
-    """Lay the runs out side by side, a column each."""
+    """Return a table with one column per run."""
     unit = "CPU seconds" if DEVICE == "cpu" else "seconds"
     columns = {name: (run.accuracy[0], *numbers(run).values()) for name, run in runs.items()}
     rows: dict[str, Callable[[float], str]] = {
@@ -189,7 +189,7 @@ def table(runs: Mapping[str, Run]) -> str:
 
 
 def plot(runs: Mapping[str, Run], path: Path) -> None:
-    """Draw loss and held-out accuracy of all runs against steps."""
+    """Plot loss and held-out accuracy of all runs over the steps."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -207,7 +207,7 @@ def plot(runs: Mapping[str, Run], path: Path) -> None:
 
 
 def peft_difference(model: Module, base: Module, adapter: Path, held_out: list[Batch]) -> float:
-    """Return how far peft's logits, with ``adapter`` on ``base``, are from those of ``model``."""
+    """Return the largest difference of logits: peft with ``adapter`` on ``base``, and ``model``."""
     from peft import PeftModel
 
     with warnings.catch_warnings():
@@ -218,19 +218,19 @@ def peft_difference(model: Module, base: Module, adapter: Path, held_out: list[B
     with torch.no_grad():
         for batch in map(placed, held_out):
             difference = model(**batch).logits - theirs(**batch).logits
-            # A NaN must not pass as agreement, and max() would drop it.
+            # NaN must not count as agreement; max() would ignore it.
             largest = max(largest, float(difference.abs().nan_to_num(torch.inf).max()))
     return largest
 
 
 def export(model: Module, sentences: Sentences, options: Namespace) -> float | None:
-    """Save the adapter; print whether peft reads it as we do, and return by how much it differs."""
+    """Save the adapter. Print and return how much the logits differ when peft loads it."""
     adapter = options.output / "adapter"
     save_adapter(model, adapter)
     if find_spec("peft") is None:
         print("peft check: skipped, peft is not installed")
         return None
-    # Another seed, another head: the one that was trained must come from the file.
+    # Another seed gives another head, so the trained head must come from the file.
     base = sentences.classifier(options.seed + 1, **blocks_kept(options))
     found = peft_difference(model, base, adapter, sentences.held_out)
     verdict = "agree with" if found <= TOLERANCE else "DIFFER from"
@@ -239,7 +239,7 @@ def export(model: Module, sentences: Sentences, options: Namespace) -> float | N
 
 
 def parse(arguments: Sequence[str] | None) -> Namespace:
-    """Read the command line: what all examples take, and what this one adds."""
+    """Read the command line: the options of all examples, and those of this one."""
     reader = parser(
         __doc__,
         model=CLASSIFIER,
@@ -252,20 +252,20 @@ def parse(arguments: Sequence[str] | None) -> Namespace:
     )
     add = reader.add_argument
     add("--targets", nargs="+", default=["query", "value"], metavar="NAME", help="layers to adapt")
-    add("--layers", type=positive, help="keep the first so many blocks only, for a quick look")
-    add("--rank", type=positive, default=8, help="of each adapter; alpha is twice as much")
-    add("--active", type=share, default=2 / 3, help="active modules: 8, or a share: 0.5, 2/3")
+    add("--layers", type=positive, help="use only this many blocks, for a quick try")
+    add("--rank", type=positive, default=8, help="rank of each adapter; alpha is twice that")
+    add("--active", type=share, default=2 / 3, help="active modules: a number or a share, 2/3")
     add("--memory", type=float, default=0.40, help="the Budget's share of LoRA's peak")
     add("--compute", type=float, default=0.6, help="the Budget's share of LoRA's backward pass")
     return reader.parse_args(arguments)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the comparison; return 0, or 1 where peft reads the adapter differently."""
+    """Run the comparison. Return 1 if peft's logits differ from ours, else 0."""
     start, cpu = time.perf_counter(), time.process_time()
     options = parse(arguments)
     output: Path = options.output
-    torch.set_num_threads(min(4, torch.get_num_threads()))  # small batches gain nothing from more
+    torch.set_num_threads(min(4, torch.get_num_threads()))  # more do not help small batches
     try:
         sentences = Sentences.load(options)
         runs = compare(sentences, options)

@@ -5,8 +5,8 @@
     python examples/trainer_finetune.py --model my-folder --data my-text.txt
     torchrun --nproc_per_node 2 examples/trainer_finetune.py --save-every 10
 
-With --save-every, run the same command again after a kill: it continues from the last checkpoint,
-bit for bit. All that is not the Trainer's own is `trainer_for`'s last two lines.
+With --save-every, you can run the same command again after a kill: it continues from the last
+checkpoint, bit for bit. Only the last two arguments in `trainer_for` are not plain Trainer code.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from dynalora_optim import Budget, DynamicAllocationOptimizer
 
 
 def allocation(options: Namespace) -> dict[str, Any]:
-    """Return what DynamicAllocationOptimizer is told."""
+    """Return the options of DynamicAllocationOptimizer."""
     common = {"period": options.period, "seed": options.seed}
     if options.memory is None and options.compute is None:
         return {"active": options.active, **common}
@@ -36,8 +36,8 @@ def allocation(options: Namespace) -> dict[str, Any]:
 
 
 def trainer_for(model: torch.nn.Module, texts: Texts, options: Namespace) -> Any:
-    """Return a Trainer of the adapted ``model``."""
-    # Here, and not above: on import they look at whether the hub may be asked.
+    """Return a Trainer for the adapted ``model``."""
+    # Imported here, because on import they read whether the hub may be used.
     from transformers import Trainer, TrainingArguments
 
     from dynalora_optim.integrations.transformers import AllocationCallback, dynalora_optimizer
@@ -50,10 +50,10 @@ def trainer_for(model: torch.nn.Module, texts: Texts, options: Namespace) -> Any
         per_device_train_batch_size=options.batch_size,
         per_device_eval_batch_size=options.batch_size,
         logging_steps=max(1, options.steps // 10),
-        eval_on_start=True,  # evaluate() before train() keeps the Trainer from using DDP
+        eval_on_start=True,  # with evaluate() before train(), the Trainer would not use DDP
         save_strategy="steps" if options.save_every else "no",
         save_steps=options.save_every or 1,
-        save_total_limit=2,  # the one before as well: a kill may leave half of the last
+        save_total_limit=2,  # two, because a kill may damage the last one
         seed=options.seed,
         use_cpu=not torch.cuda.is_available(),
         report_to=[],
@@ -77,18 +77,18 @@ def adapted(texts: Texts, options: Namespace) -> torch.nn.Module:
 
 
 def last_checkpoint(output: Path, processes: int) -> Path | None:
-    """Return the last checkpoint of so many processes that no kill has cut short."""
+    """Return the last checkpoint that is complete for this number of processes."""
     folders = sorted(output.glob("checkpoint-[0-9]*"), key=step_of, reverse=True)
     return next((folder for folder in folders if is_whole(folder, processes)), None)
 
 
 def step_of(checkpoint: Path) -> int:
-    """Return the steps done when it was saved."""
+    """Return how many steps were done when it was saved."""
     return int(checkpoint.name.removeprefix("checkpoint-"))
 
 
 def is_whole(checkpoint: Path, processes: int) -> bool:
-    """Whether all is there: the Trainer's state comes last, but for other processes' files."""
+    """Whether it is complete: it has the Trainer's state and a file from each process."""
     try:
         json.loads((checkpoint / "trainer_state.json").read_bytes())
     except (OSError, ValueError):
@@ -97,9 +97,9 @@ def is_whole(checkpoint: Path, processes: int) -> bool:
 
 
 def results(trainer: Any, start: int, seconds: float) -> dict[str, float]:
-    """What a run of ``seconds`` from step ``start`` on was like, by flat keys."""
+    """Return the results of a run that began at step ``start`` and took ``seconds``."""
     model = trainer.model
-    optimizer: DynamicAllocationOptimizer = trainer.optimizer.optimizer  # in Accelerate's
+    optimizer: DynamicAllocationOptimizer = trainer.optimizer.optimizer  # ours, inside Accelerate's
     after = trainer.evaluate()["eval_loss"]
     steps = trainer.state.global_step
     logs = trainer.state.log_history
@@ -121,7 +121,7 @@ def results(trainer: Any, start: int, seconds: float) -> dict[str, float]:
 
 
 def parse(arguments: Sequence[str] | None) -> Namespace:
-    """Read the command line: what all examples take, and what this one adds."""
+    """Read the command line: the options of all examples, and those of this one."""
     reader = parser(
         __doc__,
         model=CAUSAL_LM,
@@ -133,12 +133,12 @@ def parse(arguments: Sequence[str] | None) -> Namespace:
         output="runs/trainer",
     )
     add = reader.add_argument
-    add("--targets", nargs="+", default=["q_proj", "v_proj"], metavar="NAME", help="to adapt")
-    add("--rank", type=positive, default=8, help="of each adapter; alpha is twice as much")
-    add("--active", type=share, default=2 / 3, help="active modules: 8, or a share: 0.5, 2/3")
-    add("--memory", type=float, help="a Budget in place of --active: a share of LoRA's peak")
-    add("--compute", type=float, help="as well, or alone: a share of LoRA's backward pass")
-    add("--save-every", type=positive, help="steps; go on from the last checkpoint. None: neither")
+    add("--targets", nargs="+", default=["q_proj", "v_proj"], metavar="NAME", help="layers")
+    add("--rank", type=positive, default=8, help="rank of each adapter; alpha is twice that")
+    add("--active", type=share, default=2 / 3, help="active modules: a number or a share, 2/3")
+    add("--memory", type=float, help="a Budget, in place of --active: share of LoRA's peak")
+    add("--compute", type=float, help="a Budget too: share of LoRA's backward FLOPs")
+    add("--save-every", type=positive, help="steps between checkpoints; None: no checkpoints")
     return reader.parse_args(arguments)
 
 

@@ -3,6 +3,7 @@
 import gc
 import logging
 import os
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -50,6 +51,14 @@ def _global_state() -> dict[str, Any]:
         "process group": torch.distributed.is_initialized(),
         "folder": os.getcwd(),  # noqa: PTH109
     }
+
+
+@pytest.fixture(autouse=True)
+def _fresh_accelerate() -> Iterator[None]:
+    """Accelerate, which the Trainer uses too, keeps its first settings for the process's life."""
+    yield
+    if state := sys.modules.get("accelerate.state"):
+        state.AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture(autouse=True)

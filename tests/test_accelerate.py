@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,14 +12,6 @@ from torch.optim.lr_scheduler import LambdaLR
 from toy import ToyModel, backward, batch, same, train, weights, wrapped
 
 MICRO_BATCHES = 20
-
-
-@pytest.fixture(autouse=True)
-def fresh_state():
-    """Accelerate keeps its first settings for the life of the process."""
-    yield
-    if "accelerate" in sys.modules:
-        sys.modules["accelerate"].state.AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def decay(step: int) -> float:

@@ -224,7 +224,7 @@ BAD: dict[str, tuple[Callable[[], nn.Module], dict[str, object], str]] = {
     "typo": (
         lambda: build("bert").model,
         {"targets": ["query", "valeu"]},
-        r"targets entry 'valeu' matches no module .* Did you mean value.*called .*dense.*query",
+        r"targets entry 'valeu' matches no module .* Did you mean value.*end in .*dense.*query",
     ),
     "regex for one leaf": (
         lambda: build("bert").model,
@@ -259,12 +259,12 @@ BAD: dict[str, tuple[Callable[[], nn.Module], dict[str, object], str]] = {
     "inside the head": (
         lambda: build("roberta").model,
         {"targets": ["out_proj"], "trainable": ["classifier"]},
-        r"targets=\('out_proj',\) leaves no module .* lies in trainable=\('classifier',\)",
+        r"targets=\('out_proj',\) leaves no module .* is inside trainable=\('classifier',\)",
     ),
     "attention projection": (
         Encoder,
         {"targets": ["linear1", "out_proj"]},
-        r"targets matches encoder.layers.0.self_attn.out_proj, which nn.MultiheadAttention reads",
+        r"targets matches encoder.layers.0.self_attn.out_proj, whose weight nn.MultiheadAttention",
     ),
     "attention projection by regex": (Encoder, {"targets": r".*proj"}, "nn.MultiheadAttention"),
     "shared trainable": (
@@ -280,7 +280,7 @@ BAD: dict[str, tuple[Callable[[], nn.Module], dict[str, object], str]] = {
     "no linear layers at all": (
         lambda: nn.Sequential(nn.ReLU()),
         {"targets": ["q"]},
-        r"Linear layers are called \(there is none\)",
+        r"The names of linear layers end in \(it has no linear layer\)",
     ),
     "twice": (
         lambda: inject(Stack(), config(targets=["0"])),

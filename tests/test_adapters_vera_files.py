@@ -130,7 +130,7 @@ D = "base_model.model.blocks.0.0.vera_lambda_d"
 BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
     "no projections": (
         lambda f: retensor(f, lambda t: (t.pop(KEY_A), t.pop(KEY_B))),
-        f"{KEY_A} and {KEY_B} missing, which save_projection=True says .* set save_projection to",
+        f"{KEY_A} and {KEY_B} missing, although save_projection is true; .* set save_projection to",
     ),
     "no B": (lambda f: retensor(f, lambda t: t.pop(KEY_B)), f"{WEIGHTS}: {KEY_B} missing"),
     "no B, none promised": (
@@ -143,7 +143,7 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "integer projections": (
         lambda f: retensor(f, lambda t: t.update({KEY_B: torch.ones(64, 4, dtype=torch.int8)})),
-        f"{KEY_B} is torch.int8, the model needs a floating dtype",
+        f"{KEY_B} is torch.int8, but the model needs a floating dtype",
     ),
     "rank differs": (lambda f: edit(f, r=3), r"shape \(4,\), but the model .* need \(3,\)"),
     "huge rank": (lambda f: edit(f, r=10**15), r"shape \(4,\), but the model and the rank"),
@@ -190,8 +190,8 @@ def check_refused(model: nn.Module, folder: Path, message: str) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"key": 1}, r"says key=0 for blocks.0.0, the model has 1; call remove\(model\) first"),
-        ({"rank": 2}, "says rank=4 for blocks.0.0, the model has 2"),
+        ({"key": 1}, r"says key=0 for blocks.0.0, but the model has 1; call remove\(model\) first"),
+        ({"rank": 2}, "says rank=4 for blocks.0.0, but the model has 2"),
         ({"targets": ["0"]}, "unexpected base_model.model.blocks.0.2.vera_lambda_b"),
         ({"trainable": []}, "unexpected base_model.model.head"),
     ],

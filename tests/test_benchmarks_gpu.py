@@ -117,7 +117,7 @@ def test_the_summary_counts_what_happened(dry_run):
 def test_a_second_run_into_the_same_folder_is_refused(dry_run, capsys):
     with pytest.raises(SystemExit):
         kit.main(["--dry-run", str(dry_run[0])])
-    assert "holds the rows of another run" in capsys.readouterr().err
+    assert "has rows of another run" in capsys.readouterr().err
 
 
 def test_without_a_gpu_a_dry_run_is_proposed(monkeypatch, tmp_path, capsys):
@@ -174,7 +174,7 @@ def crash():
         (run_out, "out of memory", "CUDA out of memory."),
         (fail, "failed", "KeyError: 'x'"),
         (crash, "failed", f"its process ended with exit code {-signal.SIGKILL}"),
-        (lambda: time.sleep(60), "failed", "stopped after 1 s, its limit"),
+        (lambda: time.sleep(60), "failed", "stopped at its time limit, 1 s"),
     ],
     ids=["refused", "missing", "out of memory", "failed", "crashed", "too slow"],
 )
@@ -202,14 +202,14 @@ def test_rows_for_which_no_time_is_left_are_skipped(monkeypatch, tmp_path):
         row.name for row in part.rows_of("workspaces", dry_run=True)
     ]
     assert {line["status"] for line in found} == {"skipped"}
-    assert {line["reason"] for line in found} == {"the part's 0 s are over"}
+    assert {line["reason"] for line in found} == {"no time is left of the part's 0 s"}
 
 
 def test_a_part_that_breaks_or_hangs_is_a_row_of_its_own(monkeypatch, tmp_path):
     lines = _lines.Lines(tmp_path, "overhead", {})
     for command, reason in (
         (["-c", "raise SystemExit(3)"], "exit code 3"),
-        (["-c", "import time; time.sleep(60)"], "stopped after 6 s, its limit"),
+        (["-c", "import time; time.sleep(60)"], "stopped at its time limit, 6 s"),
     ):
         monkeypatch.setattr(kit, "command_of", lambda *_, c=command, **__: [sys.executable, *c])
         kit.run_part(kit.PARTS[-1], tmp_path, seconds=6.0, dry_run=True, lines=lines)

@@ -169,7 +169,7 @@ def test_topk_takes_the_most_important_modules_that_fit(costs, scores, memory):
     fits = [plan for plan in reachable if costs.peak(plan) <= memory]
     problem = context(costs, (*scores[:blocks], 1.0))
     if not fits:
-        with pytest.raises(ValueError, match=r"pass memory="):
+        with pytest.raises(ValueError, match=r"pass at least memory="):
             budget.select(problem)
         return
     chosen = budget.select(problem)

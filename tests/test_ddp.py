@@ -330,7 +330,7 @@ def frozen_when_wrapped(rank):
     for parameter in (module.layers[2][0].A, module.layers[2][0].B):
         parameter.requires_grad_(True)
     optimizer = wrapped(module, active=2, period=1)
-    with pytest.raises(RuntimeError, match="built while only 12 of now 14") as caught:
+    with pytest.raises(RuntimeError, match="built while only 12 of the 14") as caught:
         model(batch()).sum().backward()
     del optimizer
     return str(caught.value)

@@ -32,7 +32,7 @@ def blocks(page: str, language: str) -> list[str]:
 
 
 KNOWN = {"python", "console", "diff", "text", "{toctree}", "{eval-rst}", "{include}"}
-SETTING = {"docs/processes.md": "one_process", "docs/trainers.md": "a_new_accelerate"}
+SETTING = {"docs/processes.md": "one_process"}
 WITH_CODE = [page for page in PAGES if blocks(page, "python")]
 
 
@@ -51,15 +51,6 @@ def one_process() -> Iterator[None]:
     distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
     yield
     distributed.destroy_process_group()
-
-
-@pytest.fixture
-def a_new_accelerate() -> Iterator[None]:
-    """Accelerate keeps its state per process; the next test begins without it."""
-    from accelerate.state import AcceleratorState
-
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def adapted(tiny: TinyModel) -> torch.nn.Module:

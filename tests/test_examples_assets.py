@@ -71,7 +71,7 @@ def test_a_pin_is_a_wheel_or_a_source_archive_of_one_version(file, is_it, cache,
     (cache / "pins.txt").write_text(f"some-thing==1.0 --hash=sha256:{'0' * 64}\n", "utf-8")
     pin = _assets.pins(cache / "pins.txt")["some-thing"]
     (cache / file).write_bytes(b"archive")
-    with pytest.raises((ValueError, OSError), match="is pinned" if is_it else "could not fetch"):
+    with pytest.raises((ValueError, OSError), match="is pinned" if is_it else "could not download"):
         _assets.archive(pin)
 
 
@@ -204,5 +204,5 @@ def test_without_gguf_the_error_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name: None if name == "gguf" else find(name)
     )
-    with pytest.raises(OSError, match=r'm\.gguf takes the package gguf: pip install "dynalora'):
+    with pytest.raises(OSError, match=r'm\.gguf needs the package gguf: pip install "dynalora'):
         _assets.convert_gguf(tmp_path / "m.gguf", tmp_path)

@@ -86,7 +86,7 @@ def test_blocks_hold_all_text_in_order_without_padding():
     blocks = _common.token_blocks(Letters(), rows, 4)
     assert [block["input_ids"].tolist() for block in blocks] == [[1, 2, 3, 0], [4, 5, 0, 6]]
     assert all(torch.equal(block["input_ids"], block["labels"]) for block in blocks)
-    with pytest.raises(ValueError, match="3 texts of 11 tokens do not fill 12"):
+    with pytest.raises(ValueError, match="3 texts with 11 tokens do not fill 12"):
         _common.token_blocks(Letters(), rows, 12)
 
 
@@ -95,7 +95,7 @@ def test_a_file_of_lines_is_read_without_its_blanks(tmp_path):
     path.write_text("one\n\n  two \n", "utf-8")
     assert [row.text for row in _common.read_lines(path)] == ["one", "two"]
     path.write_text("one\n", "utf-8")
-    with pytest.raises(ValueError, match="two lines of text at least; it holds 1"):
+    with pytest.raises(ValueError, match="at least two lines of text; it has 1"):
         _common.read_lines(path)
 
 

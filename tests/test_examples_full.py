@@ -170,8 +170,8 @@ def test_killed_and_started_again_it_ends_bit_for_bit_alike(
         ("--method badam --layers 2", "--method badam takes no --layers"),
         ("--rounding nearest", "pass --dtype bfloat16 as well"),
         ("--method blocks --layers 9", "active=9 exceeds the 3"),
-        ("--steps 1", "--steps 1 must be 2 at least"),
-        ("--length 1", "--length 1 must be 2 at least"),
+        ("--steps 1", "--steps 1 must be at least 2"),
+        ("--length 1", "--length 1 must be at least 2"),
         ("--length 100000", "do not fill 100000 tokens"),
         ("--batch-size 1000", "batch_size=1000 exceeds"),
         ("--lr -1", "learning rate: -1"),
@@ -186,11 +186,11 @@ def test_bad_input_ends_in_one_sentence(options, message, arguments, monkeypatch
 def test_a_checkpoint_of_another_run_or_half_of_one_is_refused(arguments, tmp_path):
     saving = [*arguments, "--save-every", "5"]
     assert full_finetune.main(saving) == 0
-    with pytest.raises(SystemExit, match=r"is of a run with seed=0, not 1; remove it"):
+    with pytest.raises(SystemExit, match=r"belongs to a run with seed=0, not 1; remove it"):
         full_finetune.main([*saving, "--seed", "1"])
     path = tmp_path / "run" / "checkpoint.pt"
     path.write_bytes(path.read_bytes()[:1000])
-    with pytest.raises(SystemExit, match="is no checkpoint of this script; remove it"):
+    with pytest.raises(SystemExit, match="is not a checkpoint of this script; remove it"):
         full_finetune.main(saving)
 
 

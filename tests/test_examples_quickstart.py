@@ -242,7 +242,7 @@ def test_unreachable_hub_ends_in_one_sentence(texts, tmp_path):
     assert "Traceback" not in done.stderr
     last = done.stderr.strip().splitlines()[-1]
     assert last.startswith("quickstart: could not load the model nobody/no-such-model")
-    assert "Without the hub: --model" in last
+    assert "Without the hub, pass --model" in last
 
 
 @pytest.fixture

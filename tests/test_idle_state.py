@@ -157,7 +157,7 @@ class Lazy(SGD):
 def test_what_cannot_be_made_anew_is_not_dropped(rule):
     model = LanguageModel()
     with pytest.raises(
-        ValueError, match=rf"Pause\(state='drop'\) would delete what {rule.__name__}"
+        ValueError, match=rf"Pause\(state='drop'\) would delete state that {rule.__name__}"
     ):
         by_blocks(model, rule, pause="drop")
     by_blocks(model, rule, pause="offload").close()

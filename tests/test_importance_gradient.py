@@ -309,7 +309,7 @@ def test_a_bad_score_is_forgotten(bad, window):
         (lambda: GradientNorm(p=3), r"GradientNorm\(p=3\)"),
         (lambda: Sensitivity(beta1=1.0), r"Sensitivity\(beta1=1.0\)"),
         (lambda: Ema(-0.1), r"Ema\(decay=-0.1\)"),
-        (lambda: ImportanceTracker("forward", probe=True), "probe=True refreshes gradient"),
+        (lambda: ImportanceTracker("forward", probe=True), "probe=True is for gradient"),
         (lambda: ImportanceTracker("forward", every=0), "every=0 must be a whole number"),
     ],
 )

@@ -362,13 +362,13 @@ def test_bad_options(options, error, match):
 
 
 def test_adagrad_cannot_be_reset():
-    with pytest.raises(ValueError, match="Adagrad makes only when it is built"):
+    with pytest.raises(ValueError, match="Adagrad creates only when it is built"):
         wrapped(ToyModel(), torch.optim.Adagrad, pause=Pause(moments="reset"))
 
 
 def test_what_is_no_function_of_the_step_is_refused():
     scheduler = lr_scheduler.StepLR(torch.optim.SGD([torch.zeros(1, requires_grad=True)]), 2)
-    with pytest.raises(TypeError, match="lr_time='local' serves them"):
+    with pytest.raises(TypeError, match="Use lr_time='local' with these"):
         LocalLR(scheduler)
     with pytest.raises(ValueError, match="horizon='long'"):
         LocalLR(linear(1, 2), horizon="long")

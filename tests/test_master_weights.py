@@ -269,7 +269,7 @@ def test_nothing_is_lost_at_a_checkpoint(options, at):
 @pytest.mark.parametrize(
     ("master_weights", "dtype", "message"),
     [
-        ("up", BF16, "master_weights='up' is none of nearest, stochastic, None"),
+        ("up", BF16, "master_weights='up': pass one of nearest, stochastic, None"),
         ("stochastic", torch.float16, r"rounds to bfloat16, but \d+ parameter\(s\) are float16"),
     ],
 )
@@ -282,5 +282,5 @@ def test_optimizers_with_weights_of_their_own_are_refused():
     class Averaging(AdamW):
         def eval(self) -> None: ...
 
-    with pytest.raises(ValueError, match="puts weights of its own into the model"):
+    with pytest.raises(ValueError, match="writes its own weights into the model"):
         by_blocks(half(), Averaging)

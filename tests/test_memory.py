@@ -11,14 +11,17 @@ from budgets import MODELS, adapted, clear, costs_of, measured, on_budget, shape
 from tiny_models import ROOMY, TINY, snapshot
 from tiny_models import same as same_model
 from torch import nn
+from torch.torch_version import TorchVersion
 from toy import ToyModel, batch, names, wrapped
 
 from dynalora_optim import Budget, LiveBytes
 from dynalora_optim._base.live_bytes import tensor_bytes
+from dynalora_optim._base.packages import installed
 from dynalora_optim.allocation._costs import Plan
 
 FLOAT = 4
 HIDDEN = ROOMY.rows * ROOMY.length * ROOMY.width * FLOAT  # a block's input
+OLD = TorchVersion(installed("transformers").replace("not installed", "0")) < "5.17"
 SLACK = 6 * 1024  # the profiler's own 1024, and rotary tables and masks that die within a step
 
 
@@ -45,7 +48,8 @@ def test_the_peak_of_every_plan_is_predicted(name, how):
     if how == "peft":
         pytest.importorskip("peft")
     tiny = adapted(name, how)
-    costs = check_prediction(tiny, tiny.loss)
+    # Before 5.17 transformers' ViT hands its embeddings on as they are: one hidden state too high.
+    costs = check_prediction(tiny, tiny.loss, over=HIDDEN if name == "vit" and OLD else 0)
     assert len(costs.blocks) == ROOMY.blocks
     assert not costs.pinned
     assert not costs.prefix
@@ -310,7 +314,7 @@ def test_the_report_prints_a_table():
         assert table[f"saved by {name}"][1] == size
     assert list(mib) == [f"bert.encoder.layer.{i}" for i in range(ROOMY.blocks)] + ["head"]
     assert table["peak of a step"][1] == f"{report.all_active.peak / 2**20:,.1f}"
-    assert table["of them recomputation"][1] == "0%"
+    assert table["of which recomputation"][1] == "0%"
     assert len({len(line) for line in str(report).splitlines()}) == 1
 
 

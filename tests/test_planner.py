@@ -249,7 +249,7 @@ def test_tied_weights_count_once():
 
 @pytest.mark.skipif(HAS_GROUPED_QUERIES, reason="this torch can rehearse them")
 def test_grouped_queries_name_the_torch_that_they_need():
-    with pytest.raises(ValueError, match=r"needs torch 2\.9 there, found 2\.8.*measure_step"):
+    with pytest.raises(ValueError, match=r"needs torch 2\.9 or newer, found 2\.8.*measure_step"):
         estimate_memory(llama(key_value_heads=2), tokens(), adamw)
 
 
@@ -264,7 +264,7 @@ def test_a_large_model_is_planned_in_seconds_without_its_memory():
 
 def test_the_loss_is_what_the_caller_says():
     model = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, CLASSES))
-    with pytest.raises(ValueError, match=r"Tensor, which is no loss.*pass loss="):
+    with pytest.raises(ValueError, match=r"Tensor, which is not a loss.*pass loss="):
         measure_step(model, [x()], adamw(model))
     memory = measure_step(model, (x(),), adamw(model), loss=lambda output: output.mean())
     assert memory.gradients == BLOCK + HEAD
@@ -280,14 +280,14 @@ def test_what_cannot_be_rehearsed_says_so():
                 adamw(m), m, groups=Blocks(outside="frozen"), allocator=Budget(0.5)
             ),
         )
-    with pytest.raises(ValueError, match=r"\['nobody'\] names no module group; pass some of"):
+    with pytest.raises(ValueError, match=r"\['nobody'\] are not names of module groups"):
         estimate_memory(model, [x()], lambda m: badam(m, adamw(m)), active=["nobody"])
 
     class Elsewhere(Stack):
         def forward(self, x):
             return super().forward(x + torch.ones(WIDTH))  # on the CPU, wherever x is
 
-    with pytest.raises(ValueError, match=r"Elsewhere cannot be rehearsed.*measure_step"):
+    with pytest.raises(ValueError, match=r"Elsewhere cannot run on the meta device.*measure_step"):
         estimate_memory(Elsewhere(), [x()], adamw)
 
 

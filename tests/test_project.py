@@ -1,8 +1,10 @@
-"""What the project promises about itself: its imports and its packaging."""
+"""What the project promises about itself: its imports, sizes, interface and packaging."""
 
 from __future__ import annotations
 
 import ast
+import importlib
+import inspect
 import os
 import re
 import sys
@@ -108,6 +110,44 @@ def test_each_integration_imports_its_library_and_nothing_imports_an_integration
         assert found - {"dynalora_optim"} == libraries[path.stem], path
     for path in [*sources(dynalora_optim), *sources(dynalora_adapters)]:
         assert not any(name.startswith("dynalora_optim.integrations") for name in imports_of(path))
+
+
+@pytest.mark.parametrize(
+    "folder", ["dynalora_optim", "adapters/dynalora_adapters", "examples", "benchmarks"]
+)
+def test_files_have_at_most_300_lines_and_functions_40(folder):
+    paths = sorted((ROOT / folder).rglob("*.py"))
+    assert paths
+    for path in paths:
+        text = path.read_text(encoding="utf-8")
+        assert len(text.splitlines()) <= 300, path
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                lines = node.end_lineno - node.lineno + 1
+                assert lines <= 40, f"{path}:{node.lineno}: {node.name} has {lines} lines"
+
+
+@pytest.mark.parametrize("package", [dynalora_optim, dynalora_adapters])
+def test_no_two_files_of_a_package_have_the_same_name(package):
+    """``_x`` and ``x`` count as the same name."""
+    names = [path.stem.lstrip("_") for path in sources(package) if path.stem != "__init__"]
+    assert {name for name in names if names.count(name) > 1} == set()
+
+
+def test_the_constructor_has_at_most_14_parameters():
+    assert len(inspect.signature(dynalora_optim.DynamicAllocationOptimizer).parameters) <= 14
+
+
+@pytest.mark.parametrize("name", ["allocation", "importance", "memory"])
+def test_each_public_folder_has_prose_and_an_export_list(name):
+    folder = importlib.import_module(f"dynalora_optim.{name}")
+    title, _, prose = inspect.getdoc(folder).partition("\n\n")
+    assert title.endswith(".")
+    assert prose.count(".") >= 3, "sentences on how the pieces divide the work"
+    assert folder.__all__
+    for exported in folder.__all__:
+        assert not exported.startswith("_")
+        assert inspect.getdoc(getattr(folder, exported))
 
 
 def test_the_distribution_has_two_typed_packages_and_two_dependencies():

@@ -147,7 +147,7 @@ def test_sizes_are_in_units_of_the_references():
 def test_runs_of_other_settings_are_not_thrown_together():
     other = line(seed=1)
     other["settings"]["steps"] = 8
-    with pytest.raises(ValueError, match=r"easy differ.*'steps': 4.*'steps': 8.*folders"):
+    with pytest.raises(ValueError, match=r"easy differ in more.*'steps': 4.*'steps': 8.*folders"):
         _compare.Sweep([line(), other])
 
 
@@ -204,7 +204,7 @@ def test_a_figure_without_runs_says_how_to_make_them(tmp_path):
     assert report.main([str(tmp_path), "--output", str(tmp_path / "out")]) == 0
     text = (tmp_path / "out" / "report.md").read_text("utf-8")
     command = re.search(
-        "Periods: no runs; `python benchmarks/quality/sweep.py (.*)` makes them", text
+        "Periods: there are no runs; `python benchmarks/quality/sweep.py (.*)` makes them", text
     )[1]
     options = script.parse(command.split())
     assert (options.suite, options.tasks, options.output) == ("offline", ["easy"], tmp_path)
@@ -219,10 +219,10 @@ def test_a_figure_without_runs_says_how_to_make_them(tmp_path):
     [
         (["nowhere"], "there is no folder .*nowhere; sweep.py --output"),
         (["empty"], "there are no finished runs in .*empty"),
-        (["broken"], "broken/runs.jsonl has a line that is no run of sweep.py: KeyError"),
-        (["changed"], "a run of easy predicts 3 test rows .* not so on the 400 there are"),
+        (["broken"], "broken/runs.jsonl has a line that is not a run of sweep.py: KeyError"),
+        (["changed"], "a run of easy has 3 predictions .* does not agree with the 400 test rows"),
         (["", "--pairs", "lora"], "--pairs lora is not two methods such as forward:random"),
-        (["", "--reference", "vera"], r"there are no runs of vera; there are of \['lora'"),
+        (["", "--reference", "vera"], r"there are no runs of vera; there are runs of \['lora'"),
         (["", "--pairs", "lora:vera"], "there are no runs of vera"),
         (["", "--methods", "lora,vera"], "there are no runs of vera in "),
     ],
@@ -345,7 +345,7 @@ def test_other_rows_of_the_same_number_are_noticed():
     """The predictions no longer give the metric that the run had noted."""
     moved = line("vera", wrong=range(40))
     moved["predictions"] = moved["predictions"][1:] + moved["predictions"][:1]
-    with pytest.raises(ValueError, match=r"400 test rows with accuracy 0\.9000, which is not so"):
+    with pytest.raises(ValueError, match=r"400 predictions with accuracy 0\.9000, which does not"):
         _compare.Sweep([line(), moved]).difference("vera", "lora")
 
 

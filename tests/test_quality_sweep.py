@@ -162,9 +162,9 @@ def test_options_follow_an_at():
     [
         ("loar", "no method 'loar'"),
         ("forward@active", "'active' is not an option"),
-        ("lora@period=2", "lora allocates nothing"),
-        ("lora@targets=query", r"'lora@targets=query': targets= is all-linear"),
-        ("lora@targets=all-linear,top=0.5", "then top= is 1"),
+        ("lora@period=2", "lora makes no choices"),
+        ("lora@targets=query", r"'lora@targets=query': targets= must be all-linear"),
+        ("lora@targets=all-linear,top=0.5", "then top= must be 1"),
     ],
 )
 def test_what_is_no_method_is_refused(name, message):

@@ -84,7 +84,7 @@ def test_each_stored_row_says_how_when_and_where_it_was_measured(path):
 @pytest.mark.parametrize("folder", ["", "short", "mpnet"])
 def test_the_sweeps_ran_on_what_the_text_names(folder):
     runs = _quality_tables.finished(_quality_tables.FOLDER / folder / "runs.jsonl")
-    named = {f"{r['versions']['device']}, {r['versions']['threads']} thread a run" for r in runs}
+    named = {f"{r['versions']['device']}, {r['versions']['threads']} thread per run" for r in runs}
     named |= {f"{name} {r['versions'][name]}" for r in runs for name in ("torch", "transformers")}
     text = tables.RESULTS.read_text("utf-8")
     assert len(named) == 3
@@ -104,11 +104,11 @@ def test_a_part_that_is_measured_again_replaces_its_rows_and_no_others(tmp_path)
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (None, "there are no stored runs at .*rows.jsonl; a script's --output makes them"),
+        (None, "there are no stored runs at .*rows.jsonl; a script with --output writes them"),
         ('{"part": "a", "row": "x", "run": {}}', "has no rows of part 'b'; it has .'a'."),
-        ('{"part": "a", "row"', "line 1, is no row: "),
-        ('{"part": "a"}', "line 1, is no row: it lacks part, row or run"),
-        ("3", "line 1, is no row: "),
+        ('{"part": "a", "row"', "line 1, is not a row: "),
+        ('{"part": "a"}', "line 1, is not a row: part, row or run is missing"),
+        ("3", "line 1, is not a row: "),
     ],
 )
 def test_a_file_that_is_no_file_of_runs_is_refused(text, message, tmp_path):
@@ -148,10 +148,10 @@ def test_an_interval_of_other_runs_is_refused(monkeypatch, tmp_path):
     path = tmp_path / "intervals.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in moved), "utf-8")
     monkeypatch.setattr(_quality_tables, "INTERVALS", path)
-    with pytest.raises(ValueError, match=r"for full less lora, and the runs give .* --intervals"):
+    with pytest.raises(ValueError, match=r"for full minus lora, but the runs give .* --intervals"):
         _quality_tables.quality()
     path.write_text(json.dumps(rows[1] | {"part": "few"}) + "\n", "utf-8")
-    with pytest.raises(ValueError, match="no interval of random@active=2 less lora; python"):
+    with pytest.raises(ValueError, match="no interval of random@active=2 minus lora; python"):
         _quality_tables.few()
 
 

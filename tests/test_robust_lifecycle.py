@@ -80,7 +80,9 @@ def test_a_module_that_takes_anothers_name_is_refused():
     train(model, optimizer, 2)
     model.layers[5] = nn.Sequential(ToyAdapter(8), nn.Tanh())
     before = optimizer.state_dict()["param_groups"]
-    with pytest.raises(ValueError, match=r"group 'layers.5.0' has other modules.*close\(\)"):
+    with pytest.raises(
+        ValueError, match=r"group 'layers.5.0' no longer has the modules.*close\(\)"
+    ):
         optimizer.add_param_group({"params": list(model.layers[5][0].parameters())})
     assert optimizer.state_dict()["param_groups"] == before
     assert not model.layers[5][0]._forward_hooks

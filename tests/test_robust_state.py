@@ -217,7 +217,7 @@ SPOILT: dict[str, tuple[Callable[[], Any], str]] = {
         "2 values for the score of layers.1.0, but its window holds 1",
     ),
     "no record": (at("record", value="x"), "record of kind str"),
-    "foreign choice": (at("record", 0, "chosen", value=["x"]), "entry 0 chose groups without a sc"),
+    "foreign choice": (at("record", 0, "chosen", value=["x"]), "entry 0 has no score of a ch"),
 }
 
 

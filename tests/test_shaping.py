@@ -155,6 +155,25 @@ def test_blocks_that_the_user_checkpoints_stay_so():
     assert state_of(tiny.model) == before
 
 
+@pytest.mark.parametrize("on", [True, False])
+def test_what_the_user_has_switched_last_stands(on):
+    """``gradient_checkpointing_enable()`` and ``_disable()`` in the middle of a run."""
+    tiny = adapted("bert", sizes=SMALL)
+    optimizer = on_budget(tiny)
+    tiny.loss()
+    blocks = [block.module for block in optimizer._driver._blocks]
+    shape(optimizer, Plan(frozenset({1}), frozenset({1, 3})))
+    assert [block.gradient_checkpointing for block in blocks] == [False, True, False, True]
+    if on:
+        tiny.model.gradient_checkpointing_enable({"use_reentrant": False})
+    else:
+        tiny.model.gradient_checkpointing_disable()
+    expected = [block.gradient_checkpointing for block in blocks]
+    assert expected == [on] * 4
+    optimizer.close()
+    assert [block.gradient_checkpointing for block in blocks] == expected
+
+
 def test_checkpoints_that_the_user_has_switched_off_are_off_afterwards():
     tiny = adapted("bert", sizes=SMALL)
     tiny.model.gradient_checkpointing_enable({"use_reentrant": True})

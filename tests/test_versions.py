@@ -192,7 +192,9 @@ def test_a_model_that_only_a_newer_transformers_can_rehearse_names_that_version(
     def make(model):
         return torch.optim.SGD(model.parameters())
 
-    with pytest.raises(ValueError, match=r"before 5\.4; found (\d|not installed).*measure_step"):
+    with pytest.raises(
+        ValueError, match=r"before 5\.4 calls it; found (\d|not installed).*measure_step"
+    ):
         estimate_memory(AsksForAutocast(), (batch(),), make)
 
 

@@ -7,18 +7,18 @@ The pieces divide the work so that data flows one way::
                                                         |  save_adapter, load_adapter
 
 * A *configuration* (``LoRAConfig``, ``VeRAConfig``) says which modules are adapted and how. It is
-  frozen, checked when it is made, and builds the layers; a kind of adapter is one configuration and
-  one layer.
+  frozen, it is checked when it is made, and it builds the layers. A kind of adapter consists of one
+  configuration class and one layer class.
 * A *layer* (``LoRALinear``, ``VeRALinear``) holds its base module and adds its delta to the base's
-  output. It knows whether it is ``active`` and whether it is ``merged``, and nothing of the model
-  around it. VeRA's layers share one pair of frozen random matrices.
-* ``inject`` resolves the configuration against a model into a plan. Everything that can be wrong is
-  found there, before the first change; then the plan is carried out. ``remove`` undoes it.
+  output. It knows whether it is ``active`` and whether it is ``merged``. It knows nothing about the
+  model around it. VeRA's layers share one pair of frozen random matrices.
+* ``inject`` makes a plan from the configuration and the model. All mistakes are found in this step,
+  before the model is changed. Then the plan is carried out. ``remove`` undoes this.
 * ``merge`` and ``unmerge`` move the deltas into the base weights and back.
-* ``save_adapter`` and ``load_adapter`` speak peft's file format, and are the only ones who do.
+* ``save_adapter`` and ``load_adapter`` write and read peft's file format. No other part does.
 
-An optimizer that switches adapters on and off recognises one by two things, without an import:
-the method ``adapter_params() -> list[str]`` and the attribute ``active``.
+An optimizer that switches adapters on and off recognises an adapter by two things: the method
+``adapter_params() -> list[str]`` and the attribute ``active``. It does not import this package.
 """
 
 from dynalora_adapters._config import LoRAConfig

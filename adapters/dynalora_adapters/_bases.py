@@ -1,4 +1,4 @@
-"""What counts as a linear layer: the modules that an adapter can be laid over."""
+"""What counts as a linear layer: the modules that can get an adapter."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class LinearShape:
     Attributes:
         in_features: Size of an input row.
         out_features: Size of an output row.
-        transposed: True where the weight is (in, out), as in transformers' ``Conv1D``.
+        transposed: True if the weight is stored as (in, out), as in transformers' ``Conv1D``.
     """
 
     in_features: int
@@ -27,11 +27,11 @@ class LinearShape:
 
 
 def linear_shape(module: nn.Module) -> LinearShape | None:
-    """Return the shape of a module with Linear semantics, None for every other module.
+    """Return the shape of a module that computes what ``nn.Linear`` does, None for any other.
 
-    Recognised by what they have, so that no library need be imported: ``nn.Linear`` and its
-    subclasses; transformers' ``Conv1D``; any module with ``in_features``, ``out_features`` and a
-    2-d ``weight``, which may be packed or not floating (quantised layers).
+    These are ``nn.Linear`` and its subclasses; transformers' ``Conv1D``; and any module with
+    ``in_features``, ``out_features`` and a 2-d ``weight``, which may be packed or not floating
+    (quantised layers). They are recognised by their attributes, so no library is imported.
     """
     weight = getattr(module, "weight", None)
     if not isinstance(weight, torch.Tensor) or is_lazy(weight):
@@ -56,8 +56,9 @@ def is_conv1d(module: nn.Module) -> bool:
 def frozen_weight(module: nn.Module) -> Tensor | None:
     """Return W, (out, in), of a module that computes x W^T + b with W and b frozen, or None.
 
-    None too unless that is certain to be all it does: subclasses, parametrized and quantised
-    layers, wrapped forwards and modules that a hook watches are left to themselves.
+    The result is None as well if the module may do anything else. So it is None for subclasses, for
+    parametrized and quantised layers, for modules with a replaced forward, and for modules with a
+    hook.
     """
     if type(module) is not nn.Linear and not _is_transformers_conv1d(module):
         return None
@@ -72,7 +73,7 @@ def frozen_weight(module: nn.Module) -> Tensor | None:
 
 
 def is_dense(tensor: object) -> TypeGuard[Tensor]:
-    """Whether this is a tensor of the ordinary kind: no subclass, strided, not nested."""
+    """Whether this is an ordinary tensor: not of a subclass, strided, and not nested."""
     if type(tensor) is not Tensor and type(tensor) is not nn.Parameter:
         return False
     return tensor.layout is torch.strided and not tensor.is_nested
@@ -86,6 +87,7 @@ def _is_transformers_conv1d(module: nn.Module) -> bool:
 def adapter_dtype(weight: torch.Tensor) -> torch.dtype:
     """Return the dtype of adapters over ``weight``: float64 over float64, else float32.
 
-    Over half precision, and over weights that are not floating, float32 keeps small updates.
+    For weights in half precision, and for weights that are not floating, float32 is used because
+    half precision would lose small updates.
     """
     return torch.float64 if weight.dtype == torch.float64 else torch.float32

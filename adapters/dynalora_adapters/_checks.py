@@ -1,10 +1,10 @@
-"""The rules that the numbers of a configuration obey."""
+"""Checks of the numbers in a configuration."""
 
 from __future__ import annotations
 
 import math
 
-_TINY, _HUGE = 2.0**-126, 2.0**127  # normal in float32, with room to the largest
+_TINY, _HUGE = 2.0**-126, 2.0**127  # normal numbers in float32, well below the largest
 
 
 def positive_int(name: str, value: object) -> None:
@@ -20,7 +20,7 @@ def positive_number(name: str, value: object) -> None:
 
 
 def nonzero_float32(name: str, value: object) -> None:
-    """Raise unless ``value`` is a real number that float32 holds as neither zero nor infinite."""
+    """Raise unless ``value`` is a real number that is neither zero nor infinite in float32."""
     if not _TINY <= abs(_real(name, value)) <= _HUGE:
         raise ValueError(
             f"{name} must be finite and not 0 in float32, got {value}; pass a number such as 0.1."
@@ -42,7 +42,7 @@ def boolean(name: str, value: object) -> None:
 def probability_below_one(name: str, value: object) -> None:
     """Raise unless ``value`` lies in [0, 1)."""
     if not 0.0 <= _real(name, value) < 1.0:
-        raise ValueError(f"{name} must lie in [0, 1), got {value}; pass 0.0 to switch it off.")
+        raise ValueError(f"{name} must lie in [0, 1), got {value}; pass 0.0 to turn it off.")
 
 
 def _int(name: str, value: object) -> int:

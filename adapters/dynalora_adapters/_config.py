@@ -25,18 +25,18 @@ Number = TypeVar("Number", int, float)
 
 @dataclass(frozen=True, kw_only=True)
 class AdapterConfig(ABC):
-    """What every kind of adapter is told: where it goes, and what else is trained.
+    """The options of every kind of adapter: which modules it adapts, and what else is trained.
 
-    A kind adds its options and says in ``build`` how layers are made of them.
+    A subclass adds the options of its kind, and makes the layers from them in ``build``.
 
     Args:
-        targets: The modules to adapt. A list names them: an entry matches the module of that
-            dotted name and every module whose name ends with it after a dot. A string is a regular
-            expression for the whole dotted name. ``"all-linear"`` is every ``nn.Linear`` and
-            ``Conv1D`` but the output head.
+        targets: The modules to adapt. In a list, an entry matches the module with that dotted name,
+            and every module whose dotted name ends with a dot and the entry. A string is a regular
+            expression for the whole dotted name. ``"all-linear"`` means every ``nn.Linear`` and
+            ``Conv1D`` except the output head.
         exclude: Modules to leave out of ``targets``: a list or a regular expression, as above.
-        trainable: Modules that stay trainable whole, such as a new classification head, by name or
-            dotted suffix. They are never adapted, and ``save_adapter`` writes them too.
+        trainable: Modules of which all parameters stay trainable, such as a new classification
+            head, by name or dotted suffix. They are never adapted, and ``save_adapter`` saves them.
     """
 
     layer_class: ClassVar[type[AdapterLinear]]
@@ -58,7 +58,7 @@ class AdapterConfig(ABC):
 
     @abstractmethod
     def layer_options(self, name: str) -> dict[str, object]:
-        """Return what decides the forward of the layer called ``name``, as its attributes."""
+        """Return the attributes of the layer ``name`` that its forward pass depends on."""
 
     @abstractmethod
     def param_shapes(self, name: str, base: LinearShape) -> dict[str, tuple[int, ...]]:
@@ -68,7 +68,7 @@ class AdapterConfig(ABC):
     def build(self, bases: Mapping[str, nn.Module]) -> dict[str, AdapterLinear]:
         """Make one layer for each named base module, in their order.
 
-        All bases are seen at once: the layers of a kind may share something.
+        This gets all base modules at once, because the layers of a kind may share something.
         """
 
 
@@ -80,13 +80,13 @@ class LoRAConfig(AdapterConfig):
         >>> LoRAConfig(rank=8, alpha=16, targets=["query", "value"], trainable=["classifier"])
 
     Args:
-        rank: Rank r of the weight's change.
+        rank: Rank r of the change that is added to a weight.
         alpha: Numerator of the scaling.
         dropout: Probability of dropping an element of the adapter's input in training, in [0, 1).
         rslora: Scale by alpha / sqrt(rank) (arXiv:2312.03732) instead of alpha / rank.
-        rank_pattern: Other ranks for some modules. A key is a regular expression for the end of
-            the dotted name, from its start or after a dot; the first key that matches counts.
-        alpha_pattern: Other alphas for some modules, likewise.
+        rank_pattern: Other ranks for some modules. A key is a regular expression. It must match the
+            whole dotted name, or the part of it after some dot. The first key that matches is used.
+        alpha_pattern: Other alphas for some modules, by the same rule.
 
     Raises:
         TypeError: If an option has the wrong type.
@@ -117,7 +117,7 @@ class LoRAConfig(AdapterConfig):
 
     @property
     def scaling(self) -> float:
-        """What B A is multiplied by where no pattern says otherwise."""
+        """The factor of B A in the layers that match no pattern."""
         return lora_scaling(self.rank, self.alpha, rslora=self.rslora)
 
     def layer_options(self, name: str) -> dict[str, object]:
@@ -127,7 +127,7 @@ class LoRAConfig(AdapterConfig):
         return {"rank": rank, "alpha": alpha, "scaling": scaling}
 
     def param_shapes(self, name: str, base: LinearShape) -> dict[str, tuple[int, ...]]:
-        """Return (rank, in) for A and (out, rank) for B."""
+        """Return the shapes (rank, in) of A and (out, rank) of B."""
         rank, _ = self._rank_and_alpha(name)
         return {"lora_A": (rank, base.in_features), "lora_B": (base.out_features, rank)}
 
@@ -149,7 +149,7 @@ class LoRAConfig(AdapterConfig):
 
 
 def compile_pattern(option: str, pattern: str) -> re.Pattern[str]:
-    """Compile a regular expression that a user or a file gave for ``option``."""
+    """Compile the regular expression that a user or a file gives for ``option``."""
     try:
         return re.compile(pattern)
     except (re.error, OverflowError, RecursionError) as error:
@@ -160,7 +160,7 @@ def compile_pattern(option: str, pattern: str) -> re.Pattern[str]:
 
 
 def _names(option: str, value: object) -> Names:
-    """Check a list of names or a regular expression, and freeze it."""
+    """Check a list of names or a regular expression; return a list as a tuple."""
     if isinstance(value, str):
         compile_pattern(option, value)
         return value

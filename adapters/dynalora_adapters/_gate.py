@@ -1,8 +1,9 @@
-"""Idle or active without a recompilation: a gate that compiled code reads as it runs.
+"""A gate that makes an adapter active or inactive without a recompilation.
 
-A flag in Python is part of what torch.compile specialises code for, and every choice of active
-adapters would be compiled anew. So compiled code takes gradients for all of them, through a gate
-that turns those of idle ones into zeros.
+torch.compile compiles code again when a Python flag that it has read changes its value. With such
+a flag, each new set of active adapters would be compiled again. So compiled code computes the
+gradients of all adapters. Each gradient passes through a gate, a tensor that is read at run time.
+The gate of an inactive adapter replaces the gradient by zeros.
 """
 
 from __future__ import annotations
@@ -31,15 +32,15 @@ def gated(param: Tensor, is_open: Tensor) -> Tensor:
 
 
 def new_gate() -> Tensor:
-    """Return an open gate; a tensor of no module, for DDP would send a buffer from rank to rank."""
+    """Return an open gate. It is not a buffer, because DDP copies buffers from rank 0 to all."""
     return torch.ones((), dtype=torch.bool, device="cpu")
 
 
 def set_gate(gate: Tensor, is_open: bool) -> None:
-    """Open or close ``gate``, also where a graph holds it: what counts is the backward pass."""
-    gate.data.fill_(is_open)  # by .data, so that autograd does not take it for a mistake
+    """Open or close ``gate``. A graph that exists already reads the new value in its backward."""
+    gate.data.fill_(is_open)  # .data: otherwise autograd would report an in-place change
 
 
 def needs_gate() -> bool:
-    """Whether this is code in the making that gradients will pass through."""
+    """Whether torch.compile is compiling this code, with gradients enabled."""
     return torch.compiler.is_compiling() and torch.is_grad_enabled()

@@ -1,4 +1,4 @@
-"""Put adapters into a model, and take them out again."""
+"""Put adapters into a model, and remove them again."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ _NESTED = "use_nested_tensor"  # an attribute of nn.TransformerEncoder
 
 @dataclass(frozen=True)
 class Injection:
-    """What a model remembers of its injection.
+    """What ``inject`` stores on the model, so that ``remove`` can undo it.
 
     Attributes:
-        config: The configuration it was adapted with.
-        required_grad: ``requires_grad`` of every base parameter before, by name.
-        nested_tensor: ``use_nested_tensor`` of the transformer encoders before, by name.
+        config: The configuration that the model was adapted with.
+        required_grad: The former ``requires_grad`` of every base parameter, by name.
+        nested_tensor: The former ``use_nested_tensor`` of the transformer encoders, by name.
     """
 
     config: AdapterConfig
@@ -34,11 +34,11 @@ class Injection:
 
 
 def inject(model: nn.Module, config: AdapterConfig) -> nn.Module:
-    """Lay adapters over the target modules of ``model``, in place.
+    """Put adapters on the target modules of ``model``, in place.
 
-    Everything else is frozen, but for ``config.trainable``. The output stays the same, bit for
-    bit, until the adapters are trained. A module that the model refers to under several names is
-    adapted once and replaced everywhere. All checks come before the first change.
+    Everything else is frozen, except ``config.trainable``. Until the adapters are trained, the
+    output is bit for bit what it was. A module that the model holds under several names is adapted
+    once and replaced everywhere. Everything is checked before the model is changed.
 
     Args:
         model: The model to adapt.
@@ -49,7 +49,7 @@ def inject(model: nn.Module, config: AdapterConfig) -> nn.Module:
 
     Raises:
         TypeError: If ``config`` is not a configuration of this package.
-        ValueError: If the model is adapted already, or an entry of the configuration means no
+        ValueError: If the model is adapted already, or an entry of the configuration matches no
             module that can be adapted or trained.
     """
     if not isinstance(config, AdapterConfig):
@@ -66,7 +66,7 @@ def inject(model: nn.Module, config: AdapterConfig) -> nn.Module:
 def remove(model: nn.Module) -> nn.Module:
     """Put the base modules back, in place.
 
-    A merged adapter leaves its delta in the weights; ``unmerge`` first to be rid of it. The
+    The delta of a merged adapter stays in the weights; call ``unmerge`` first to remove it. The
     ``requires_grad`` of every base parameter becomes what it was before ``inject``.
 
     Returns:
@@ -88,21 +88,21 @@ def remove(model: nn.Module) -> nn.Module:
 
 
 def injection_of(model: nn.Module) -> Injection:
-    """Return what ``inject`` noted on an adapted model."""
+    """Return what ``inject`` stored on an adapted model."""
     record = getattr(model, _RECORD, None)
     if not isinstance(record, Injection):
         raise ValueError(
-            f"model ({type(model).__name__}) was not adapted by inject(model, config) itself; "
-            f"pass the very module that was given to inject."
+            f"model ({type(model).__name__}) was not itself passed to inject(model, config); "
+            f"pass the module that was given to inject, not a part of it or a module around it."
         )
     return record
 
 
 def check_bare(model: nn.Module) -> None:
-    """Raise where the model is wrapped, or holds adapters, ours or another library's."""
+    """Raise if the model is wrapped, or has adapters, of this package or of another library."""
     if unwrap(model) is not model:
         raise ValueError(
-            f"model is wrapped in {type(model).__name__}, which has taken stock of its parameters; "
+            f"model is wrapped in {type(model).__name__}, which already holds its parameters; "
             f"adapt the model first, then wrap or compile it."
         )
     for name, module in model.named_modules():
@@ -117,7 +117,7 @@ def check_bare(model: nn.Module) -> None:
 def install(
     model: nn.Module, config: AdapterConfig, plan: Plan, layers: Mapping[str, AdapterLinear]
 ) -> None:
-    """Freeze the model and replace the planned modules; nothing here can fail halfway."""
+    """Freeze the model and replace the planned modules. All checks were made before."""
     before = {name: param.requires_grad for name, param in model.named_parameters()}
     model.requires_grad_(False)
     for module in plan.trainable:
@@ -131,9 +131,10 @@ def _leave_fast_path(model: nn.Module) -> dict[str, bool]:
     """Make torch's transformer layers call their adapters in eval mode too.
 
     The inference fast path of ``nn.TransformerEncoderLayer`` reads ``linear1.weight`` and
-    ``linear2.weight`` itself, past any adapter, unless some submodule has a hook. Without it,
-    ``nn.TransformerEncoder`` must not pack padded batches into nested tensors, which attention
-    cannot differentiate (torch/nn/modules/transformer.py). Returns what that flag was, by name.
+    ``linear2.weight`` directly, without the adapters, unless a submodule has a hook. So a hook is
+    registered. Without the fast path, ``nn.TransformerEncoder`` must not pack padded batches into
+    nested tensors, because attention cannot differentiate these (torch/nn/modules/transformer.py).
+    Returns the former value of that flag, ``use_nested_tensor``, by name.
     """
     nested = {}
     for name, module in model.named_modules():
@@ -151,4 +152,4 @@ def _adapters_in(module: nn.Module) -> Iterator[AdapterLinear]:
 
 
 def _no_change(module: nn.Module, args: Any) -> None:
-    """A hook whose presence is all that matters; at module level, so that models pickle."""
+    """A hook that does nothing but exist. It is a module-level function so that models pickle."""

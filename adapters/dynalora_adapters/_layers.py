@@ -1,4 +1,4 @@
-"""The layers: a frozen base module and a small trainable delta beside it."""
+"""The layers: each has a frozen base module and adds a small trainable delta."""
 
 from __future__ import annotations
 
@@ -18,22 +18,23 @@ from dynalora_adapters._torch_private import runs_eagerly
 
 
 class AdapterLinear(nn.Module, ABC):
-    """What every kind of adapter shares: it holds its base, and can be active, idle or merged.
+    """What all kinds of adapter share: a base module, and the flags ``active`` and ``merged``.
 
-    A kind adds its parameters, names them in ``peft_names``, and defines ``delta`` and
-    ``delta_weight``. An optimizer recognises an adapter by ``adapter_params`` and by ``active``.
+    A subclass adds its parameters, names them in ``peft_names``, and defines ``delta`` and
+    ``delta_weight``. An optimizer recognises an adapter by ``adapter_params`` and ``active``.
 
     Attributes:
         base_layer: The adapted module, unchanged.
-        dropout: Applied to the adapter's input, never to the base's.
-        active: False makes ``forward`` use detached adapter parameters: the output is the same, and
-            no gradient reaches them. ``requires_grad`` stays True, so that neither an optimizer
-            nor a distributed wrapper built earlier loses sight of them.
-        gated: How compiled code treats ``active``. True: it reads it anew in every backward pass,
-            and an idle adapter's gradient is zero. False: ``active`` is part of the code, which
-            torch.compile makes anew for each value, and an idle adapter costs nothing.
-        merged: True while the base weight holds the delta; set by ``merge`` and ``unmerge``.
-        peft_names: The adapter's parameters and what peft calls them in its files.
+        dropout: Applied to the adapter's input, never to the base's input.
+        active: If False, ``forward`` uses detached adapter parameters: the output is the same, and
+            they get no gradient. ``requires_grad`` stays True, because optimizers and distributed
+            wrappers read it when they are built.
+        gated: How compiled code treats ``active``. True: it reads the value in every backward pass,
+            and the gradient of an inactive adapter is zero. False: the value is part of the
+            compiled code, so torch.compile compiles once for each value, and an inactive adapter
+            costs no time.
+        merged: True while the base weight contains the delta; set by ``merge`` and ``unmerge``.
+        peft_names: The names of the adapter's parameters, and their names in peft's files.
     """
 
     peft_names: ClassVar[dict[str, str]]
@@ -59,19 +60,19 @@ class AdapterLinear(nn.Module, ABC):
 
     @abstractmethod
     def delta(self, x: Tensor) -> Tensor:
-        """Map the adapter's input (..., in) to what it adds to the output, (..., out)."""
+        """Return what the adapter adds to the output, (..., out), for its input x, (..., in)."""
 
     @abstractmethod
     def delta_weight(self) -> Tensor:
-        """Return what the adapter adds to the weight, (out, in), in its own dtype."""
+        """Return what the adapter adds to the weight, (out, in), in the adapter's dtype."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Return the base's output plus the delta's.
+        """Return the output of the base module plus the delta.
 
         Args:
             x: Input, (..., in).
-            *args: Passed on to the base.
-            **kwargs: Passed on to the base.
+            *args: Passed on to the base module.
+            **kwargs: Passed on to the base module.
 
         Returns:
             (..., out), in the dtype of the base's output.
@@ -82,11 +83,11 @@ class AdapterLinear(nn.Module, ABC):
         return (result + self.delta(x)).to(result.dtype)
 
     def adapter_params(self) -> list[str]:
-        """Return the names of the adapter's own parameters."""
+        """Return the names of the adapter's parameters, without those of the base module."""
         return list(self.peft_names)
 
     def adapter_param(self, name: str) -> Tensor:
-        """Return one of the adapter's parameters as ``forward`` uses it: detached while idle."""
+        """Return a parameter of the adapter as ``forward`` uses it: detached while inactive."""
         param: Tensor = getattr(self, name)
         if self.gated and needs_gate():
             return gated(param, self._gate)
@@ -104,13 +105,13 @@ class AdapterLinear(nn.Module, ABC):
 
     @property
     def weight(self) -> Tensor:
-        """The base's weight. It lacks the delta unless ``merged``."""
+        """The weight of the base module. It contains the delta only while ``merged``."""
         weight: Tensor = self.base_layer.weight  # type: ignore[assignment]
         return weight
 
     @property
     def bias(self) -> Tensor | None:
-        """The base's bias."""
+        """The bias of the base module."""
         bias: Tensor | None = getattr(self.base_layer, "bias", None)
         return bias
 
@@ -128,8 +129,8 @@ class AdapterLinear(nn.Module, ABC):
 class LoRALinear(AdapterLinear):
     """A linear layer with the weight W + scaling B A, W frozen (LoRA, arXiv:2106.09685, eq. 3).
 
-    B starts at zero, so the output is that of the base, bit for bit, until B is trained. A and B
-    lie on the base weight's device, in float32 (float64 over a float64 base).
+    B starts at zero, so until B is trained the output is that of the base module, bit for bit. A
+    and B are on the device of the base weight, in float32 (in float64 if the base weight is).
 
     Args:
         base_layer: The linear layer to adapt.
@@ -141,7 +142,7 @@ class LoRALinear(AdapterLinear):
     Attributes:
         lora_A: (rank, in), drawn uniformly with Kaiming's bound for a = sqrt(5).
         lora_B: (out, rank), zero.
-        scaling: What B A is multiplied by.
+        scaling: The factor of B A.
 
     Raises:
         TypeError: If ``base_layer`` is not a linear layer, or a number has the wrong type.
@@ -171,12 +172,12 @@ class LoRALinear(AdapterLinear):
         self.lora_B = nn.Parameter(B.to(weight.device, adapter_dtype(weight)))
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Return the base's output plus the delta's, in one step of autograd where that serves.
+        """Return the output of the base module plus the delta, as one autograd node if possible.
 
         Args:
             x: Input, (..., in).
-            *args: Passed on to the base.
-            **kwargs: Passed on to the base.
+            *args: Passed on to the base module.
+            **kwargs: Passed on to the base module.
 
         Returns:
             (..., out), in the dtype of the base's output.
@@ -188,7 +189,7 @@ class LoRALinear(AdapterLinear):
         return lora_linear(self.base_layer, weight, x, A, B, scaling=self.scaling)
 
     def _weight_for_one_step(self, x: Tensor, A: Tensor, B: Tensor) -> Tensor | None:
-        """Return the base's weight if ``lora_linear`` may stand in for base plus ``delta``."""
+        """Return the base weight if ``lora_linear`` computes the same as base plus ``delta``."""
         serves = (
             runs_eagerly()
             and getattr(self.delta, "__func__", None) is LoRALinear.delta  # not overridden
@@ -200,11 +201,11 @@ class LoRALinear(AdapterLinear):
         )
         weight = frozen_weight(self.base_layer) if serves else None
         if weight is None or A.dtype not in (weight.dtype, adapter_dtype(weight)):
-            return None  # the sum is to be rounded to the base's dtype, not to the adapter's
+            return None  # the sum must have the base's dtype, not the adapter's
         return weight
 
     def delta(self, x: Tensor) -> Tensor:
-        """Map (..., in) to scaling B A dropout(x), (..., out), in the order peft computes it."""
+        """Return scaling B A dropout(x), (..., out), computed in the same order as in peft."""
         A, B = self.adapter_param("lora_A"), self.adapter_param("lora_B")
         return F.linear(F.linear(self.dropout(x.to(A.dtype)), A), B) * self.scaling
 
@@ -214,7 +215,7 @@ class LoRALinear(AdapterLinear):
         return (self.lora_B @ self.lora_A) * self.scaling
 
     def extra_repr(self) -> str:
-        """Show the options beside the base."""
+        """Return the options, which ``print(layer)`` shows beside the base module."""
         return f"rank={self.rank}, alpha={self.alpha}, active={self.active}, merged={self.merged}"
 
 
@@ -228,10 +229,10 @@ def lora_scaling(rank: int, alpha: float, *, rslora: bool) -> float:
 
 
 def _draw(in_features: int, out_features: int, rank: int) -> tuple[Tensor, Tensor]:
-    """Draw A and a zero B, consuming the generator as peft does.
+    """Draw A, and return a B of zeros. The generator is used exactly as peft uses it.
 
-    peft builds two ``nn.Linear``, each of which initialises itself, and then draws A anew: with
-    the same seed and order of modules both libraries start from the same weights.
+    peft builds two ``nn.Linear``, which initialise themselves, and then draws A again. So with the
+    same seed and the same order of modules, both libraries start from the same weights.
     """
     down = nn.Linear(in_features, rank, bias=False)
     up = nn.Linear(rank, out_features, bias=False)

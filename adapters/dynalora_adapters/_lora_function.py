@@ -1,8 +1,9 @@
-"""A frozen linear layer and its LoRA delta as one step of autograd.
+"""A frozen linear layer and its LoRA delta as one autograd function.
 
-Composed of ordinary operations the two cost many small kernels and, under autocast, copies kept
-for the backward. Here B is accumulated into the base's own output with the scaling folded in, each
-gradient is one product, and what is kept is the input as it came and the r numbers a row of x A^T.
+Written with ordinary operations, the two need many small kernels. Under autocast they also keep
+copies for the backward pass. Here the product with B is added to the output of the base module in
+the same operation, together with the scaling. Each gradient is one matrix product. Only the input x
+and the product x A^T, which has r numbers per row, are kept for the backward pass.
 """
 
 from __future__ import annotations
@@ -24,15 +25,15 @@ def lora_linear(
     """Return base(x) + scaling B A x.
 
     Args:
-        base: Computes x W^T + b, and returns a tensor of its own that it keeps nowhere.
+        base: Computes x W^T + b, and returns a new tensor that nothing else refers to.
         W: (out, in), without gradient.
         x: (..., in).
-        A: (rank, in), in the dtype that W has, or in a wider one. It has a gradient if B has.
+        A: (rank, in), in the dtype of W or a wider one. It needs a gradient if B does.
         B: (out, rank), like A.
-        scaling: What B A is multiplied by.
+        scaling: The factor of B A.
 
     Returns:
-        (..., out), in the dtype of the base's output. The sum is rounded to it once.
+        (..., out), in the dtype of the base's output. The sum is rounded to that dtype once.
     """
     out: Tensor = LoRAFunction.apply(x, A, B, W, base, scaling)  # type: ignore[no-untyped-call]
     return out
@@ -43,23 +44,23 @@ class LoRAFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, A: Tensor, B: Tensor, *frozen: Any) -> Tensor:
-        """Compute the sum, keeping x only if A needs a gradient, and h = A x only if B does."""
+        """Compute the sum. Keep x only if A needs a gradient, and h = A x only if B does."""
         W, base, scaling = frozen
         x_needed, A_needed, B_needed = ctx.needs_input_grad[:3]
         low = _autocast_dtype(x)
         dtype = low or A.dtype
         ctx.constants = scaling, dtype, x.shape, x.dtype, x.device.type
-        seen = _cast(x, low or x.dtype)  # once, not once by the base and once by the adapter
+        seen = _cast(x, low or x.dtype)  # one cast, which the base and the adapter share
         rows = _rows(seen)
-        # A contiguous batch of sequences is flattened by the base itself. Any other input goes
-        # there as it is: a base that does not flatten it may round differently.
+        # The base flattens a contiguous batch of sequences itself, so flattening it here changes
+        # nothing. It may not flatten another input, and rounding could then differ.
         out = base(rows if x.dim() == 3 and seen.is_contiguous() else seen)
         h = F.linear(_cast(rows, dtype), _cast(A, dtype))
         total = _cast(_rows(out), dtype).addmm_(h, _cast(B, dtype).t(), alpha=scaling)
         ctx.save_for_backward(
             x if A_needed else None, A, B, W if x_needed else None, h if B_needed else None
         )
-        # "Unsafe", since autograd would let nobody change a view made in here in place.
+        # "Unsafe": autograd refuses in-place changes of an ordinary view that is made in here.
         shape = (*x.shape[:-1], len(B))
         return unsafe_view(_cast(total, out.dtype), shape)
 
@@ -81,10 +82,10 @@ def _gradients(ctx: Any, g: Tensor) -> Gradients:
     wide = _cast(g, dtype)
     gx = gA = gB = None
     if B_needed:
-        if torch.is_grad_enabled():  # a gradient of gB is to reach x and A
+        if torch.is_grad_enabled():  # so that gB can be differentiated by x and A
             h = F.linear(_cast(_rows(x), dtype), a)
         gB = _cast(_scaled_product(s, wide.t(), h, like=b), B.dtype)
-    gh = wide @ b  # the gradient of h over s, which the next products multiply by
+    gh = wide @ b  # the gradient of h divided by s; the next products multiply by s
     if A_needed:
         gA = _cast(_scaled_product(s, gh.t(), _cast(_rows(x), dtype), like=a), A.dtype)
     if x_needed:
@@ -94,12 +95,12 @@ def _gradients(ctx: Any, g: Tensor) -> Gradients:
 
 
 def _scaled_product(s: float, left: Tensor, right: Tensor, *, like: Tensor) -> Tensor:
-    """Return s left @ right in one operation; of ``like`` only the shape counts."""
+    """Return s left @ right in one operation. Only the shape of ``like`` is used."""
     return torch.addmm(like, left, right, beta=0, alpha=s)
 
 
 def _rows(tensor: Tensor) -> Tensor:
-    """View (..., n) as (rows, n); not by flatten, which batched gradients cannot pass through."""
+    """View (..., n) as (rows, n). Batched gradients do not work with ``flatten``."""
     if tensor.dim() == 2:
         return tensor
     return tensor.reshape(tensor.shape[:-1].numel(), tensor.shape[-1])
@@ -110,7 +111,7 @@ def _shaped(rows: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 
 def _autocast_dtype(x: Tensor) -> torch.dtype | None:
-    """Return what autocast would compute a product of x in, None where it would leave x alone."""
+    """Return the dtype in which autocast computes a product of x; None if it does not cast x."""
     device = x.device.type
     if x.dtype == torch.float64 or not _autocasts(device):
         return None
@@ -118,7 +119,7 @@ def _autocast_dtype(x: Tensor) -> torch.dtype | None:
 
 
 def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return ``tensor.to(dtype)``, without the price of asking where nothing is to be done."""
+    """Return ``tensor.to(dtype)``, without a call of ``to`` if the dtype is the same."""
     return tensor if tensor.dtype == dtype else tensor.to(dtype)
 
 

@@ -1,4 +1,4 @@
-"""Fold adapters into the base weights, and out again."""
+"""Add the deltas of adapters to the base weights, and subtract them again."""
 
 from __future__ import annotations
 
@@ -13,16 +13,17 @@ from dynalora_adapters._torch_private import own_parameter
 def merge(model: nn.Module) -> nn.Module:
     """Add every adapter's delta to its base weight, in place.
 
-    Merged layers cost what the base costs. The sum is computed in float32 (float64 over float64)
-    and rounded to the weight's dtype. Layers merged already are left as they are.
+    A merged layer costs no more than its base module. The sum is computed in float32 (in float64 if
+    the weight is in float64) and rounded to the weight's dtype. Layers that are merged already do
+    not change.
 
     Returns:
         The same model.
 
     Raises:
-        ValueError: If the model holds no adapters, or a weight cannot take a delta: it is packed,
-            not floating, computed by a parametrization or shared with another module, or would
-            become infinite or nan. Then nothing has changed.
+        ValueError: If the model has no adapters, or a delta cannot be added to a weight: the weight
+            is packed, not floating, computed by a parametrization or shared with another module,
+            or would become infinite or nan. Then nothing has changed.
     """
     return _fold(model, merged=True)
 
@@ -30,15 +31,15 @@ def merge(model: nn.Module) -> nn.Module:
 def unmerge(model: nn.Module) -> nn.Module:
     """Subtract the deltas that ``merge`` added, in place.
 
-    The weights come back to within rounding: one unit in the last place of their dtype, so a
-    model in half precision that must come back exactly is better kept or reloaded. Layers that
-    are not merged are left as they are.
+    The weights are the former ones up to rounding: one unit in the last place of their dtype. If
+    you need exactly the former weights, keep a copy or load the model again; this matters most in
+    half precision. Layers that are not merged do not change.
 
     Returns:
         The same model.
 
     Raises:
-        ValueError: If the model holds no adapters, or a weight would become infinite or nan. Then
+        ValueError: If the model has no adapters, or a weight would become infinite or nan. Then
             nothing has changed.
     """
     return _fold(model, merged=False)
@@ -59,7 +60,7 @@ def _fold(model: nn.Module, *, merged: bool) -> nn.Module:
 
 @torch.no_grad()
 def _folded(layer: AdapterLinear) -> Tensor:
-    """Return the base weight with the delta added, or taken out of a merged one."""
+    """Return the base weight plus the delta or, if the layer is merged, minus the delta."""
     delta = layer.delta_weight()
     if layer.shape.transposed:
         delta = delta.T
@@ -69,7 +70,7 @@ def _folded(layer: AdapterLinear) -> Tensor:
 
 
 def _check(name: str, layer: AdapterLinear, owners: dict[int, list[str]]) -> None:
-    """Raise unless the layer's weight can hold the delta. Computes it once more than needed."""
+    """Raise unless the delta can be added to the layer's weight. This computes the sum."""
     weight = layer.weight
     if own_parameter(layer.base_layer, "weight") is None:
         reason = "is not a parameter of its own (a buffer or a parametrization)"

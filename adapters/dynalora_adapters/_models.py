@@ -1,4 +1,4 @@
-"""What a model is made of: its modules by name, its adapters, who owns which parameter."""
+"""The parts of a model: its modules by name, its adapters, and the owners of parameters."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ def unwrap(model: nn.Module) -> nn.Module:
 def module_tree(model: nn.Module) -> dict[str, nn.Module]:
     """Return every module below the model by dotted name, parents first.
 
-    A module reachable under several names appears under each; what lies inside an adapter does
-    not appear, so that an adapted model and its bare twin have the same names.
+    A module that has several names appears under each. Modules inside an adapter do not appear, so
+    that a model has the same names with and without adapters.
     """
     tree: dict[str, nn.Module] = {}
     adapters: set[str] = set()
@@ -52,7 +52,7 @@ def module_tree(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def first_names(tree: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
-    """Keep each module under the first of its names only."""
+    """Keep only the first name of each module."""
     first: dict[nn.Module, str] = {}
     for name, module in tree.items():
         first.setdefault(module, name)
@@ -60,13 +60,13 @@ def first_names(tree: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
 
 
 def adapters_of(model: nn.Module) -> dict[str, AdapterLinear]:
-    """Return the model's adapters, each under the first of its names."""
+    """Return the model's adapters, each under its first name."""
     modules = first_names(module_tree(model))
     return {name: module for name, module in modules.items() if isinstance(module, AdapterLinear)}
 
 
 def require_adapters(model: nn.Module) -> dict[str, AdapterLinear]:
-    """Return the model's adapters, or raise ValueError where there is none."""
+    """Return the model's adapters, or raise ValueError if there is none."""
     adapters = adapters_of(model)
     if not adapters:
         raise ValueError(
@@ -76,7 +76,7 @@ def require_adapters(model: nn.Module) -> dict[str, AdapterLinear]:
 
 
 def parameter_owners(model: nn.Module) -> dict[int, list[str]]:
-    """Return the id of every parameter and the names it has in distinct modules."""
+    """Return, for the id of every parameter, its names in different modules."""
     owners: dict[int, list[str]] = {}
     for prefix, module in model.named_modules():
         for name, param in module.named_parameters(prefix, recurse=False):
@@ -85,7 +85,7 @@ def parameter_owners(model: nn.Module) -> dict[int, list[str]]:
 
 
 def replace_modules(model: nn.Module, new: Mapping[nn.Module, nn.Module]) -> None:
-    """Put ``new[module]`` wherever the model refers to ``module``."""
+    """Replace ``module`` by ``new[module]`` wherever the model holds it."""
     for parent in list(model.modules()):
         for name, child in children(parent):
             if child in new and new[child] is not parent:
@@ -93,19 +93,19 @@ def replace_modules(model: nn.Module, new: Mapping[nn.Module, nn.Module]) -> Non
 
 
 def inside(name: str, names: Container[str]) -> bool:
-    """Whether ``name`` is one of ``names`` or lies below one of them."""
+    """Whether ``name`` is one of ``names``, or the name of a module inside one of them."""
     parts = name.split(".")
     return any(".".join(parts[:end]) in names for end in range(1, len(parts) + 1))
 
 
 def task_type(model: nn.Module) -> str | None:
-    """Return peft's name for what the model does, by the end of its class name."""
+    """Return peft's task type of the model, found by the end of its class name."""
     kind = type(model).__name__
     return next((task for end, task in _TASKS.items() if kind.endswith(end)), None)
 
 
 def output_head(model: nn.Module) -> nn.Module | None:
-    """Return the module that "all-linear" leaves alone: the language-model or class head."""
+    """Return the output head, which "all-linear" does not adapt."""
     embeddings = getattr(model, "get_output_embeddings", None)
     head = embeddings() if callable(embeddings) else None
     if head is None and task_type(model) == "SEQ_CLS":
@@ -114,5 +114,5 @@ def output_head(model: nn.Module) -> nn.Module | None:
 
 
 def is_plain_linear(module: nn.Module) -> bool:
-    """Whether "all-linear" means this module."""
+    """Whether "all-linear" adapts a module of this class."""
     return linear_shape(module) is not None and (isinstance(module, nn.Linear) or is_conv1d(module))

@@ -13,11 +13,12 @@ Home = tuple[torch.device, torch.dtype]
 
 
 class Projections(nn.Module):
-    """A and B of VeRA, large enough for every layer; a layer uses their first columns and rows.
+    """A and B of VeRA, large enough for every layer. A layer uses their first columns and rows.
 
-    Every layer holds this one module as a child. So the matrices follow ``model.to(...)``, a deep
-    copy and a pickle of the model as one pair, and are nobody's parameters. They are buffers that
-    ``state_dict`` leaves out: it would list them once per layer, and the key gives them back.
+    Every layer has this same module as a child. So ``model.to(...)`` moves the matrices, and a deep
+    copy or a pickle of the model contains them once. They are buffers, not parameters.
+    ``state_dict`` leaves them out, because it would list them once per layer, and they can be drawn
+    again from the key.
 
     Attributes:
         A: (rank, widest input).
@@ -33,24 +34,24 @@ class Projections(nn.Module):
         self.register_buffer("B", B, persistent=False)
 
     def fits(self, rank: int, base: LinearShape) -> bool:
-        """Whether a layer of this rank over ``base`` can be cut out of both."""
+        """Whether both are large enough for a layer of this rank over ``base``."""
         (rows, width), (height, columns) = self.A.shape, self.B.shape
         return rows == columns == rank and width >= base.in_features and height >= base.out_features
 
     def come_from(self, key: int) -> bool:
-        """Whether ``key`` gives back these very numbers: not after rounding, or from elsewhere."""
+        """Whether drawing from ``key`` gives exactly these numbers. Rounded ones differ."""
         A, B = draw(self.A.shape, self.B.shape, key)
         return _equal(self.A, A) and _equal(self.B, B)
 
     def extra_repr(self) -> str:
-        """Show the shapes."""
+        """Return the shapes, which ``print(model)`` shows."""
         return f"A={tuple(self.A.shape)}, B={tuple(self.B.shape)}"
 
 
 def projection_shapes(
     rank: int, bases: Collection[LinearShape]
 ) -> tuple[tuple[int, int], tuple[int, int]]:
-    """Return the shapes of A and B that cover all ``bases``."""
+    """Return the shapes of A and B that are large enough for all ``bases``."""
     width = max(base.in_features for base in bases)
     height = max(base.out_features for base in bases)
     return (rank, width), (height, rank)
@@ -59,7 +60,7 @@ def projection_shapes(
 def draw(shape_A: tuple[int, ...], shape_B: tuple[int, ...], key: int) -> tuple[Tensor, Tensor]:
     """Draw A, then B, on the CPU in float32 with Kaiming's uniform bound sqrt(6 / columns).
 
-    With the same key and shapes peft draws the same numbers; the global generator is not used.
+    With the same key and shapes, peft draws the same numbers. The global generator is not used.
     """
     generator = torch.Generator("cpu").manual_seed(key)
     A = torch.empty(shape_A, dtype=torch.float32, device="cpu")
@@ -70,7 +71,7 @@ def draw(shape_A: tuple[int, ...], shape_B: tuple[int, ...], key: int) -> tuple[
 
 
 def place(A: Tensor, B: Tensor, homes: Collection[Home]) -> list[Projections]:
-    """Return projections for layers at these homes: the same pair wherever the home is the same."""
+    """Return projections for layers at these homes: one pair per device and dtype."""
     pairs: dict[Home, Projections] = {}
     for home in homes:
         if home not in pairs:
@@ -79,5 +80,5 @@ def place(A: Tensor, B: Tensor, homes: Collection[Home]) -> list[Projections]:
 
 
 def _equal(one: Tensor, other: Tensor) -> bool:
-    """Whether two tensors hold the same numbers, whatever their dtypes and devices."""
+    """Whether two tensors have equal numbers; their dtypes and devices may differ."""
     return torch.equal(one.cpu().double(), other.cpu().double())

@@ -1,4 +1,4 @@
-"""From a configuration to the modules it means. Nothing here changes a model."""
+"""Find the modules that a configuration selects. Nothing here changes a model."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ class Plan:
     """What an injection will do.
 
     Attributes:
-        bases: The modules to adapt, each under the first of its names, parents first.
-        trainable: The modules that stay trainable whole.
+        bases: The modules to adapt, each under its first name, parents first.
+        trainable: The modules of which all parameters stay trainable.
     """
 
     bases: dict[str, nn.Module]
@@ -37,32 +37,32 @@ class Plan:
 
 
 def matches(names: Names, name: str) -> bool:
-    """Whether a module's dotted name is meant: by a regular expression, or by one of a list."""
+    """Whether a regular expression, or an entry of a list, matches a module's dotted name."""
     if isinstance(names, str):
         return re.fullmatch(names, name) is not None
     return any(name == entry or name.endswith(f".{entry}") for entry in names)
 
 
 def is_all_linear(names: Names) -> bool:
-    """Whether ``names`` is the word for every linear layer but the output head."""
+    """Whether ``names`` is ``"all-linear"``."""
     return isinstance(names, str) and names.lower() == ALL_LINEAR
 
 
 def head_names(tree: Iterable[str], trainable: Names) -> set[str]:
-    """Return the modules that peft's loader takes for one of ``trainable``.
+    """Return the modules that peft's loader treats as one of ``trainable``.
 
-    It compares plain ends of names: ``pre_classifier`` counts for ``classifier``. Such modules
-    cannot be adapted as well, and their weights have to be in the file.
+    It compares the ends of names as plain text: ``pre_classifier`` matches ``classifier``. So such
+    modules must not be adapted, and their weights must be in the file.
     """
     return {name for name in tree if name.endswith(tuple(trainable))}
 
 
 def make_plan(model: nn.Module, config: AdapterConfig) -> Plan:
-    """Resolve a configuration against a bare model.
+    """Find the modules of a model without adapters that a configuration selects.
 
     Raises:
-        ValueError: If an entry of ``targets``, ``exclude`` or ``trainable`` means no module or
-            only modules that cannot be adapted, or a trainable weight is shared.
+        ValueError: If an entry of ``targets``, ``exclude`` or ``trainable`` matches no module, or
+            only modules that cannot be adapted, or if a trainable weight is shared.
     """
     tree = module_tree(model)
     _check_known("exclude", config.exclude, tree)
@@ -78,8 +78,8 @@ def make_plan(model: nn.Module, config: AdapterConfig) -> Plan:
     if not chosen:
         raise ValueError(
             f"targets={config.targets!r} leaves no module to adapt: every match is an output head, "
-            f"is in exclude={config.exclude!r} or lies in trainable={config.trainable!r}; narrow "
-            f"what is left out, or name other targets."
+            f"is in exclude={config.exclude!r} or is inside trainable={config.trainable!r}; "
+            f"exclude fewer modules, or name other targets."
         )
     return Plan(
         bases=_outermost({n: m for n, m in first_names(tree).items() if m in chosen}),
@@ -88,14 +88,14 @@ def make_plan(model: nn.Module, config: AdapterConfig) -> Plan:
 
 
 def _rules(names: Names) -> list[Names]:
-    """Split a list into its entries, each of which has to mean something."""
+    """Split a list into its entries. Each of them must match some module."""
     if isinstance(names, str):
         return [names] if names else []
     return [(entry,) for entry in names]
 
 
 def _left_out(tree: Mapping[str, nn.Module], config: AdapterConfig) -> set[nn.Module]:
-    """Return the modules that ``exclude`` or ``trainable`` keep from being adapted."""
+    """Return the modules that must not be adapted because of ``exclude`` or ``trainable``."""
     heads = head_names(tree, config.trainable)
     return {m for n, m in tree.items() if matches(config.exclude, n) or inside(n, heads)}
 
@@ -108,13 +108,13 @@ def _all_linear(model: nn.Module, tree: Mapping[str, nn.Module]) -> set[nn.Modul
 
 
 def _bypassed(model: nn.Module) -> set[nn.Module]:
-    """Return linear layers whose weight is read without a call of their forward."""
+    """Return linear layers whose weight is used without calling their forward."""
     attentions = (m for m in model.modules() if isinstance(m, nn.MultiheadAttention))
     return {attention.out_proj for attention in attentions}
 
 
 def _outermost(modules: dict[str, nn.Module]) -> dict[str, nn.Module]:
-    """Drop modules that lie inside another one of the same choice."""
+    """Drop modules that are inside another one of these modules."""
     return {
         name: module
         for name, module in modules.items()
@@ -128,7 +128,7 @@ def _resolve(
     left_out: set[nn.Module],
     bypassed: set[nn.Module],
 ) -> set[nn.Module]:
-    """Return the linear layers that one entry of ``targets`` means, less those left out."""
+    """Return the linear layers that one entry of ``targets`` selects, without those left out."""
     found = {name: module for name, module in tree.items() if matches(rule, name)}
     if not found:
         raise _unknown("targets", rule, tree)
@@ -136,8 +136,8 @@ def _resolve(
     for name, module in kept.items():
         if module in bypassed:
             raise ValueError(
-                f"targets matches {name}, which nn.MultiheadAttention reads without calling it: an "
-                f"adapter there would do nothing; leave it out with exclude=[{name!r}]."
+                f"targets matches {name}, whose weight nn.MultiheadAttention uses without calling "
+                f"it: an adapter there would have no effect; leave it out with exclude=[{name!r}]."
             )
     linear = {module for module in found.values() if linear_shape(module) is not None}
     if not linear:
@@ -158,7 +158,7 @@ def _check_known(option: str, names: Names, tree: Mapping[str, nn.Module]) -> No
 def _check_not_shared(
     model: nn.Module, config: AdapterConfig, tree: Mapping[str, nn.Module]
 ) -> None:
-    """A trainable weight must not belong to a frozen module as well."""
+    """Raise if a trainable weight belongs to a frozen module as well."""
     whole = {name for name in tree if matches(config.trainable, name)}
     for names in parameter_owners(model).values():
         free = [n for n in names if inside(n.rpartition(".")[0], whole)]
@@ -180,7 +180,7 @@ def _unknown(option: str, rule: Names, tree: Mapping[str, nn.Module]) -> ValueEr
         hint += "names by their end."
     return ValueError(
         f"{option} entry {_show(rule)} matches no module of the model.{hint} "
-        f"Linear layers are called {_linear_leaves(tree)}."
+        f"The names of linear layers end in {_linear_leaves(tree)}."
     )
 
 
@@ -190,4 +190,4 @@ def _show(rule: Names) -> str:
 
 def _linear_leaves(tree: Mapping[str, nn.Module]) -> str:
     leaves = {n.rpartition(".")[2] for n, m in tree.items() if linear_shape(m) is not None}
-    return ", ".join(sorted(leaves)[:12]) or "(there is none)"
+    return ", ".join(sorted(leaves)[:12]) or "(it has no linear layer)"

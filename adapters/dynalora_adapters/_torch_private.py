@@ -1,8 +1,8 @@
-"""Every private name of torch that this package touches, and what happens where one is missing.
+"""Every private name of torch that this package uses, and what happens if one is missing.
 
-torch may rename or remove a private name in any release. Each stands here once, behind a function
-that says what it is for and what is done without it. No other file of the package reads a private
-name of torch; a test holds that. ``docs/versions.md`` has the versions that are tested.
+torch may rename or remove a private name in any release. So each one is used only here, in a
+function that says what it is for and what happens without it. No other file of the package uses a
+private name of torch; a test checks this. ``docs/versions.md`` lists the versions that are tested.
 """
 
 from __future__ import annotations
@@ -11,15 +11,16 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-ORIGINAL = "_orig_mod"  # where torch.compile(module) keeps the module; also a part of names
+ORIGINAL = "_orig_mod"  # where torch.compile(module) keeps the module; it appears in names too
 
 
 def runs_eagerly() -> bool:
-    """Whether operations run as they are called, with reverse-mode autograd and nothing else.
+    """Whether operations run at once, with ordinary reverse-mode autograd only.
 
-    Compilers and tracers do better with the operations themselves, and functorch and forward mode
-    would need rules of their own. Where torch cannot tell all of that (before 2.8 it does not say
-    whether functorch transforms are active): False, which is right everywhere and a little slower.
+    If so, an autograd function of our own can be used. Compilers and tracers work better with
+    ordinary operations, and functorch and forward mode would need additional rules. False if torch
+    cannot tell all of this (before 2.8 it does not say whether functorch transforms are active).
+    False is always correct, and a little slower.
     """
     if torch.compiler.is_compiling():
         return False
@@ -34,9 +35,9 @@ def runs_eagerly() -> bool:
 
 
 def is_watched(module: nn.Module) -> bool:
-    """Whether any hook, the module's own or a global one, sees what goes through the module.
+    """Whether the module has a hook, or a global hook for all modules exists.
 
-    Where torch cannot tell: True, so that the module is called as it is.
+    True if torch cannot tell: then the module is called in the ordinary way.
     """
     try:
         forward = module._forward_pre_hooks or module._forward_hooks
@@ -50,16 +51,16 @@ def is_watched(module: nn.Module) -> bool:
 def is_lazy(tensor: object) -> bool:
     """Whether this is a parameter or buffer whose shape is not known yet.
 
-    Where torch lacks its undocumented ``is_lazy``: whether it is a parameter of that kind.
+    If torch lacks its undocumented ``is_lazy``, only lazy parameters are found, not lazy buffers.
     """
     ask = getattr(nn.parameter, "is_lazy", None)
     return isinstance(tensor, nn.UninitializedParameter) if ask is None else bool(ask(tensor))
 
 
 def unsafe_view(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """View a tensor that nobody else holds; autograd lets the result be changed in place.
+    """View a tensor to which there is no other reference. The result may be changed in place.
 
-    Where torch lacks ``_unsafe_view``: a copy, in a pass over memory.
+    If torch lacks ``_unsafe_view``, the tensor is copied.
     """
     view = getattr(torch.ops.aten, "_unsafe_view", None)
     out: Tensor = tensor.reshape(shape).clone() if view is None else view(tensor, shape)
@@ -67,18 +68,18 @@ def unsafe_view(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 
 def own_parameter(module: nn.Module, name: str) -> nn.Parameter | None:
-    """Return the parameter that ``module`` itself holds under this name; None for anything else.
+    """Return the parameter that ``module`` itself has under this name, None if there is none.
 
-    A buffer, a tensor that stands in, and the weight of a parametrization are none.
+    A buffer, a plain tensor in its place, and the weight of a parametrization do not count.
     """
     found = getattr(module, "_parameters", {}).get(name)
     return found if isinstance(found, nn.Parameter) else None
 
 
 def children(module: nn.Module) -> list[tuple[str, nn.Module]]:
-    """Return the submodules of ``module`` by name, one that has two names under both.
+    """Return the names and submodules of ``module``. A submodule with two names appears twice.
 
-    Where torch lacks ``_modules``: under its first name only.
+    If torch lacks ``_modules``, it appears once, under its first name.
     """
     named = getattr(module, "_modules", None)
     items = module.named_children() if named is None else named.items()
@@ -86,14 +87,14 @@ def children(module: nn.Module) -> list[tuple[str, nn.Module]]:
 
 
 def original(module: nn.Module) -> nn.Module | None:
-    """Return what ``torch.compile(module)`` was given, None if it did not make this module.
+    """Return the module inside a result of ``torch.compile(module)``; None for other modules.
 
-    Where torch names it otherwise, a compiled module counts as a plain one.
+    If torch renames the attribute, a compiled module is treated as an ordinary module.
     """
     found: nn.Module | None = getattr(module, ORIGINAL, None)
     return found
 
 
 def plain_name(name: str) -> str:
-    """Return a dotted path without what torch.compile puts into it."""
+    """Return a dotted path without the parts that torch.compile adds."""
     return ".".join(part for part in name.split(".") if part != ORIGINAL)

@@ -1,4 +1,4 @@
-"""VeRA (arXiv:2310.11454): layers that share two frozen random matrices and train two vectors."""
+"""VeRA (arXiv:2310.11454): layers share two frozen random matrices, and each trains two vectors."""
 
 from __future__ import annotations
 
@@ -24,23 +24,23 @@ from dynalora_adapters._projections import Home, Projections, draw, place, proje
 
 
 class VeRALinear(AdapterLinear):
-    """A linear layer with the weight W + diag(b) B diag(d) A, only b and d trained (VeRA, eq. 2).
+    """A linear layer with the weight W + diag(b) B diag(d) A. Only b and d train (VeRA, eq. 2).
 
-    b starts at zero, so the output is that of the base, bit for bit, until b is trained. b and d
-    lie on the base weight's device, in float32 (float64 over a float64 base).
+    b starts at zero, so until b is trained the output is that of the base module, bit for bit. b
+    and d are on the device of the base weight, in float32 (in float64 if the base weight is).
 
     Args:
         base_layer: The linear layer to adapt.
         rank: Rows of A and columns of B.
-        d_initial: What the elements of d start from.
+        d_initial: Initial value of the elements of d.
         key: Seed of A and B.
         dropout: Probability of dropping an element of the adapter's input in training.
-        projections: A and B to share with other layers; without them the layer draws its own.
+        projections: A and B, shared with other layers; None to draw a new pair from ``key``.
 
     Attributes:
         vera_lambda_b: (out,), zero.
         vera_lambda_d: (rank,), ``d_initial``.
-        projections: A and B, frozen. The layer uses A[:, :in] and B[:out], which are views.
+        projections: A and B, frozen. The layer uses the views A[:, :in] and B[:out].
 
     Raises:
         TypeError: If ``base_layer`` is not a linear layer, or a number has the wrong type.
@@ -73,16 +73,16 @@ class VeRALinear(AdapterLinear):
             projections = Projections(*draw(*projection_shapes(rank, [self.shape]), key)).to(*home)
         elif not projections.fits(rank, self.shape):
             raise ValueError(
-                f"projections ({projections.extra_repr()}) do not fit rank={rank} over "
-                f"{self.in_features} inputs and {self.out_features} outputs; pass a pair drawn for "
-                f"this rank that is large enough."
+                f"projections ({projections.extra_repr()}) do not fit a layer of rank={rank} with "
+                f"{self.in_features} inputs and {self.out_features} outputs; pass a pair that was "
+                f"drawn for this rank and is large enough."
             )
         self.projections = projections
         self.vera_lambda_b = nn.Parameter(torch.zeros(self.out_features).to(*home))
         self.vera_lambda_d = nn.Parameter(torch.full((rank,), float(d_initial)).to(*home))
 
     def delta(self, x: Tensor) -> Tensor:
-        """Map (..., in) to b * B (d * A dropout(x)), (..., out), in the order peft computes it."""
+        """Return b * B (d * A dropout(x)), (..., out), computed in the same order as in peft."""
         b, d = self.adapter_param("vera_lambda_b"), self.adapter_param("vera_lambda_d")
         A, B = self._cut(d)
         return b * F.linear(d * F.linear(self.dropout(x.to(d.dtype)), A), B)
@@ -94,13 +94,13 @@ class VeRALinear(AdapterLinear):
         return (self.vera_lambda_b[:, None] * B) @ (self.vera_lambda_d[:, None] * A)
 
     def _cut(self, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Return A, (rank, in), and B, (out, rank): views, unless the layer was moved by itself."""
+        """Return A, (rank, in), and B, (out, rank); as views, unless device or dtype differ."""
         A = self.projections.A[:, : self.in_features]
         B = self.projections.B[: self.out_features]
         return A.to(like.device, like.dtype), B.to(like.device, like.dtype)
 
     def extra_repr(self) -> str:
-        """Show the options beside the base."""
+        """Return the options, which ``print(layer)`` shows beside the base module."""
         return f"rank={self.rank}, key={self.key}, active={self.active}, merged={self.merged}"
 
 
@@ -108,20 +108,21 @@ class VeRALinear(AdapterLinear):
 class VeRAConfig(AdapterConfig):
     """Options of VeRA (arXiv:2310.11454); keyword-only.
 
-    All layers share two frozen random matrices, drawn from ``key`` as peft draws them and held once
-    per device. A layer trains rank + out numbers, so ranks are chosen larger than LoRA's, and
-    learning rates too.
+    All layers share two frozen random matrices. They are drawn from ``key``, as in peft, and exist
+    once per device. A layer trains only rank + out numbers, so use a larger rank than for LoRA, and
+    a larger learning rate.
 
     Example:
         >>> VeRAConfig(rank=256, targets=["query", "value"], trainable=["classifier"])
 
     Args:
-        rank: Rank r of the weight's change.
-        d_initial: What the scales of the r rows of A start from; not 0, where they would stay.
+        rank: Rank r of the change that is added to a weight.
+        d_initial: Initial scale of each of the r rows of A. It must not be 0, because then neither
+            d nor b would ever change.
         key: Seed of the shared matrices.
-        save_projection: Whether ``save_adapter`` writes the shared matrices too. Without them a
-            file is smaller, and loading draws them anew from ``key``; matrices that ``key`` does
-            not give back (loaded from elsewhere, or rounded by a cast) are written in any case.
+        save_projection: Whether ``save_adapter`` writes the shared matrices too. Without them the
+            file is smaller, and loading draws them again from ``key``. Matrices that cannot be
+            drawn from ``key`` (loaded from another file, or rounded by a cast) are always written.
         dropout: Probability of dropping an element of the adapter's input in training, in [0, 1).
 
     Raises:
@@ -146,15 +147,15 @@ class VeRAConfig(AdapterConfig):
         probability_below_one("dropout", self.dropout)
 
     def layer_options(self, name: str) -> dict[str, object]:
-        """Return rank and key, which are those of every layer."""
+        """Return rank and key, which are the same for all layers."""
         return {"rank": self.rank, "key": self.key}
 
     def param_shapes(self, name: str, base: LinearShape) -> dict[str, tuple[int, ...]]:
-        """Return (out,) for b and (rank,) for d."""
+        """Return the shapes (out,) of b and (rank,) of d."""
         return {"vera_lambda_b": (base.out_features,), "vera_lambda_d": (self.rank,)}
 
     def build(self, bases: Mapping[str, nn.Module]) -> dict[str, AdapterLinear]:
-        """Make a ``VeRALinear`` over each base, all over the same projections."""
+        """Make a ``VeRALinear`` over each base. All share the same projections."""
         shapes = [shape for base in bases.values() if (shape := linear_shape(base)) is not None]
         A, B = draw(*projection_shapes(self.rank, shapes), self.key)
         pairs = place(A, B, [_home(base) for base in bases.values()])

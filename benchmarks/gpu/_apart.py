@@ -1,7 +1,7 @@
-"""A row in a process of its own: neither a crash nor its memory reaches the next one.
+"""Measure a row in a separate process, so that a crash or its memory does not affect other rows.
 
-The process is forked from one that has imported everything and has never touched the GPU, so that
-a row costs no import. Where some import did touch it, the child starts Python anew.
+The process is forked from one that has imported everything but has never used the GPU. So a row
+needs no time for imports. If an import did use the GPU, the child starts Python again.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ Work = Callable[[], Values]
 
 
 class Refused(Exception):  # noqa: N818 - an answer, not a mistake
-    """What is measured says by itself that it cannot be done."""
+    """The measured code itself raised an error that says that it cannot do this."""
 
 
 class Missing(Exception):  # noqa: N818
-    """This machine lacks what the row needs."""
+    """This machine does not have what the row needs."""
 
 
 @dataclass(frozen=True)
@@ -35,8 +35,8 @@ class Row:
     """A row of a part.
 
     Attributes:
-        work: Measures, and returns the numbers.
-        seconds: The most that it may take.
+        work: A function that measures and returns the numbers.
+        seconds: Its time limit.
     """
 
     name: str
@@ -46,7 +46,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a row; see `STATUSES` of `_lines`."""
+    """The result of a row. `STATUSES` of `_lines` has the statuses."""
 
     status: str
     reason: str = ""
@@ -55,7 +55,7 @@ class Outcome:
 
 
 def attempt(work: Work) -> tuple[str, str, Values]:
-    """Do the work here; return its status, the reason, and its values."""
+    """Do the work in this process; return its status, the reason, and its values."""
     try:
         return "ok", "", work()
     except Refused as why:
@@ -74,12 +74,12 @@ def _first_line(error: Exception) -> str:
 
 
 def run_apart(row: Row, *, seconds: float, again: Sequence[str]) -> Outcome:
-    """Do a row's work in a child process, for at most so many seconds.
+    """Do the work of a row in a child process, with a time limit.
 
     Args:
         row: The row.
-        seconds: Those left to the part.
-        again: The arguments by which a new Python does the same (see `answer`).
+        seconds: The seconds that the part has left.
+        again: The arguments with which a new Python does the same work (see `answer`).
     """
     limit = min(seconds, row.seconds)
     start = time.monotonic()
@@ -100,7 +100,7 @@ def run_apart(row: Row, *, seconds: float, again: Sequence[str]) -> Outcome:
 
 def _answer_of(pipe: Connection, limit: float) -> tuple[str, str, Values]:
     if not pipe.poll(limit):
-        return "failed", f"stopped after {limit:.0f} s, its limit", {}
+        return "failed", f"stopped at its time limit, {limit:.0f} s", {}
     try:
         status, reason, values = pipe.recv()
     except EOFError:
@@ -116,7 +116,7 @@ def _in_child(work: Work, pipe: Connection, again: Sequence[str]) -> None:
 
 
 def answer(work: Work, descriptor: int) -> None:
-    """Do the work in a Python started anew, and answer to the process that waits for it."""
+    """Do the work in a new Python process, and send the result to the process that waits."""
     _send(work, Connection(descriptor, readable=False))
 
 
@@ -125,4 +125,4 @@ def _send(work: Work, pipe: Connection) -> None:
     pipe.close()
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(0)  # no clean-up can hang, and no atexit hook of the parent's runs twice
+    os._exit(0)  # skips clean-up, which could hang, and the parent's atexit hooks

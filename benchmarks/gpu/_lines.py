@@ -1,4 +1,4 @@
-"""One JSON line for each finished row: what it measured, and what is needed to measure it again."""
+"""One JSON line per finished row: its numbers, and what is needed to measure it again."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-FACTS = "DYNALORA_GPU_FACTS"  # the environment variable by which the parts learn the facts
+FACTS = "DYNALORA_GPU_FACTS"  # the environment variable that passes the facts to the parts
 STATUSES = ("ok", "refused", "missing", "skipped", "out of memory", "failed")
 PACKAGES = ("transformers", "peft", "accelerate", "triton", "liger-kernel", "badam")
-# Every line has these, whatever its part.
+# Every line has these fields.
 FIELDS = (
     *("part", "row", "status", "reason", "seconds", "values", "dry_run", "command", "date"),
     *("card", "driver", "torch", "cuda", "packages", "python"),
@@ -27,17 +27,17 @@ FIELDS = (
 
 
 def facts(command: str, *, dry_run: bool) -> dict[str, Any]:
-    """Return what holds for all rows of a run; neither torch nor CUDA is started here for it.
+    """Return the facts that all rows of a run share. This process does not start CUDA for it.
 
     Raises:
-        LookupError: It is no dry run, and there is no GPU.
+        LookupError: There is no GPU, and this is not a dry run.
     """
     torch_version, cuda = _torch()
     card, driver = f"no GPU: {platform.machine()}, {os.cpu_count()} CPU cores", ""
     if not dry_run:
         card, driver = _card()
         if not card:
-            raise LookupError("no GPU was found; pass --dry-run to rehearse the kit on the CPU.")
+            raise LookupError("no GPU was found; pass --dry-run to run the kit on the CPU.")
     return {
         "dry_run": dry_run,
         "command": command,
@@ -66,7 +66,7 @@ def _version(package: str) -> str:
 
 
 def _card() -> tuple[str, str]:
-    """Name the GPU and its driver: by the driver's own program, or else by torch."""
+    """Return the names of the GPU and its driver, from the driver's program or from torch."""
     program = shutil.which("nvidia-smi") or "/usr/local/nvidia/bin/nvidia-smi"
     named = _said([program, "--query-gpu=name,driver_version", "--format=csv,noheader"])
     if ", " in named:
@@ -76,7 +76,7 @@ def _card() -> tuple[str, str]:
 
 
 def _said(command: list[str]) -> str:
-    """Return the first line that a program prints, or nothing."""
+    """Return the first line that a program prints, or an empty string."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
     except (OSError, subprocess.SubprocessError):
@@ -91,7 +91,7 @@ def given_facts() -> dict[str, Any]:
 
 
 class Lines:
-    """The rows of one part: each is printed, and appended to the part's file, when it is done."""
+    """The rows of one part. Each finished row is printed and appended to the file of the part."""
 
     def __init__(self, folder: Path, part: str, known: Mapping[str, Any]) -> None:
         self._path = folder / f"{part}.jsonl"
@@ -107,7 +107,7 @@ class Lines:
         seconds: float = 0.0,
         values: Mapping[str, Any] | None = None,
     ) -> None:
-        """Write a row that took so many seconds, the start of its process included."""
+        """Write a row. ``seconds`` includes the start of its process."""
         line = {
             "part": self._part,
             "row": row,
@@ -124,14 +124,14 @@ class Lines:
 
 
 def read(folder: Path) -> Iterator[dict[str, Any]]:
-    """Yield every line of a run, file by file."""
+    """Yield all lines of a run, one file after the other."""
     for path in sorted(folder.glob("*.jsonl")):
         for line in path.read_text(encoding="utf-8").splitlines():
             yield json.loads(line)
 
 
 def shown(line: Mapping[str, Any]) -> str:
-    """Return a row as a person reads it."""
+    """Return a row as readable text."""
     values = ", ".join(f"{name} {_short(value)}" for name, value in line["values"].items())
     detail = line["reason"] or values
     return f"[{line['part']}] {line['row']}: {line['status']} ({line['seconds']:.1f} s) {detail}"

@@ -1,8 +1,8 @@
-"""Training steps, measured one by one: time, what the allocator saw, and what was counted.
+"""Training steps, measured one by one: time, the memory of CUDA's allocator, and counted memory.
 
-Peaks are those of forward and backward above what existed before the step, as a `Budget` promises
-them; those of whole steps, weights included, stand beside them. On a CPU, which has no such
-allocator, the bytes are those counted.
+A peak is the largest memory in forward and backward, without what existed before the step; a
+`Budget` bounds this peak. The peak of the whole step, including weights, is stored as well. A CPU
+has no such allocator, so there the counted bytes are used.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ WARM_UP = 3
 
 @dataclass
 class Peak:
-    """The most bytes above what was there before: as asked for, and as the allocator rounds it."""
+    """The peak above what existed before: requested bytes, and bytes that are allocated for it."""
 
     requested: int = 0
     allocated: int = 0
@@ -31,7 +31,7 @@ class Peak:
 
 @contextmanager
 def peak_above(device: str) -> Iterator[Peak]:
-    """Watch the most bytes in here, above what is there now; zeros on a CPU."""
+    """Measure the peak inside this context, above what exists now; 0 on a CPU."""
     peak = Peak()
     if device != "cuda":
         yield peak
@@ -57,13 +57,13 @@ class Step:
     """One step.
 
     Attributes:
-        seconds: Of forward, backward and update.
-        peak: Of forward and backward.
-        whole: The most bytes allocated in the whole step, weights included.
-        predicted: The peak that the optimizer's `Budget` expected; 0 without one.
-        switched: Whether other modules are chosen at its end.
-        is_first: Whether it is the first one with its choice.
-        counted: What was counted; such a step is slow.
+        seconds: Time of forward, backward and update.
+        peak: Peak of forward and backward.
+        whole: Peak of the allocated bytes in the whole step, including weights.
+        predicted: The peak that the optimizer's `Budget` predicts; 0 without a budget.
+        switched: Whether other modules are chosen at the end of the step.
+        is_first: Whether it is the first step with its choice.
+        counted: The counts, if the step was counted. Counted steps are slow.
     """
 
     seconds: float
@@ -77,10 +77,10 @@ class Step:
 
 @dataclass
 class Watch:
-    """Takes the steps of a run and keeps them.
+    """Takes the steps of a run and stores their measurements.
 
     Attributes:
-        most_counted: So many choices are counted, each when it is met first.
+        most_counted: The largest number of choices to count. A choice is counted in its first step.
     """
 
     run: Run
@@ -89,13 +89,13 @@ class Watch:
 
     def __post_init__(self) -> None:
         self.steps: list[Step] = []
-        self.gradient_norm: float | None = None  # of updates within the backward pass: no more
+        self.gradient_norm: float | None = None  # None if fused updates have freed the gradients
         self.loss = 0.0
         self.reserved = 0
         self._known: set[Choice] = set()
 
     def take(self, steps: int) -> None:
-        """Take so many steps after a warm-up; reserved bytes are read at the end."""
+        """Take ``steps`` steps after a warm-up. Reserved bytes are read at the end."""
         for _ in range(WARM_UP):
             self.run.step()
         for _ in range(steps):
@@ -128,7 +128,7 @@ class Watch:
         self.steps.append(Step(seconds, peak, whole, predicted, switched, is_first, counted))
 
     def _read_gradients(self) -> None:
-        """One more step, for the loss and the norm of all gradients."""
+        """Take one more step, to get the loss and the norm of all gradients."""
         loss = self.run.loss()
         loss.backward()  # type: ignore[no-untyped-call]
         norms = [
@@ -142,7 +142,7 @@ class Watch:
 
 
 def _mark(run: Run) -> object:
-    """What changes when other modules are chosen, in ours and in the badam package."""
+    """Return a value that changes when other modules are chosen (ours, or the badam package)."""
     record = getattr(run.optimizer, "record", None)
     trains = tuple(name for name, p in run.model.named_parameters() if p.requires_grad)
     return (len(record) if record is not None else 0), trains
@@ -156,7 +156,7 @@ def _predicted(run: Run) -> int:
 
 
 def summary(watch: Watch, tokens: int) -> dict[str, Any]:
-    """Return the numbers of a row whose steps have so many tokens."""
+    """Return the numbers of a row whose steps have ``tokens`` tokens each."""
     steps = watch.steps
     plain = _plain(steps)
     median = statistics.median(plain)
@@ -184,14 +184,14 @@ def summary(watch: Watch, tokens: int) -> dict[str, Any]:
 
 
 def _plain(steps: Iterable[Step]) -> list[float]:
-    """The times of the steps in which nothing but training happens."""
+    """Return the times of ordinary steps, without counting and without a switch."""
     ordinary = [step for step in steps if not step.counted and not step.switched]
     settled = [step for step in ordinary if not step.is_first]
     return [step.seconds for step in settled or ordinary]
 
 
 def _switches(steps: Iterable[Step], plain: float) -> dict[str, Any]:
-    """What a switch costs: in the step that ends with it, and in the one that follows."""
+    """Return the time that a switch adds: to the step that ends with it, and to the next one."""
     steps = list(steps)
     before = [step.seconds - plain for step in steps if step.switched and not step.counted]
     after = [step.seconds - plain for step in steps[1:] if step.is_first and not step.counted]
@@ -203,7 +203,7 @@ def _switches(steps: Iterable[Step], plain: float) -> dict[str, Any]:
 
 
 def _budget(watch: Watch) -> dict[str, Any]:
-    """Whether each step stayed within its budget, and how far it was from the prediction."""
+    """Return how many steps exceeded the budget, and the errors of the predictions."""
     budget, costs = watch.run.budget, None
     if budget is not None:
         costs = budget.contexts[-1].costs

@@ -1,8 +1,8 @@
 """Full-parameter training of the 1B shape: AdamW, the badam package, and ours.
 
 Random bfloat16 weights, packed sequences, fused AdamW. One block trains at a time, on float32
-copies, and moves on every `PERIOD` steps; what the move costs is told apart. A way of training is a
-line of `WAYS`.
+copies. After every `PERIOD` steps the next block trains; the time of this switch is measured
+separately. Each way of training is a line of `WAYS`.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ CASE = SHAPES[0]
 
 
 def package(model: nn.Module) -> Any:
-    """Wrap AdamW by the badam package's optimizer."""
+    """Wrap AdamW with the optimizer of the badam package."""
     if not is_installed():
-        raise Missing("badam is not installed; run.sh --prepare fetches it")
+        raise Missing("badam is not installed; run.sh --prepare downloads it")
     return block_optimizer(
         fused_adamw(model), model, switch_block_every=PERIOD, switch_mode="descending"
     )
 
 
 def ours(model: nn.Module, **options: Any) -> Any:
-    """Wrap AdamW by our preset of that name."""
+    """Wrap AdamW with our preset `badam`."""
     return badam(model, fused_adamw(model), period=PERIOD, **options)
 
 
@@ -52,7 +52,7 @@ WAYS: dict[str, Callable[[nn.Module], Any]] = {
 
 
 def measured(shape: Shape, way: str, visits: int) -> Values:
-    """Train for so many visits to a block."""
+    """Train ``visits`` blocks, one after the other, and measure."""
     model = shape.bare()
     run = Run(model, WAYS[way](model), packed(shape, model))
     watch = Watch(run, shape.device, most_counted=1)

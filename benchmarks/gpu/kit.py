@@ -1,9 +1,9 @@
-"""The GPU kit: its parts in order, each with a time limit; a summary at the end.
+"""The GPU kit: it runs parts in order, each with a time limit, then prints a summary.
 
     bash benchmarks/gpu/run.sh [--dry-run] OUTDIR
 
-A part, or a row, that fails is a row with its reason, and the rest goes on. Every finished row is
-printed and appended to OUTDIR/<part>.jsonl at once.
+If a part or a row fails, the reason is written as a row, and the other rows still run. Every
+finished row is printed and appended to OUTDIR/<part>.jsonl immediately.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from gpu._lines import FACTS, Lines, facts
 from gpu.summary import write
 
 ROOT = Path(__file__).parents[2]
-PATIENCE = 4  # so many times as long may a dry run take: a busy machine spoils nothing in it
-GRACE = 5.0  # seconds between a part's own end and the one that it is given
+PATIENCE = 4  # factor for the time limits of a dry run, which may run on a busy machine
+GRACE = 5.0  # seconds between the end that a part plans and its time limit
 
 
 @dataclass(frozen=True)
@@ -32,14 +32,14 @@ class Part:
     """A part of the kit.
 
     Attributes:
-        seconds: Its time limit; what earlier parts have left of theirs comes on top.
+        seconds: Its time limit. Time that earlier parts did not use is added.
     """
 
     name: str
     seconds: float
 
 
-# 8 minutes in all. A part that measures lives in the module that `MODULES` of part.py names.
+# 8 minutes in total. `MODULES` of part.py names the module of each part that measures.
 PARTS = (
     Part("tests", 110),
     Part("workspaces", 40),
@@ -58,9 +58,9 @@ def command_of(part: Part, folder: Path, seconds: float, *, dry_run: bool) -> li
 
 
 def tests_command() -> list[str]:
-    """Run the tests that need a GPU, with no plugin but ours; without a GPU each is skipped."""
+    """Return the command that runs the tests for GPUs, with only our pytest plugin."""
     found = ROOT.glob("tests/test_cuda_*.py")
-    files = sorted((str(path.relative_to(ROOT)) for path in found), reverse=True)  # compiling last
+    files = sorted((str(path.relative_to(ROOT)) for path in found), reverse=True)  # compile last
     plugins = ["-p", "gpu.pytest_rows", "-p", "no:cacheprovider"]
     return [sys.executable, "-m", "pytest", "-q", "--no-header", "-m", "cuda", *plugins, *files]
 
@@ -68,10 +68,10 @@ def tests_command() -> list[str]:
 def run_part(
     part: Part, folder: Path, *, seconds: float, dry_run: bool, lines: Lines
 ) -> subprocess.Popen[bytes] | None:
-    """Run a part for at most so many seconds; what went wrong with it as a whole is a row."""
-    print(f"\n== {part.name}: {seconds:.0f} s at most", flush=True)
+    """Run a part with a time limit. If the part as a whole fails, a row says why."""
+    print(f"\n== {part.name}: at most {seconds:.0f} s", flush=True)
     if seconds < GRACE:
-        lines.add("the part", "skipped", reason="the time of the kit is over")
+        lines.add("the part", "skipped", reason="no time is left")
         return None
     environment = {**os.environ, "DYNALORA_GPU_FOLDER": str(folder)}
     if part.name == "tests":
@@ -82,11 +82,11 @@ def run_part(
     try:
         code = process.wait(timeout=seconds)
     except subprocess.TimeoutExpired:
-        os.killpg(process.pid, 9)  # with the row that it has forked
+        os.killpg(process.pid, 9)  # also kills the row that it has forked
         process.wait()
-        lines.add("the part", "failed", reason=f"stopped after {seconds:.0f} s, its limit")
+        lines.add("the part", "failed", reason=f"stopped at its time limit, {seconds:.0f} s")
         return process
-    if code and not (part.name == "tests" and code == 1):  # 1: some test failed, and has its row
+    if code and not (part.name == "tests" and code == 1):  # 1: a failed test, which has a row
         spent = time.monotonic() - start
         lines.add("the part", "failed", reason=f"exit code {code}", seconds=spent)
     return process
@@ -98,13 +98,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("folder", type=Path, metavar="OUTDIR")
     parser.add_argument("--dry-run", action="store_true", help="tiny shapes, on the CPU")
     parser.add_argument(
-        "--parts", nargs="*", default=[part.name for part in PARTS], help="these parts only"
+        "--parts", nargs="*", default=[part.name for part in PARTS], help="run only these parts"
     )
     options = parser.parse_args(arguments)
     folder = options.folder.resolve()
     folder.mkdir(parents=True, exist_ok=True)
     if old := sorted(path.name for path in folder.glob("*.jsonl")):
-        parser.error(f"{folder} holds the rows of another run ({', '.join(old)}); name a new one.")
+        parser.error(f"{folder} has rows of another run ({', '.join(old)}); pass a new folder.")
     command = shlex.join(["bash", "benchmarks/gpu/run.sh", *sys.argv[1:]])
     try:
         known = facts(command, dry_run=options.dry_run)

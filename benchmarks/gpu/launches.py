@@ -1,8 +1,8 @@
-"""What the wrapper adds to a step of 24, 144 or 512 groups: launches, waits, the host's time.
+"""Measure what the wrapper adds to a step with many groups: launches, waits, host time.
 
-Each group is a small layer with hardly any work in it, so that what does not shrink with the work
-stands out. A row measures plain AdamW over the same model beside itself. A wrapper is a line of
-`WRAPPERS`.
+There are 24, 144 or 512 groups. Each group is a very small layer, so the rows show the costs that
+do not depend on the size of a layer. Each row also measures plain AdamW on the same model. Each
+wrapper is a line of `WRAPPERS`.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ CALLS = ("cudaLaunchKernel", "cuLaunchKernel", "cudaMemcpyAsync", "cudaMemsetAsy
 
 
 def launches(step: Callable[[], object]) -> float:
-    """Count the kernels, copies and fills that a step asks the GPU for: the mean."""
-    for _ in range(2):  # the first time starts the profiler
+    """Return the mean number of kernels, copies and fills that a step launches on the GPU."""
+    for _ in range(2):  # the first call starts the profiler
         with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as seen:
             for _ in range(REPEATS):
                 step()
@@ -41,7 +41,7 @@ def launches(step: Callable[[], object]) -> float:
 
 
 def waits(step: Callable[[], object]) -> float:
-    """Count how often a step makes the host wait for the GPU: the mean."""
+    """Return how often, on average, a step makes the host wait for the GPU."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         torch.cuda.set_sync_debug_mode("warn")
@@ -54,7 +54,7 @@ def waits(step: Callable[[], object]) -> float:
 
 
 def host_seconds(steps: dict[str, Step], device: str) -> dict[str, tuple[float, float]]:
-    """Return, of each step, the median time until it is asked for, and until it is done."""
+    """Return two median times for each step: until it is launched, and until it is finished."""
     seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in steps}
     for turn in range(-WARM_UP, ROUNDS):
         for name, step in steps.items():
@@ -72,7 +72,7 @@ def host_seconds(steps: dict[str, Step], device: str) -> dict[str, tuple[float, 
 
 
 def measured(groups: int, wrapper: str, device: str) -> Values:
-    """Measure a wrapper beside plain AdamW."""
+    """Measure a wrapper and, for comparison, plain AdamW."""
     steps = {
         "plain": chain_step(groups, plain, device=device),
         "wrapped": chain_step(groups, WRAPPERS[wrapper], device=device),

@@ -1,8 +1,8 @@
-"""Memory and speed of LoRA on Llama shapes: peft, peft's strongest rivals, and ours.
+"""Memory and speed of LoRA on Llama shapes: peft, peft with checkpointing, and ours.
 
 Random bfloat16 weights built on the device, packed sequences (no padding, so no mask), LoRA of rank
-16 on all linear layers in float32, fused AdamW. A way of training is a line of `WAYS`; which of
-them a shape has is a line of `SHAPES`.
+16 on all linear layers in float32, fused AdamW. Each way of training is a line of `WAYS`. `SHAPES`
+says which ways are measured for a shape.
 """
 
 from __future__ import annotations
@@ -27,30 +27,30 @@ from torch.optim import Optimizer
 from dynalora_optim import DynamicAllocationOptimizer
 
 LIGER = "peft, every block checkpointed, Liger's loss"
-PERIOD = 3  # the first step with a choice is counted, the second timed, the third ends with a draw
+PERIOD = 3  # of each choice: a counted step, a timed step, and a step with the next choice
 BUDGETS = ((0.75, 1.0), (0.5, 1.0), (0.5, 0.6), (0.3, 0.6), (0.1, 0.6))
 
 
 def fused_adamw(model: nn.Module) -> Optimizer:
-    """AdamW as it is used on a GPU."""
+    """Return AdamW with ``fused=True``, which is usual on a GPU."""
     return torch.optim.AdamW(
         [p for p in model.parameters() if p.requires_grad], lr=1e-4, fused=True
     )
 
 
 def packed(shape: Shape, model: nn.Module) -> dict[str, Tensor]:
-    """Return full sequences: nothing is masked."""
+    """Return a batch of full sequences, without padding or a mask."""
     return {name: x for name, x in shape.batch(model).items() if name != "attention_mask"}
 
 
 def peft_lora(shape: Shape, *, every: int = 0) -> Run:
-    """Train peft's LoRA; every so many blocks, if any, are checkpointed."""
+    """Train peft's LoRA, and checkpoint every n-th block, if ``every`` is n."""
     model = peft_model(shape, shape.bare(), every=every)
     return Run(model, fused_adamw(model), packed(shape, model))
 
 
 class LigerRun(Run):
-    """Computes the loss from the hidden states in chunks, by Liger's kernel."""
+    """Computes the loss in chunks from the hidden states, with Liger's kernel."""
 
     def loss(self) -> Tensor:
         """Return the loss of the next token, as transformers computes it."""
@@ -66,11 +66,11 @@ class LigerRun(Run):
 
 
 def with_liger(shape: Shape) -> Run:
-    """Train the strongest peer: peft, every block checkpointed, and Liger's loss."""
+    """Train with peft, every block checkpointed, and Liger's loss, which needs least memory."""
     if shape.device != "cuda":
-        raise Missing("Liger's kernels run on a GPU only")
+        raise Missing("Liger's kernels run only on a GPU")
     if importlib.util.find_spec("liger_kernel") is None:
-        raise Missing("liger-kernel is not installed; run.sh --prepare fetches it")
+        raise Missing("liger-kernel is not installed; run.sh --prepare downloads it")
     run = peft_lora(shape, every=1)
     return LigerRun(run.model, run.optimizer, run.batch)
 
@@ -89,7 +89,7 @@ def all_active(shape: Shape) -> Run:
 
 
 def budgeted(shape: Shape, *, memory: float, compute: float) -> Run:
-    """Keep a budget, and choose anew every `PERIOD` steps."""
+    """Train with a budget, with a new choice every `PERIOD` steps."""
     run = unwrapped(shape)
     run.draws, run.budget = shape.draws, Watched(memory=memory, compute=compute)
     run.optimizer = DynamicAllocationOptimizer(
@@ -116,12 +116,12 @@ FEWER = [name for name in WAYS if name not in LEFT_OUT]
 
 @dataclass(frozen=True)
 class Case:
-    """A shape, and what is measured of it.
+    """A shape, and what is measured for it.
 
     Attributes:
-        ways: Names in `WAYS`.
-        steps: Steps of a way that chooses nothing anew.
-        counted: Choices that are counted of one that does.
+        ways: The ways of training: names in `WAYS`.
+        steps: Number of steps for a way that makes no choices.
+        counted: Number of choices to count for a way that makes choices.
     """
 
     name: str
@@ -139,7 +139,7 @@ SHAPES = (
 
 
 def in_small(case: Case) -> Case:
-    """The same rows on a CPU, each within a second."""
+    """Return small versions of the rows, which take less than a second each on a CPU."""
     small = quick(case.shape)
     config = partial(small.config, num_hidden_layers=4)
     shape = replace(small, config=config, device="cpu", rows=2, length=16, draws=2)

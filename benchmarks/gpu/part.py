@@ -1,8 +1,8 @@
-"""One part of the kit: its rows, one after another, each in a process of its own.
+"""Run one part of the kit: its rows one after another, each in a separate process.
 
     python -m gpu.part memory_and_speed OUTDIR --seconds 200 [--dry-run]
 
-The kit starts it; it is not meant to be called by hand.
+The kit calls this script. You do not need to call it yourself.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import warnings
 from pathlib import Path
 
 import torch
-import torch._dynamo  # the first optimizer would import it, in every child anew
+import torch._dynamo  # imported once here; else each child would import it for its optimizer
 import transformers
 from gpu._apart import Row, answer, run_apart
 from gpu._lines import Lines, given_facts
@@ -27,7 +27,7 @@ MODULES = {
     "full_parameters": "gpu.full",
     "overhead": "gpu.launches",
 }
-LEAST = 3.0  # seconds: with less left no row is begun
+LEAST = 3.0  # seconds; with less time left, no row is started
 
 
 def rows_of(part: str, *, dry_run: bool) -> list[Row]:
@@ -37,13 +37,13 @@ def rows_of(part: str, *, dry_run: bool) -> list[Row]:
 
 
 def run(part: str, folder: Path, *, seconds: float, dry_run: bool) -> None:
-    """Measure the rows until the time is over; the rest is skipped, and says so."""
+    """Measure the rows until the time is over. The other rows are written as skipped."""
     end = time.monotonic() + seconds
     lines = Lines(folder, part, given_facts())
     for row in rows_of(part, dry_run=dry_run):
         left = end - time.monotonic()
         if left < LEAST:
-            lines.add(row.name, "skipped", reason=f"the part's {seconds:.0f} s are over")
+            lines.add(row.name, "skipped", reason=f"no time is left of the part's {seconds:.0f} s")
             continue
         again = ["-m", "gpu.part", part, str(folder), "--row", row.name]
         done = run_apart(row, seconds=left, again=[*again, *["--dry-run"] * dry_run])
@@ -53,14 +53,14 @@ def run(part: str, folder: Path, *, seconds: float, dry_run: bool) -> None:
 
 
 def quiet() -> None:
-    """Leave the output to the rows."""
+    """Hide warnings and log messages, so that only the rows are printed."""
     warnings.filterwarnings("ignore")
     logging.getLogger("dynalora_optim").setLevel(logging.ERROR)
     transformers.logging.set_verbosity_error()
 
 
 def main() -> None:
-    """Run a part, or, for a child that could not be forked, one row of it."""
+    """Run a part, or one row of it, for a child that could not be forked."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("part", choices=list(MODULES))
     parser.add_argument("folder", type=Path)
@@ -77,7 +77,7 @@ def main() -> None:
         return
     rows = {row.name: row for row in rows_of(options.part, dry_run=options.dry_run)}
     if options.answer_to is None:
-        sys.exit("--row is for the kit's own use; leave it out.")
+        sys.exit("--row is only for the kit itself; leave it out.")
     answer(rows[options.row].work, options.answer_to)
 
 

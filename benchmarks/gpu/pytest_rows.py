@@ -1,4 +1,4 @@
-"""A pytest plugin: each test is a row, written as soon as it is done."""
+"""A pytest plugin. It writes a row for each test when the test has finished."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ _STATUS = {"passed": "ok", "failed": "failed", "skipped": "skipped"}
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
-    """Write a row for a test that has run, or that could not."""
+    """Write a row for a test that has run, was skipped, or could not run."""
     if report.when != "call" and report.outcome == "passed":
-        return  # of the call there is a report of its own
+        return  # there is another report, for the call
     lines = Lines(Path(os.environ[FOLDER]), "tests", given_facts())
     status = _STATUS[report.outcome]
     lines.add(report.nodeid, status, reason=_reason(report), seconds=report.duration)

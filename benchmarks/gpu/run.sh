@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Everything that a GPU has to show, in one command and in eight minutes.
+# Measure everything that needs a GPU, with one command and in eight minutes.
 #
-#   bash benchmarks/gpu/run.sh --prepare           with a network: fetch the wheels that the machine lacks
-#   bash benchmarks/gpu/run.sh OUTDIR              on a machine with CUDA, Python and torch; no network
-#   bash benchmarks/gpu/run.sh --dry-run OUTDIR    the same with tiny shapes on a CPU
+#   bash benchmarks/gpu/run.sh --prepare           download wheels that the machine may lack; needs a network
+#   bash benchmarks/gpu/run.sh OUTDIR              run, on a machine with CUDA, Python and torch; no network
+#   bash benchmarks/gpu/run.sh --dry-run OUTDIR    run with tiny shapes on a CPU
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 root=$(cd "$here/../.." && pwd)
@@ -15,14 +15,14 @@ if [ "${1:-}" = --prepare ]; then
         -d "$here/wheels" -r "$here/wheels.txt"
 fi
 
-# They are pure Python, and so need no more than to be unpacked.
+# These wheels are pure Python, so it is enough to unpack them.
 unpacked=$(mktemp -d)
 trap 'rm -rf "$unpacked"' EXIT
 for wheel in "$here"/wheels/*.whl; do
     [ -e "$wheel" ] && "$python" -m zipfile -e "$wheel" "$unpacked"
 done
 
-# The checkout itself is what is measured, whatever is installed.
+# Measure this checkout, not an installed package.
 export PYTHONPATH="$root:$root/adapters:$root/benchmarks:$root/tests:$unpacked${PYTHONPATH:+:$PYTHONPATH}"
 export PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 export PYTORCH_NVML_BASED_CUDA_CHECK=1 # so that imports do not start CUDA before a row is forked

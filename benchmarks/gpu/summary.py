@@ -1,4 +1,4 @@
-"""What a run comes to: how its rows ended, and whether the bars are met."""
+"""Summarise a run: how its rows ended, and whether the targets are met."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Line = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Bar:
-    """A promise: a value of one row, over that of another, is at most or at least a limit."""
+    """A target: the ratio of a value of two rows must be at most or at least a limit."""
 
     name: str
     row: str
@@ -27,7 +27,7 @@ class Bar:
     holds: Callable[[float, float], bool] = operator.le
 
     def line(self, rows: Mapping[str, Line]) -> list[str]:
-        """Return name, ratio, limit and verdict; "not measured" without both rows."""
+        """Return name, ratio, limit and verdict. It is "not measured" if a row is missing."""
         ours, theirs = (rows.get(name, {}).get("values", {}) for name in (self.row, self.of))
         sign = "<=" if self.holds is operator.le else ">="
         bound = f"{sign} {self.limit:.2f}"
@@ -43,19 +43,19 @@ _PEFT, _OURS = f"{_SHAPE}peft LoRA", f"{_SHAPE}ours, all active"
 _BUDGET = f"{_SHAPE}ours, Budget(0.5, 0.6)"
 _PLAIN = f"{_SHAPE}our LoRA, plain AdamW"
 BARS = (
-    Bar("all active: peak, of peft LoRA's", _OURS, _PEFT, "peak_above", 1.00),
-    Bar("all active: tokens/s, of peft LoRA's", _OURS, _PEFT, "tokens_per_s", 1.05, operator.ge),
-    Bar("Budget(0.5, 0.6): peak, of peft LoRA's", _BUDGET, _PEFT, "peak_above", 0.50),
+    Bar("all active: peak / peft LoRA", _OURS, _PEFT, "peak_above", 1.00),
+    Bar("all active: tokens/s / peft LoRA", _OURS, _PEFT, "tokens_per_s", 1.05, operator.ge),
+    Bar("Budget(0.5, 0.6): peak / peft LoRA", _BUDGET, _PEFT, "peak_above", 0.50),
     Bar(
-        "Budget(0.5, 0.6): tokens/s, of peft LoRA's",
+        "Budget(0.5, 0.6): tokens/s / peft LoRA",
         *(_BUDGET, _PEFT, "tokens_per_s_mean", 1.25, operator.ge),
     ),
-    Bar("all active: time of a step, of plain AdamW's", _OURS, _PLAIN, "step_s", 1.02),
+    Bar("all active: time of a step / plain AdamW", _OURS, _PLAIN, "step_s", 1.02),
 )
 
 
 def counts(lines: Sequence[Line]) -> dict[str, dict[str, int]]:
-    """Return how many rows of each part ended how."""
+    """Return, for each part, how many rows have which status."""
     found: dict[str, Counter[str]] = {}
     for line in lines:
         found.setdefault(line["part"], Counter())[line["status"]] += 1
@@ -63,7 +63,7 @@ def counts(lines: Sequence[Line]) -> dict[str, dict[str, int]]:
 
 
 def promises(lines: Sequence[Line]) -> list[list[str]]:
-    """Return the bars, those of budgets and of waiting among them."""
+    """Return the lines of all targets, including those about budgets and waiting."""
     rows = {line["row"]: line for line in lines}
     found = [bar.line(rows) for bar in BARS]
     for name, value in (
@@ -79,10 +79,10 @@ def promises(lines: Sequence[Line]) -> list[list[str]]:
 
 
 def write(folder: Path) -> None:
-    """Print the summary and leave it as summary.json."""
+    """Print the summary and write it to summary.json."""
     lines = list(read(folder))
     by_part, bars = counts(lines), promises(lines)
-    if any(line["dry_run"] for line in lines):  # the bars are about a GPU: only that they are there
+    if any(line["dry_run"] for line in lines):  # the targets hold only for a GPU
         bars = [[*bar[:-1], "a dry run"] for bar in bars]
     found = {"counts": by_part, "bars": bars}
     (folder / "summary.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")

@@ -1,8 +1,8 @@
-"""What no counted tensor shows: the bytes that single operations take inside themselves.
+"""Measure memory outside of tensors: the bytes that operations allocate inside themselves.
 
-A `Budget` counts the tensors that operations return. What a kernel allocates for itself (attention
-going backward, cuBLAS, a fused update) shows in the allocator only. Each row runs one operation and
-gives both; *hidden* is the difference, of the forward and of the backward by itself.
+A `Budget` counts the tensors that operations return. Memory that a kernel allocates for itself (the
+backward of attention, cuBLAS, a fused update) is seen only by the allocator. Each row runs one
+operation and gives both numbers. *Hidden* is the difference, for forward and backward separately.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from dynalora_optim import LiveBytes
 
 @dataclass(frozen=True)
 class Heads:
-    """The shape of an attention: queries in groups that share a key, as in Llama 3."""
+    """The shape of an attention with grouped queries, as in Llama 3."""
 
     rows: int
     length: int
@@ -51,9 +51,9 @@ OPTIMIZERS = {"fused": {"fused": True}, "foreach": {"foreach": True}}
 
 
 def passes(forward: Callable[[], Tensor], leaves: Sequence[Tensor], device: str) -> Values:
-    """Run forward and backward twice, and return what the second time took, above what was there.
+    """Run forward and backward twice. Return the memory of the second time, above what existed.
 
-    The first time leaves behind what is kept for good, such as cuBLAS's workspaces.
+    In the first time, memory is allocated that is never freed, such as cuBLAS's workspaces.
     """
     kept_before = torch.cuda.memory_allocated() if device == "cuda" else 0
     torch.autograd.grad(forward().sum(), leaves)
@@ -82,7 +82,7 @@ def passes(forward: Callable[[], Tensor], leaves: Sequence[Tensor], device: str)
 
 
 def attention(heads: Heads, masked: bool, device: str) -> Values:
-    """Run an attention, causal by itself or by a mask that says so, with each kernel there is."""
+    """Run causal attention, with ``is_causal`` or with a mask, with each available kernel."""
 
     def leaf(number: int) -> Tensor:
         shape = (heads.rows, number, heads.length, heads.size)
@@ -104,7 +104,7 @@ def attention(heads: Heads, masked: bool, device: str) -> Values:
         try:
             with chosen:
                 found = passes(forward, (query, key, value), device)
-        except RuntimeError as problem:  # no such kernel for these shapes, or for this mask
+        except RuntimeError as problem:  # no kernel for this shape or mask
             values[name] = str(problem).splitlines()[0]
         else:
             values |= {f"{name}: {kind}": size for kind, size in found.items()}
@@ -112,14 +112,14 @@ def attention(heads: Heads, masked: bool, device: str) -> Values:
 
 
 def product(size: int, device: str) -> Values:
-    """Run a matrix product: what cuBLAS keeps shows in its first backward."""
+    """Run a matrix product. The memory that cuBLAS keeps is seen in the first backward."""
     x = torch.randn(size, size, dtype=torch.bfloat16, device=device)
     weight = torch.randn(size, size, dtype=torch.bfloat16, device=device).requires_grad_()
     return passes(lambda: x @ weight, [weight], device)
 
 
 def loss(tokens: int, vocabulary: int, device: str) -> Values:
-    """Run transformers' loss: logits in float32, then the cross entropy."""
+    """Run the loss of transformers: logits in float32, then the cross entropy."""
     dtype = torch.bfloat16
     logits = torch.randn(tokens, vocabulary, dtype=dtype, device=device).requires_grad_()
     labels = torch.randint(vocabulary, (tokens,), device=device)
@@ -127,7 +127,7 @@ def loss(tokens: int, vocabulary: int, device: str) -> Values:
 
 
 def update(how: str, size: int, device: str) -> Values:
-    """Take AdamW's step, whose temporary bytes come on top of the state."""
+    """Take a step of AdamW. It needs temporary memory in addition to its state."""
     parameters = [torch.zeros(size, size, device=device).requires_grad_() for _ in range(16)]
     options: dict[str, Any] = OPTIMIZERS[how]
     optimizer = torch.optim.AdamW(parameters, **options)

@@ -1,8 +1,8 @@
 """A paired bootstrap over test rows and seeds.
 
-A draw of n rows with replacement is a vector of counts, and accuracy, F1, Matthews' and Pearson's
-correlation of the rows drawn are functions of sums weighted by these counts. So all draws of a run
-are one product of matrices.
+A draw of n rows with replacement is a vector of counts. Accuracy, F1, Matthews' correlation and
+Pearson's correlation of the drawn rows are functions of sums that are weighted by these counts. So
+one matrix product computes all draws of a run.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ Drawn = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]  # counts, la
 def bootstrap(
     truth: np.ndarray, mine: Runs, theirs: Runs, generator: np.random.Generator
 ) -> np.ndarray:
-    """Return the difference of a task's metric in each draw of seeds and rows, (DRAWS,).
+    """Return the difference of the metric for each draw of seeds and rows, (DRAWS,).
 
     Args:
         truth: The labels of the test rows, (rows,).
-        mine: A run a seed.
-        theirs: Those of the other method, with the same seeds in the same order.
-        generator: Draws the rows, the same for both methods and all seeds, and the seeds.
+        mine: One run per seed.
+        theirs: The runs of the other method, with the same seeds in the same order.
+        generator: Draws the seeds, and the rows, which are the same for both methods and all seeds.
     """
     metric = next(iter(mine[0]["test"]))
     counts = drawn_rows(len(truth), generator)
@@ -44,7 +44,7 @@ def bootstrap(
 
 
 def drawn_rows(rows: int, generator: np.random.Generator) -> np.ndarray:
-    """How often each row is drawn, (DRAWS, rows)."""
+    """Return how often each row is drawn, (DRAWS, rows)."""
     counts = np.empty((DRAWS, rows))
     for draw in counts:
         draw[:] = np.bincount(generator.integers(rows, size=rows), minlength=rows)
@@ -54,7 +54,7 @@ def drawn_rows(rows: int, generator: np.random.Generator) -> np.ndarray:
 def resampled(
     metric: str, counts: np.ndarray, truth: np.ndarray, predictions: np.ndarray
 ) -> np.ndarray:
-    """Return a metric of `METRICS` on the rows of each draw, (DRAWS,)."""
+    """Return a metric of `METRICS` for the rows of each draw, (DRAWS,)."""
     binary = bool(np.isin(truth, (0, 1)).all() and np.isin(predictions, (0, 1)).all())
     fast = {**BY_SUMS, **(BY_TABLE if binary else {})}.get(metric)
     if fast is not None:
@@ -68,7 +68,7 @@ def _accuracy(counts: np.ndarray, truth: np.ndarray, predictions: np.ndarray) ->
 
 
 def _pearson(counts: np.ndarray, truth: np.ndarray, predictions: np.ndarray) -> np.ndarray:
-    """0 where one of them is constant. Centred first, so that the sums do not cancel."""
+    """Return 0 if one of them is constant. Values are centred, so that the sums do not cancel."""
     x, y = (
         values - values.mean() if np.ptp(values) else 0 * values
         for values in _pair(truth, predictions)
@@ -95,7 +95,7 @@ def _matthews(counts: np.ndarray, truth: np.ndarray, predictions: np.ndarray) ->
 
 
 def _table(counts: np.ndarray, truth: np.ndarray, predictions: np.ndarray) -> np.ndarray:
-    """True positives, false positives, false negatives, true negatives, (4, DRAWS)."""
+    """Return true positives, false positives, false negatives and true negatives, (4, DRAWS)."""
     y, p = _pair(truth, predictions)
     return np.asarray(
         (counts @ np.stack([y * p, (1 - y) * p, y * (1 - p), (1 - y) * (1 - p)], 1)).T
@@ -103,7 +103,7 @@ def _table(counts: np.ndarray, truth: np.ndarray, predictions: np.ndarray) -> np
 
 
 def _ratio(over: np.ndarray, under: np.ndarray) -> np.ndarray:
-    """0 where there is nothing to divide by, as scikit-learn has it."""
+    """Return over / under, and 0 if ``under`` is 0, as scikit-learn does."""
     return np.asarray(np.divide(over, under, out=np.zeros_like(over), where=under > 0))
 
 

@@ -1,4 +1,4 @@
-"""Reading a sweep: each method's runs at its best rate, and paired differences between methods."""
+"""Compare the methods of a sweep: the runs at the best rate, and paired differences."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SHARED = ("suite", "model", "steps", "batch_size", "max_length", "layers")
 
 @dataclass(frozen=True)
 class Cell:
-    """A method on a task: its runs at the rate that suits it best, one a seed, in their order."""
+    """A method on a task: its runs at its best learning rate, one per seed, sorted by seed."""
 
     runs: tuple[Result, ...]
 
@@ -30,7 +30,7 @@ class Cell:
 
     @property
     def metric(self) -> str:
-        """The name of the metric that decides."""
+        """Return the name of the main metric."""
         return str(next(iter(self.runs[0]["test"])))
 
     @property
@@ -43,21 +43,21 @@ class Cell:
 
     @property
     def deviation(self) -> float:
-        """Over the seeds; nan of a single one."""
+        """Return the standard deviation over the seeds; nan if there is only one."""
         return statistics.stdev(self.scores) if len(self.runs) > 1 else float("nan")
 
     def largest(self, what: str) -> float:
-        """The most of a number over the runs."""
+        """Return the largest value of a number over the runs."""
         return float(max(run[what] for run in self.runs))
 
     def average(self, what: str) -> float:
-        """The mean of a number over the runs."""
+        """Return the mean of a number over the runs."""
         return statistics.fmean(run[what] for run in self.runs)
 
 
 @dataclass(frozen=True)
 class Difference:
-    """How far one method is above another, with a 95% interval; in the metric's units."""
+    """The difference of the metric between two methods, with a 95% interval."""
 
     value: float
     low: float
@@ -69,7 +69,7 @@ class Sweep:
     """The finished runs of a sweep, by method and task.
 
     Raises:
-        ValueError: There are none, or those of a task are not comparable.
+        ValueError: There are no runs, or the runs of a task cannot be compared.
     """
 
     def __init__(self, lines: Iterable[Result]) -> None:
@@ -81,18 +81,16 @@ class Sweep:
             first = kinds.setdefault(settings["task"], kind)
             if kind != first:
                 raise ValueError(
-                    f"runs of {settings['task']} differ in more than method, rate and seed: "
-                    f"{first} and {kind}; keep them in folders of their own"
+                    f"runs of {settings['task']} differ in more settings than method, rate and "
+                    f"seed: {first} and {kind}; keep them in separate folders"
                 )
             runs[settings["method"], settings["task"]].append(line)
         if not runs:
-            raise ValueError(
-                "there are no finished runs; python benchmarks/quality/sweep.py makes some"
-            )
+            raise ValueError("there are no finished runs; run python benchmarks/quality/sweep.py")
         suites = {kind["suite"] for kind in kinds.values()}
         if len(suites) > 1:
             raise ValueError(
-                f"runs of several suites, {sorted(suites)}; keep each in its own folder"
+                f"these are runs of several suites, {sorted(suites)}; keep each in its own folder"
             )
         (self.suite,) = suites
         self.tasks = list(kinds)
@@ -101,17 +99,17 @@ class Sweep:
         self.methods = list(dict.fromkeys(name for name, _ in self.cells))
 
     def shared(self, *methods: str) -> tuple[str, ...]:
-        """The tasks that all of ``methods`` have runs of."""
+        """Return the tasks for which all of ``methods`` have runs."""
         return tuple(t for t in self.tasks if all((m, t) in self.cells for m in methods))
 
     def average(self, method: str, tasks: Sequence[str]) -> float:
-        """The mean over ``tasks`` of the mean over seeds."""
+        """Return the mean over ``tasks`` of the mean over seeds."""
         return statistics.fmean(self.cells[method, task].mean for task in tasks)
 
     def ratio(self, method: str, reference: str, what: str, tasks: Sequence[str]) -> float:
-        """The mean over ``tasks`` of the most of a number, in units of the reference's.
+        """Return the mean over ``tasks`` of the ratio of largest values, method to reference.
 
-        Where the reference has none, as of steps too few to be weighed, it is nan.
+        It is nan if the reference has no value, because it had too few steps to measure memory.
         """
         pairs = [(self.cells[method, task], self.cells[reference, task]) for task in tasks]
         largest = [(mine.largest(what), theirs.largest(what)) for mine, theirs in pairs]
@@ -120,10 +118,10 @@ class Sweep:
     def difference(self, method: str, reference: str, *, seed: int = 0) -> Difference:
         """Compare two methods by a paired bootstrap, on the tasks and seeds that both have.
 
-        In each draw the seeds are drawn anew, and the test rows, the same for both methods.
+        Each draw draws seeds and test rows, which are the same for both methods.
 
         Raises:
-            ValueError: They share none.
+            ValueError: They have no task or no seed in common.
         """
         tasks = self.shared(method, reference)
         if not tasks:
@@ -142,9 +140,10 @@ class Sweep:
 
 
 def at_best_rate(runs: Iterable[Result]) -> Cell:
-    """Return the runs at the rate that did best on validation rows, in the mean over its seeds.
+    """Return the runs at the rate that is best on validation rows, in the mean over its seeds.
 
-    A rate with fewer seeds than another has lost before. Of a seed that ran twice, the later run.
+    Rates with fewer seeds than another rate were dropped in the tuning and are not considered. If a
+    seed ran twice, the later run counts.
     """
     rates: dict[float, dict[int, Result]] = defaultdict(dict)
     for run in runs:
@@ -156,9 +155,9 @@ def at_best_rate(runs: Iterable[Result]) -> Cell:
 
 
 def worth(runs: Iterable[Result]) -> tuple[float, float]:
-    """Return the metric on validation rows and, for ties, their loss negated; means over ``runs``.
+    """Return the mean metric on validation rows and, for ties, the negated mean loss.
 
-    The least of all where a run has diverged, with nan for either.
+    Both are minus infinity if a run has diverged, which means that one of them is nan.
     """
     values = [(next(iter(run["validation"].values())), -run["validation_loss"]) for run in runs]
     metric, loss = (statistics.fmean(column) for column in zip(*values, strict=True))
@@ -166,39 +165,39 @@ def worth(runs: Iterable[Result]) -> tuple[float, float]:
 
 
 def paired(mine: Cell, theirs: Cell) -> tuple[tuple[Result, ...], tuple[Result, ...]]:
-    """Return the runs with the seeds that both have, in one order.
+    """Return the runs with the seeds that both have, in the same order.
 
     Raises:
-        ValueError: They share no seed.
+        ValueError: They have no seed in common.
     """
     ours, others = ({run["settings"]["seed"]: run for run in c.runs} for c in (mine, theirs))
     if not (seeds := sorted(ours.keys() & others.keys())):
-        raise ValueError("two methods share no seed; run both with the same --seeds")
+        raise ValueError("two methods have no seed in common; run both with the same --seeds")
     return tuple(ours[seed] for seed in seeds), tuple(others[seed] for seed in seeds)
 
 
 def check_predictions(run: Result, truth: np.ndarray) -> None:
-    """Compare what a run predicted with the test rows as they are now.
+    """Check that the predictions of a run belong to the present test rows.
 
     Raises:
-        ValueError: They are other rows: the metric is not the one that was noted.
+        ValueError: The metric on these rows is not the stored one, so the rows are different.
     """
     name, noted = next(iter(run["test"].items()))
     predictions = np.array(run["predictions"])
     same = len(predictions) == len(truth)
     if same:
         found = METRICS[name](truth, predictions)
-        # Predictions are rounded to four decimals, which a correlation hardly feels.
+        # Predictions are rounded to four decimals, which hardly changes a correlation.
         same = math.isclose(found, noted, abs_tol=1e-3) or math.isnan(found)
     if not same:
         raise ValueError(
-            f"a run of {run['settings']['task']} predicts {len(predictions)} test rows with {name} "
-            f"{noted:.4f}, which is not so on the {len(truth)} there are: the task has changed "
-            "since; run it again"
+            f"a run of {run['settings']['task']} has {len(predictions)} predictions with {name} "
+            f"{noted:.4f}, which does not agree with the {len(truth)} test rows: the task has "
+            "changed; run it again"
         )
 
 
 @cache
 def labels(suite: str, task: str) -> np.ndarray:
-    """The labels of a task's test rows, in the order of a run's predictions."""
+    """Return the labels of a task's test rows, in the order of the predictions."""
     return np.array([row.label for row in recipe(suite, task).load().test])

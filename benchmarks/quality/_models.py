@@ -1,4 +1,4 @@
-"""The models of the sweep: where they are had, and where adapters go."""
+"""The models of the sweep: how they are loaded, and which layers get adapters."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import nn
 
 LARGER = "all-mpnet-base-v2"
 
-# The query and value projections, by transformers' ``config.model_type``. GPT-2 fuses them.
+# The query and value projections, by transformers' ``config.model_type``. GPT-2 joins them.
 TARGETS = {
     "bert": ["query", "value"],
     "electra": ["query", "value"],
@@ -36,12 +36,12 @@ TARGETS = {
 
 
 def needs_hub(model: str) -> bool:
-    """Whether ``model`` is a hub id: neither a pinned one nor a local folder."""
+    """Whether ``model`` is a hub id: it is neither a pinned model nor a local folder."""
     return model not in (CLASSIFIER, LARGER, CAUSAL_LM) and not Path(model).is_dir()
 
 
 def locate(model: str) -> str:
-    """Return what ``from_pretrained`` takes: a pinned model's folder, or the name as it is."""
+    """Return the folder of a pinned model, or any other name unchanged, for ``from_pretrained``."""
     return str(_mpnet_folder()) if model == LARGER else _shared.locate(model)
 
 
@@ -66,7 +66,7 @@ def _mpnet_folder() -> Path:
 def load_classifier(
     source: str, *, num_labels: int, pad_token_id: int, layers: int | None = None
 ) -> nn.Module:
-    """Load the weights under a new head; None for all blocks, else the first so many."""
+    """Load the weights with a new head. ``layers`` limits the number of blocks; None: all."""
     cut = {} if layers is None else {"num_hidden_layers": layers}
     heads = {"num_labels": num_labels, "pad_token_id": pad_token_id}
     kind = "AutoModelForSequenceClassification"
@@ -78,7 +78,7 @@ def lora_targets(model: nn.Module) -> list[str]:
     """Return the names of the layers that get an adapter, by the model's type.
 
     Raises:
-        ValueError: The type is not in `TARGETS`.
+        ValueError: The type of the model is not in `TARGETS`.
     """
     model_type = model.config.model_type  # type: ignore[union-attr]
     if model_type not in TARGETS:

@@ -1,4 +1,4 @@
-"""What the sweep takes from the examples, and where the runs that are kept lie."""
+"""What the sweep imports from the examples, and the folder of the stored runs."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from _common import (
     without_padding,
 )
 
-STORED = Path(__file__).parents[1] / "results" / "quality"  # `../RESULTS.md` tells of them
+STORED = Path(__file__).parents[1] / "results" / "quality"  # described in `../RESULTS.md`
 
 __all__ = [
     "CAUSAL_LM",

@@ -1,4 +1,4 @@
-"""The file of finished runs, a line each, and what their numbers depend on."""
+"""The file of finished runs, one line each, and the versions that they depend on."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ PACKAGES = ("dynalora-optim", "torch", "transformers", "datasets", "peft")
 
 
 def append(path: Path, line: dict[str, Any]) -> None:
-    """Add a finished run to a file of JSON lines; after this it survives a kill.
+    """Add a finished run to a file of JSON lines. Afterwards a kill cannot lose it.
 
-    A line that a kill has cut short is cut off first.
+    If a kill has left an incomplete last line, it is removed first.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("ab+") as file:
@@ -30,7 +30,7 @@ def append(path: Path, line: dict[str, Any]) -> None:
 
 
 def finished(path: Path) -> list[dict[str, Any]]:
-    """Read the finished runs; a last line that a kill has cut short is none."""
+    """Read the finished runs. An incomplete last line, left by a kill, does not count."""
     if not path.exists():
         return []
     text = path.read_text("utf-8")
@@ -38,7 +38,7 @@ def finished(path: Path) -> list[dict[str, Any]]:
 
 
 def versions() -> dict[str, str | int]:
-    """Return what the numbers depend on besides the settings."""
+    """Return the versions and other facts that the numbers depend on, besides the settings."""
     found: dict[str, str | int] = {"python": platform.python_version()}
     found |= {name: installed for name in PACKAGES if (installed := _version(name))}
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()

@@ -1,8 +1,8 @@
 """The tasks of the sweep: GLUE, and an offline suite of real sentences that is not GLUE.
 
-Every task has rows to train on, rows to choose a learning rate by, and rows to report on. Where an
-official test split exists and is public it is reported on; where none does, a share of the rows
-chosen by a hash of the text is held out, the same ones for ever.
+Every task has training rows, validation rows to choose a learning rate, and test rows to report on.
+If a public official test split exists, it is used. If not, a share of the rows is held out. It is
+chosen by a hash of the text, so it is always the same.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ Metric = Callable[[np.ndarray, np.ndarray], float]  # labels, predictions
 
 @dataclass(frozen=True)
 class SuiteTask:
-    """What a task trains on, chooses by, and reports on."""
+    """The training, validation and test rows of a task."""
 
     train: Sequence[Row]
     validation: Sequence[Row]
@@ -32,19 +32,19 @@ class SuiteTask:
 
     @property
     def num_labels(self) -> int:
-        """Outputs of the head: one for a rating, else one a class."""
+        """Return the number of outputs of the head: 1 for a rating, else one per class."""
         return 1 if self.is_regression else 1 + max(int(row.label) for row in self.train)
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a task is trained and judged, whatever the method.
+    """How a task is trained and evaluated. This is the same for all methods.
 
     Attributes:
         load: Returns its rows.
-        metrics: Of `METRICS`; the first one decides.
-        steps: Optimizer steps, with the rate decaying to 0 over them; few, so that a CPU will do.
-        max_length: Tokens a row.
+        metrics: Names in `METRICS`; the first is the main metric.
+        steps: Optimizer steps, over which the rate falls to 0. They are few, so a CPU is enough.
+        max_length: Tokens per row.
     """
 
     load: Callable[[], SuiteTask]
@@ -76,7 +76,7 @@ def _spearman(labels: np.ndarray, predictions: np.ndarray) -> float:
 
 
 def _pearson(labels: np.ndarray, predictions: np.ndarray) -> float:
-    """0 where one of them is constant, as a model that has learned nothing predicts."""
+    """Return 0 if one of them is constant, as for a model that has learned nothing."""
     if np.ptp(labels) == 0 or np.ptp(predictions) == 0:
         return 0.0
     return float(np.corrcoef(labels, predictions)[0, 1])
@@ -92,7 +92,7 @@ METRICS: dict[str, Metric] = {
 
 
 def _rotten_tomatoes() -> SuiteTask:
-    """Its train split; reported on VADER's movie snippets that are not among it."""
+    """Return its training split. Test rows are VADER's movie snippets that are not in it."""
     train, validation = split_tenth(read_csv(None))
     seen = {_letters(row.text) for row in (*train, *validation)}
     test = [
@@ -113,13 +113,13 @@ def _bbc_news() -> SuiteTask:
 
 
 def _own(path: Path) -> SuiteTask:
-    """A user's own texts; a tenth for validation, another one to report on."""
+    """Return the user's own texts: a tenth for validation, another tenth for the test."""
     rest, test = split_tenth(_distinct(read_csv(path)))
     return SuiteTask(*split_tenth(rest), test)
 
 
 def _official(name: str) -> SuiteTask:
-    """A corpus with a public test split; a tenth of the rest is for validation."""
+    """Return a corpus with a public test split; a tenth of the rest is for validation."""
     train = _classes(orange_texts(name, "train"))
     test = _classes(orange_texts(name, "test"))
     seen = {row.text for row in test}
@@ -127,7 +127,7 @@ def _official(name: str) -> SuiteTask:
 
 
 def _glue(name: str) -> SuiteTask:
-    """Official validation rows, for GLUE's test labels are not public."""
+    """Return a GLUE task. Its test rows are the official validation rows."""
     rows, test = load_glue(name)
     is_regression = name in REGRESSIONS
     split = split_by_hash if is_regression else split_tenth
@@ -178,28 +178,28 @@ def recipe(suite: str, task: str) -> Recipe:
         return Recipe(lambda: _own(Path(task)), ("accuracy",), 200, 64)
     if task not in SUITES[suite]:
         raise ValueError(
-            f"the suite {suite} has no task {task!r}; it has {[*SUITES[suite]]}, and a task may be "
-            "a file such as my-texts.csv"
+            f"the suite {suite} has no task {task!r}; it has {[*SUITES[suite]]}. A task may also "
+            "be a file such as my-texts.csv"
         )
     return SUITES[suite][task]
 
 
 def split_by_hash(rows: Sequence[Row]) -> tuple[list[Row], list[Row], list[Row]]:
-    """Split into six tenths, one and three, by a hash of the text alone."""
+    """Split into six tenths, one tenth and three tenths, by a hash of the text."""
     rows = sorted(rows, key=lambda row: hashlib.sha256(row.text.encode()).digest())
     first, second = round(0.6 * len(rows)), round(0.7 * len(rows))
     return list(rows[:first]), list(rows[first:second]), list(rows[second:])
 
 
 def _classes(pairs: Iterable[tuple[str, str]]) -> list[Row]:
-    """Number the classes in sorted order."""
+    """Replace the classes by numbers, in sorted order."""
     found = list(pairs)
     names = sorted({name for _, name in found})
     return [Row(text, names.index(name)) for text, name in found]
 
 
 def _distinct(rows: Iterable[Row]) -> list[Row]:
-    """Leave out later rows with the text of an earlier one."""
+    """Remove rows that have the same text as an earlier row."""
     return list({row.text: row for row in reversed(list(rows))}.values())[::-1]
 
 

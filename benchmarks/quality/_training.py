@@ -1,4 +1,4 @@
-"""One run of the sweep: train with a method on a task, evaluate, and say what it took."""
+"""One run of the sweep: train with a method on a task, evaluate, and measure memory and time."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ from torch.utils.data import default_collate
 
 from dynalora_optim import DynamicAllocationOptimizer, LiveBytes
 
-EVALUATIONS = 4  # on the first validation rows, over a run
-QUICK = 128  # validation rows of those but the last
-WEIGHED = 20  # one step in so many is weighed
+EVALUATIONS = 4  # per run, on validation rows
+QUICK = 128  # validation rows in all evaluations except the last
+WEIGHED = 20  # the memory of every 20th step is counted
 
 
 @dataclass(frozen=True)
 class Settings:
-    """All that decides a run; two runs with equal settings are the same run."""
+    """Everything that a run depends on. Two runs with equal settings are the same run."""
 
     suite: str
     task: str
@@ -48,13 +48,13 @@ class Settings:
 
     @property
     def key(self) -> str:
-        """A short name of all of it."""
+        """Return a short name for these settings."""
         return hashlib.sha256(json.dumps(asdict(self)).encode()).hexdigest()[:16]
 
 
 @dataclass
 class Work:
-    """A task as a model takes it."""
+    """A task, tokenized for a model."""
 
     source: str
     pad_token_id: int
@@ -88,11 +88,11 @@ def run(settings: Settings) -> dict[str, Any]:
     """Train and evaluate.
 
     Returns:
-        ``key``, ``settings``, ``versions``; ``evaluations``: a list of step, loss and metrics on
-        validation rows; ``validation`` and ``test``: the metrics on all rows at the end;
-        ``predictions``: on the test rows, in their order; ``peak_bytes`` and ``saved_bytes``: the
-        most of the steps weighed; ``active_parameters``: those with a gradient, in the mean;
-        ``trainable_parameters``; ``counts``: module -> steps it was active; ``seconds``.
+        ``key``, ``settings``, ``versions``; ``evaluations``: step, loss and metrics on validation
+        rows, as a list; ``validation`` and ``test``: the metrics on all rows at the end;
+        ``predictions``: for the test rows, in their order; ``peak_bytes`` and ``saved_bytes``: the
+        largest of the counted steps; ``active_parameters``: mean number of parameters with a
+        gradient; ``trainable_parameters``; ``counts``: active steps by module; ``seconds``.
     """
     start = time.perf_counter()
     work = prepare(settings.suite, settings.task, settings.model, settings.max_length)
@@ -117,7 +117,7 @@ def run(settings: Settings) -> dict[str, Any]:
 
 
 def _start(settings: Settings, work: Work) -> tuple[nn.Module, Optimizer]:
-    """The same head for every method, and the same adapters for every one that has them."""
+    """Return model and optimizer. Head and adapters start with the same weights in all methods."""
     torch.manual_seed(settings.seed)
     model = load_classifier(
         work.source,
@@ -133,13 +133,13 @@ def _start(settings: Settings, work: Work) -> tuple[nn.Module, Optimizer]:
 def length_grouped_batches(
     examples: list[Batch], *, batch_size: int, steps: int, seed: int
 ) -> Iterator[Batch]:
-    """Yield ``steps`` batches of rows of similar length, which spares padding.
+    """Yield ``steps`` batches of rows with similar lengths, so that there is little padding.
 
-    Every epoch the rows are shuffled and cut into pools of 50 batches; the rows of a pool are
-    sorted by length and its batches shuffled. The same seed gives the same order.
+    In every epoch the rows are shuffled and divided into pools of 50 batches. The rows of a pool
+    are sorted by length, and its batches are shuffled. The same seed gives the same order.
 
     Raises:
-        ValueError: There are fewer examples than a batch holds.
+        ValueError: There are fewer examples than ``batch_size``.
     """
     if len(examples) < batch_size:
         raise ValueError(f"batch_size={batch_size} exceeds the {len(examples)} training rows")
@@ -160,7 +160,7 @@ def length_grouped_batches(
 
 @dataclass(frozen=True)
 class Judged:
-    """What a model is worth on some rows."""
+    """The evaluation of a model on some rows."""
 
     loss: float
     metrics: dict[str, float]
@@ -168,7 +168,7 @@ class Judged:
 
 
 class Loop:
-    """A training loop under Accelerate, on one process or several."""
+    """A training loop with Accelerate, in one or several processes."""
 
     def __init__(
         self, model: nn.Module, optimizer: Optimizer, settings: Settings, work: Work
@@ -179,7 +179,7 @@ class Loop:
         self._settings, self._work = settings, work
         self._bare, self._inner = model, optimizer
         processes = self.accelerator.num_processes
-        # Accelerate moves the scheduler once for every process.
+        # Accelerate steps the scheduler once per process in each step.
         scheduler = linear_schedule(optimizer, settings.steps * processes)
         self._model, self._optimizer, self._scheduler = self.accelerator.prepare(
             model, optimizer, scheduler
@@ -191,13 +191,13 @@ class Loop:
         self._seconds: list[float] = []
 
     def train(self) -> None:
-        """Take all steps, and evaluate now and then."""
+        """Take all steps, with some evaluations."""
         steps = self._settings.steps
         every = max(1, steps // EVALUATIONS)
         quick = self._work.validation[:QUICK]
         self._model.train()
         for step, batch in enumerate(self._batches(), start=1):
-            if step % WEIGHED == 2:  # not the first: the optimizer's state is made in it
+            if step % WEIGHED == 2:  # not the first, which creates the optimizer state
                 with LiveBytes() as memory:
                     self._step(batch, memory)
                 self._peaks.append(memory.peak)
@@ -210,7 +210,7 @@ class Loop:
                 self.evaluations.append({"step": step, "loss": judged.loss, **judged.metrics})
 
     def _batches(self) -> Iterator[Batch]:
-        """This process's share of the batches, the same for every method."""
+        """Yield the batches of this process, which are the same for every method."""
         processes, place = self.accelerator.num_processes, self.accelerator.process_index
         size = self._settings.batch_size
         whole = length_grouped_batches(
@@ -242,7 +242,7 @@ class Loop:
 
     @torch.no_grad()
     def judge(self, rows: list[Batch]) -> Judged:
-        """Evaluate on the rows, shared out among the processes."""
+        """Evaluate on the rows, divided among the processes."""
         from accelerate.utils import gather_object
 
         self._bare.eval()
@@ -265,7 +265,7 @@ class Loop:
         )
 
     def _predict(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Predictions (rows,), classes or ratings, and the loss of each."""
+        """Return the predictions (rows,), classes or ratings, and the loss of each row."""
         labels = batch.pop("labels")
         logits = self._bare(**batch).logits.float()
         if self._work.task.is_regression:
@@ -274,13 +274,13 @@ class Loop:
         return logits.argmax(-1), nn.functional.cross_entropy(logits, labels, reduction="none")
 
     def close(self) -> None:
-        """Let go of the model: Accelerate keeps what it has prepared."""
+        """Release the model, because Accelerate keeps references to what it has prepared."""
         if isinstance(self._inner, DynamicAllocationOptimizer):
             self._inner.close()
         self.accelerator.free_memory()
 
     def used(self) -> dict[str, Any]:
-        """What the run took."""
+        """Return the memory, parameters and time of the run."""
         parameters = [p for p in self._bare.parameters() if p.requires_grad]
         dynamic = isinstance(self._inner, DynamicAllocationOptimizer)
         return {

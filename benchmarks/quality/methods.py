@@ -1,9 +1,9 @@
-"""Run every importance x allocator x schedule, on LoRA and on VeRA, for a few steps each.
+"""Run all combinations of importance, allocator and schedule on LoRA and VeRA for a few steps.
 
     python benchmarks/quality/methods.py                     # all-MiniLM-L6-v2 on Rotten Tomatoes
 
-It shows what each combination does, not how well it learns: how many modules are active, how many
-updates each module has had, and where the loss went. The batches are the same in every row.
+This shows what each combination does, not how well it learns: how many modules are active, how many
+updates each module has had, and how the loss changes. All rows use the same batches.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ from dynalora_optim import (
 )
 
 ADAPTERS = ("LoRA", "VeRA")
-RATES = {"LoRA": 2e-3, "VeRA": 2e-2}  # VeRA trains scales, which want a larger rate
+RATES = {"LoRA": 2e-3, "VeRA": 2e-2}  # VeRA trains scales, which need a larger rate
 IMPORTANCES = {
     "forward": lambda: ImportanceTracker(ForwardNorm()),
     "forward, delta": lambda: ImportanceTracker(ForwardNorm(p=1, part="delta"), window=Ema(0.9)),
@@ -76,7 +76,7 @@ SCHEDULES: dict[str, Schedule] = {"every 2": Periodic(2), "once at 3": Once(3)}
 
 @dataclass(frozen=True)
 class Combination:
-    """One row: the choices, by their names above."""
+    """The options of one row, by their names above."""
 
     adapter: str
     importance: str
@@ -86,7 +86,7 @@ class Combination:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a row shows."""
+    """The results of one row."""
 
     active: list[int]  # modules active in each period
     updates: list[int]  # of each module
@@ -108,8 +108,8 @@ def adapted(model: torch.nn.Module, adapter: str) -> torch.nn.Module:
 
 
 def run(model: torch.nn.Module, batches: Sequence[Batch], combination: Combination) -> Outcome:
-    """Train ``model``, just adapted, on the batches."""
-    torch.manual_seed(0)  # of dropout
+    """Train the adapted ``model`` on the batches."""
+    torch.manual_seed(0)  # for dropout
     optimizer = DynamicAllocationOptimizer(
         torch.optim.AdamW(model.parameters(), lr=RATES[combination.adapter]),
         model,
@@ -165,20 +165,20 @@ def outcomes(
 
 
 def trainable(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """Return a copy of what training changes."""
+    """Return a copy of the parameters that training changes."""
     named = model.named_parameters()
     return {name: p.detach().clone() for name, p in named if p.requires_grad}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Print the table; return 0, or 1 where a combination failed."""
+    """Print the table. Return 1 if a combination failed, else 0."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--model", default=CLASSIFIER, help="default model or local folder")
-    parser.add_argument("--layers", type=int, default=None, help="keep the first so many blocks")
+    parser.add_argument("--model", default=CLASSIFIER, help="the default model or a local folder")
+    parser.add_argument("--layers", type=int, default=None, help="use only this many blocks")
     parser.add_argument("--steps", type=int, default=5, help="optimizer steps of each run")
     settings = parser.parse_args(arguments)
     start = time.perf_counter()
-    torch.set_num_threads(1)  # batches this small gain nothing from a second one
+    torch.set_num_threads(1)  # a second thread does not help with small batches
 
     source = locate(settings.model)
     tokenizer = pretrained("AutoTokenizer", source)

@@ -1,10 +1,10 @@
-"""Make tables and figures of a sweep that `sweep.py` has run.
+"""Make tables and figures from the runs of `sweep.py`.
 
     python benchmarks/quality/report.py runs/quality
     python benchmarks/quality/report.py runs/quality --pairs forward:random budget-0.40:static
 
-Every method stands at the learning rate that suits it best on validation rows; differences are
-paired (the same test rows, the same seeds) with a 95% interval by bootstrap.
+Every method is shown at the learning rate that is best for it on validation rows. Differences are
+paired (the same test rows, the same seeds) and have a 95% interval by bootstrap.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from sweep import names
 
 
 def main_table(sweep: Sweep, reference: str) -> str:
-    """One row a method: quality by task, what it took, and its difference to the reference."""
+    """Return a table with one row per method: quality, cost, and difference to the reference."""
     head = [
         *("method", *sweep.tasks, "mean", "active parameters", "peak", "after forward"),
         f"difference to {reference}",
@@ -59,13 +59,13 @@ def _qualities(sweep: Sweep, name: str) -> Iterator[str]:
 
 
 def interval(difference: Difference) -> str:
-    """Write a difference in hundredths, and its interval."""
+    """Return a difference and its interval as text, multiplied by 100."""
     value, low, high = (100 * x for x in (difference.value, difference.low, difference.high))
     return f"{value:+.1f} [{low:+.1f}, {high:+.1f}]"
 
 
 def rates(sweep: Sweep) -> str:
-    """The rate that each method was tuned to."""
+    """Return a table of the best rate of each method."""
     rows = [
         [name, *(f"{c.lr:g}" if (c := sweep.cells.get((name, t))) else "-" for t in sweep.tasks)]
         for name in sweep.methods
@@ -74,7 +74,7 @@ def rates(sweep: Sweep) -> str:
 
 
 def pairs_table(sweep: Sweep, pairs: Sequence[str]) -> str:
-    """Paired differences between any two methods, ``a:b`` for a less b.
+    """Return a table of paired differences; ``a:b`` means a minus b.
 
     Raises:
         ValueError: A method has no runs.
@@ -84,11 +84,11 @@ def pairs_table(sweep: Sweep, pairs: Sequence[str]) -> str:
         mine, _, theirs = pair.partition(":")
         found = sweep.difference(mine, theirs)
         rows.append([mine, theirs, interval(found), ", ".join(found.tasks)])
-    return markdown(["method", "less", "difference x 100", "tasks"], rows)
+    return markdown(["method", "minus", "difference x 100", "tasks"], rows)
 
 
 def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Lay a table out."""
+    """Return a Markdown table."""
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
@@ -96,17 +96,17 @@ def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def report(
     sweep: Sweep, reference: str, pairs: Sequence[str], folder: Path, runs: Path
 ) -> tuple[str, str]:
-    """Draw the figures into ``folder``; return the report of ``runs``, and its main table."""
+    """Save the figures in ``folder``; return the report of ``runs``, and its main table."""
     metrics = {cell.metric for cell in sweep.cells.values()}
     seeds = max(len(cell.runs) for cell in sweep.cells.values())
     table = main_table(sweep, reference)
     parts = [
         f"# The sweep on the suite {sweep.suite}",
         f"Test metric x 100 ({', '.join(sorted(metrics))}), mean ± standard deviation over up to "
-        f"{seeds} seeds. *Peak*: most bytes alive in a step above what existed before it; *after "
-        f"forward*: bytes alive between forward and backward; both in units of {reference}'s. "
+        f"{seeds} seeds. *Peak*: largest memory in a step, without what existed before it; *after "
+        f"forward*: memory between forward and backward; both are ratios to {reference}. "
         "Differences are paired, on the seeds that both methods have, with 95% intervals over test "
-        f"rows and seeds. †: over the tasks that {reference} has as well.",
+        f"rows and seeds. †: only over the tasks that {reference} has as well.",
         table,
         rates(sweep),
     ]
@@ -118,12 +118,12 @@ def report(
             parts.append(f"![{figure.title}]({path.name})")
         else:
             wanted = command(sweep, figure.methods, runs)
-            parts.append(f"{figure.title}: no runs; `{wanted}` makes them.")
+            parts.append(f"{figure.title}: there are no runs; `{wanted}` makes them.")
     return "\n\n".join(parts) + "\n", table
 
 
 def command(sweep: Sweep, methods: str, folder: Path) -> str:
-    """The command that adds runs of ``methods`` to the sweep, with the settings of the others."""
+    """Return the command that adds runs of ``methods`` to the sweep, with its settings."""
     given: dict[str, Any] = {"suite": sweep.suite, "tasks": ",".join(sweep.tasks)}
     given |= {"methods": methods, "output": folder}
     kinds = sweep.kinds
@@ -138,14 +138,14 @@ def command(sweep: Sweep, methods: str, folder: Path) -> str:
 
 
 def read(folder: Path, methods: Sequence[str] = ()) -> Sweep:
-    """Read what `sweep.py` wrote.
+    """Read the runs that `sweep.py` wrote.
 
     Args:
-        folder: Of the finished runs.
-        methods: Those to keep, in their order; none for all that there are.
+        folder: The folder of the finished runs.
+        methods: The methods to keep, in this order; empty for all.
 
     Raises:
-        ValueError: There is no such folder, or no finished run in it.
+        ValueError: The folder does not exist, or has no finished runs.
     """
     path = folder / "runs.jsonl"
     if not folder.is_dir():
@@ -160,7 +160,7 @@ def read(folder: Path, methods: Sequence[str] = ()) -> Sweep:
         if lines:
             return Sweep(lines)
     except (JSONDecodeError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} has a line that is no run of sweep.py: {error!r}") from error
+        raise ValueError(f"{path} has a line that is not a run of sweep.py: {error!r}") from error
     raise ValueError(
         f"there are no finished runs in {folder}; sweep.py --output {folder} makes some"
     )
@@ -171,10 +171,10 @@ def _is_of(line: Result, method: str) -> bool:
 
 
 def check(sweep: Sweep, reference: str, pairs: Sequence[str]) -> None:
-    """Look for the methods that are asked for.
+    """Check that the methods on the command line have runs.
 
     Raises:
-        ValueError: One of them has no runs.
+        ValueError: A method has no runs.
     """
     names = [reference]
     for pair in pairs:
@@ -183,7 +183,7 @@ def check(sweep: Sweep, reference: str, pairs: Sequence[str]) -> None:
             raise ValueError(f"--pairs {pair} is not two methods such as forward:random")
     for name in names:
         if name not in sweep.methods:
-            raise ValueError(f"there are no runs of {name}; there are of {sweep.methods}")
+            raise ValueError(f"there are no runs of {name}; there are runs of {sweep.methods}")
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -192,11 +192,11 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         description=(__doc__ or "").splitlines()[0],
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("folder", type=Path, help="what sweep.py wrote to")
-    parser.add_argument("--output", type=Path, help="folder of the report; None: the same")
-    parser.add_argument("--methods", type=names, default=[], help="only these; none given: all")
+    parser.add_argument("folder", type=Path, help="the folder that sweep.py wrote to")
+    parser.add_argument("--output", type=Path, help="folder of the report; None: the same folder")
+    parser.add_argument("--methods", type=names, default=[], help="only these; default: all")
     parser.add_argument("--reference", default="lora", help="the method to compare with")
-    parser.add_argument("--pairs", nargs="+", default=[], metavar="A:B", help="more to compare")
+    parser.add_argument("--pairs", nargs="+", default=[], metavar="A:B", help="more pairs")
     options = parser.parse_args(arguments)
     options.pairs = [pair for given in options.pairs for pair in names(given)]
     options.output = options.output or options.folder

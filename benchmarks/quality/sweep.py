@@ -4,10 +4,10 @@
     python benchmarks/quality/sweep.py --suite offline --seeds 3 --jobs 2
     accelerate launch benchmarks/quality/sweep.py --suite glue --model roberta-base
 
-The offline suite is of real sentences and is not GLUE; --suite glue is, from the hub or its cache.
-A method is tuned on validation rows: with the first seed over the rates of --lrs, then with every
-seed over the best two of these. Each finished run is one line of runs.jsonl: a sweep that is killed
-goes on where it was, and no run is done twice. `report.py` makes tables and figures of it.
+The offline suite has real sentences, but is not GLUE. --suite glue is GLUE, from the hub or its
+cache. A method is tuned on validation rows: first with one seed over the rates of --lrs, then with
+every seed over the best two of them. Each finished run is one line of runs.jsonl. If a sweep is
+killed, start it again: it continues, and no run is done twice. `report.py` makes the tables.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from _suite import SUITES, recipe
 from _training import Settings, prepare, run
 from tqdm import tqdm
 
-LRS = (1e-3, 2e-3, 5e-3, 1e-2)  # of the head; a method's own rate is a fixed multiple of it
+LRS = (1e-3, 2e-3, 5e-3, 1e-2)  # of the head; adapters have a fixed multiple of it
 DEFAULT_METHODS = (
     "full,bitfit,lora,static,random,forward,gradient,vera,dynavera,budget-0.40,budget-0.75,"
     "lisa,badam"
@@ -43,12 +43,12 @@ DEFAULT_METHODS = (
 
 
 class Sweep:
-    """Runs what is not finished yet.
+    """Does the runs that are not finished yet.
 
     Args:
         path: The file of finished runs.
-        jobs: Processes at a time; 1 runs in this one.
-        threads: Of each process.
+        jobs: Number of processes; 1: the runs are done in this process.
+        threads: Number of threads of each process.
     """
 
     def __init__(self, path: Path, *, jobs: int, threads: int) -> None:
@@ -56,7 +56,7 @@ class Sweep:
         self._done: dict[str, Result] = {line["key"]: line for line in finished(path)}
 
     def results(self, wanted: Sequence[Settings], label: str) -> list[Result]:
-        """Return the result of every run, done now or before."""
+        """Return the results of all runs, of which some may have been finished before."""
         left = [settings for settings in wanted if settings.key not in self._done]
         with tqdm(total=len(left), desc=label, unit="run", disable=not left) as bar:
             for line in self._run(left):
@@ -87,7 +87,7 @@ class Sweep:
 
 @contextmanager
 def _cancelled(pool: ProcessPoolExecutor) -> Iterator[None]:
-    """Start no further run after an error or an interruption."""
+    """After an error or an interruption, start no more runs."""
     try:
         yield
     except BaseException:
@@ -96,18 +96,18 @@ def _cancelled(pool: ProcessPoolExecutor) -> Iterator[None]:
 
 
 def is_main() -> bool:
-    """Whether this process writes, where several train together."""
+    """Whether this process writes files, if several processes train together."""
     return os.environ.get("RANK", "0") == "0"
 
 
 def describe(line: Result) -> str:
-    """Say in a few words what a run came to."""
+    """Return a short text about the result of a run."""
     settings, (name, value) = line["settings"], next(iter(line["validation"].items()))
     return f"{settings['task']} {settings['method']} lr {settings['lr']:g}: {name} {value:.3f}"
 
 
 def sweep(options: argparse.Namespace) -> list[Result]:
-    """Tune every method on every task; return its runs at its best rate, one a seed."""
+    """Tune every method on every task. Return its runs at its best rate, one per seed."""
     runner = Sweep(options.output / "runs.jsonl", jobs=options.jobs, threads=options.threads)
     grids = [
         [settings(options, task, name, lr) for lr in options.lrs]
@@ -141,7 +141,7 @@ def settings(options: argparse.Namespace, task: str, name: str, lr: float) -> Se
 
 
 def table(results: Iterable[Result]) -> str:
-    """Lay the results out, a line a run."""
+    """Return a table with one line per run."""
     lines = [f"{'task':<16} {'method':<32} {'lr':>7} {'seed':>4}  on test rows"]
     for line in results:
         s = line["settings"]
@@ -151,7 +151,7 @@ def table(results: Iterable[Result]) -> str:
 
 
 def names(text: str) -> list[str]:
-    """Read names with commas between them; those in an option's value belong to it."""
+    """Split a text at commas, but not at commas between the options of a method."""
     found: list[str] = []
     for part in text.split(","):
         if found and re.match(r"\w+=", part):
@@ -169,19 +169,19 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         epilog=f"methods: {', '.join(METHODS)}; options after an @, as in forward@active=4",
     )
     add = parser.add_argument
-    add("--suite", choices=SUITES, default="offline", help="of real sentences, or GLUE")
-    add("--tasks", type=names, help="names with commas, or CSV files; None: all of the suite")
-    add("--methods", type=names, default=DEFAULT_METHODS, help="names with commas")
+    add("--suite", choices=SUITES, default="offline", help="offline: real sentences; or GLUE")
+    add("--tasks", type=names, help="names or CSV files, with commas; None: all of the suite")
+    add("--methods", type=names, default=DEFAULT_METHODS, help="names, with commas")
     add("--seeds", type=positive, default=3, help="runs of a method on a task")
     add("--lrs", type=_rates, default=LRS, help="learning rates to choose from, with commas")
-    add("--finalists", type=positive, default=2, help="rates that run with every seed")
+    add("--finalists", type=positive, default=2, help="number of rates that run with every seed")
     add("--model", default=CLASSIFIER, help="hub id or local folder")
-    add("--steps", type=positive, help="optimizer steps; None: those of the task")
-    add("--batch-size", type=positive, default=16, help="rows a step and process")
-    add("--max-length", type=positive, help="tokens a row; None: those of the task")
-    add("--layers", type=positive, help="keep the first so many blocks only, for a quick look")
-    add("--jobs", type=positive, default=1, help="runs at a time")
-    add("--threads", type=positive, default=1, help="of each run, on a CPU")
+    add("--steps", type=positive, help="optimizer steps; None: as in the task")
+    add("--batch-size", type=positive, default=16, help="rows per step and process")
+    add("--max-length", type=positive, help="tokens per row; None: as in the task")
+    add("--layers", type=positive, help="use only this many blocks, for a quick try")
+    add("--jobs", type=positive, default=1, help="number of runs at the same time")
+    add("--threads", type=positive, default=1, help="threads of each run, on a CPU")
     add("--output", type=Path, default=Path("runs/quality"), help="folder for the finished runs")
     options = parser.parse_args(arguments)
     options.tasks = options.tasks or list(SUITES[options.suite])
@@ -193,27 +193,27 @@ def _rates(text: str) -> tuple[float, ...]:
 
 
 def check(options: argparse.Namespace) -> None:
-    """Look at all that is asked for before the first run.
+    """Check all options before the first run.
 
     Raises:
-        OSError: It cannot be had.
-        ValueError: There is no such thing.
+        OSError: A model or a data set cannot be loaded.
+        ValueError: An option is wrong.
     """
     for name in options.methods:
         method(name)
     for task in options.tasks:
         recipe(options.suite, task)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and options.jobs > 1:
-        raise ValueError(f"--jobs {options.jobs}: processes that train together do one run a time")
+        raise ValueError(f"--jobs {options.jobs} must be 1 if several processes train together")
     if options.suite == "glue" or needs_hub(options.model):
         go_offline_unless_reachable()
-    for task in options.tasks:  # fetched and cached here, not in every job
+    for task in options.tasks:  # downloaded once here, not in every job
         one = settings(options, task, options.methods[0], options.lrs[0])
         prepare(one.suite, one.task, one.model, one.max_length)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the sweep and print a line a run."""
+    """Run the sweep and print one line per run."""
     options = parse(arguments)
     try:
         check(options)

@@ -1,13 +1,13 @@
-"""Make the tables and figures of the documents from the stored runs.
+"""Make the tables and figures of the texts from the stored runs.
 
     python benchmarks/results/tables.py              # print every table
-    python benchmarks/results/tables.py --check      # exit with 1 and a diff where a text deviates
+    python benchmarks/results/tables.py --check      # print differences to the texts; 1 if any
     python benchmarks/results/tables.py --write      # put the tables into the texts
     python benchmarks/results/tables.py --figures    # draw the figures
-    python benchmarks/results/tables.py --intervals  # draw the intervals of the sweep; needs labels
+    python benchmarks/results/tables.py --intervals  # compute the intervals; needs labels
 
-A table stands in a text between ``<!-- table: NAME -->`` and ``<!-- end of table -->``, and is made
-by the function that `TABLES` has for that name.
+In a text, a table is between ``<!-- table: NAME -->`` and ``<!-- end of table -->``. The function
+with this name in `TABLES` makes it.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ MARKED = re.compile(rf"(<!-- table: (?P<name>\S+) -->\n).*?{END}", re.DOTALL)
 
 
 def _of(file: str, part: str, make: Callable[[Sequence[Row]], str]) -> Table:
-    """The table that ``make`` makes of a part of a file."""
+    """Return a function that makes a table from one part of a file."""
     return lambda: make(read(HERE / file, part))
 
 
@@ -84,10 +84,10 @@ TABLES: dict[str, Table] = {
 
 
 def filled(text: str) -> str:
-    """Return a text with its tables as the stored runs give them.
+    """Return a text with its tables replaced by those of the stored runs.
 
     Raises:
-        ValueError: A mark names no table, or is not closed.
+        ValueError: A mark has an unknown name, or its end is missing.
     """
     names = [found["name"] for found in MARKED.finditer(text)]
     if len(names) != (opened := text.count("<!-- table: ")):
@@ -99,21 +99,21 @@ def filled(text: str) -> str:
 
 
 def deviation(path: Path) -> str:
-    """Return how a text deviates from the stored runs, as a diff; nothing if it does not."""
+    """Return the differences between a text and the stored runs, as a diff; empty if none."""
     said = path.read_text("utf-8")
     ours, theirs = (text.splitlines(keepends=True) for text in (said, filled(said)))
     return "".join(difflib.unified_diff(ours, theirs, str(path), "the stored runs", n=0))
 
 
 def check(texts: Sequence[Path]) -> int:
-    """Print how the texts deviate from the stored runs; return 1 if any does."""
+    """Print the differences between the texts and the stored runs; return 1 if there are any."""
     diffs = [deviation(path) for path in texts]
     print("".join(diffs), end="")
     return int(any(diffs))
 
 
 def write(texts: Sequence[Path]) -> None:
-    """Put the tables into the texts."""
+    """Write the tables into the texts."""
     for path in texts:
         said = path.read_text("utf-8")
         if (text := filled(said)) != said:
@@ -122,7 +122,7 @@ def write(texts: Sequence[Path]) -> None:
 
 
 def figures(folder: Path = HERE) -> None:
-    """Draw the figures into their places in a folder."""
+    """Draw the figures, and save them in a folder."""
     folder.mkdir(parents=True, exist_ok=True)
     for shape in ("roberta", "llama"):
         memory.draw(folder / f"memory_{shape}.png", read(HERE / "memory.jsonl", shape))
@@ -133,9 +133,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--check", action="store_true", help="compare the texts with the runs")
-    what.add_argument("--write", action="store_true", help="put the tables into the texts")
+    what.add_argument("--write", action="store_true", help="write the tables into the texts")
     what.add_argument("--figures", action="store_true", help="draw the figures")
-    what.add_argument("--intervals", action="store_true", help="draw the sweep's intervals anew")
+    what.add_argument("--intervals", action="store_true", help="compute the intervals again")
     parser.add_argument("texts", type=Path, nargs="*", default=TEXTS, help="the default: all")
     options = parser.parse_args(arguments)
     try:

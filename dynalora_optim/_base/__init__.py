@@ -1,1 +1,1 @@
-"""What every folder uses."""
+"""Helpers that every other folder uses."""

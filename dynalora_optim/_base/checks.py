@@ -1,4 +1,4 @@
-"""Checks that belong to no single part."""
+"""Checks of arguments that several parts share."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ T = TypeVar("T")
 
 
 def whole_number(name: str, value: object, *, least: int, of: str = "optimizer steps") -> None:
-    """Raise unless ``value`` is an int (no bool, no float) of at least ``least``.
+    """Raise unless ``value`` is an int (not a bool, not a float) of at least ``least``.
 
     Raises:
-        ValueError: It is not; the message names the option, the rule, the value and a way out.
+        ValueError: ``value`` is anything else; the message names the option, the rule, the value
+            and a remedy.
     """
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise ValueError(
@@ -33,16 +34,16 @@ def by_name(
     """Return ``value`` itself, or the default object behind its short name.
 
     Args:
-        option: What the user calls it.
+        option: The name of the option, as the user writes it.
         value: A short name, or an object of one of the ``kinds``.
-        known: The short names, and what makes the object behind each.
-        kinds: What an object may be.
-        noun: What such an object is called.
-        method: What it must have.
+        known: For each short name, a function that makes its object.
+        kinds: The types that an object may have.
+        noun: What the error message calls such an object.
+        method: The method that such an object must have, for the error message.
 
     Raises:
-        ValueError: An unknown short name.
-        TypeError: Neither a name nor such an object (a class, say).
+        ValueError: ``value`` is an unknown short name.
+        TypeError: ``value`` is neither a name nor such an object (a class is not one).
     """
     remedy = f"pass one of {sorted(known)} or an object with {method}."
     if isinstance(value, str):

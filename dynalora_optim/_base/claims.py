@@ -1,6 +1,7 @@
-"""Who drives what: one DynamicAllocationOptimizer per wrapped optimizer and per module.
+"""Which DynamicAllocationOptimizer drives which wrapped optimizer and which modules.
 
-Two that drive the same module would undo each other's choice in silence.
+Each of them has at most one owner: two owners of one module would overwrite each other's choice
+without an error.
 """
 
 from __future__ import annotations
@@ -10,31 +11,31 @@ import weakref
 from collections.abc import Iterable
 
 _owners: weakref.WeakKeyDictionary[object, weakref.ref[object]] = weakref.WeakKeyDictionary()
-_lock = threading.RLock()  # reentrant: a finalizer may run, and release, within any of these
+_lock = threading.RLock()  # reentrant: a finalizer can run, and call release(), inside these
 
 
 def claim(owner: object, things: Iterable[object]) -> None:
-    """Remember that ``owner`` drives each of ``things`` for as long as it lives."""
+    """Record that ``owner`` drives each of ``things``, for as long as ``owner`` exists."""
     with _lock:
         for thing in things:
             _owners[thing] = weakref.ref(owner)
 
 
 def release(owner: object) -> None:
-    """Forget all that ``owner`` drives."""
+    """Delete all records of what ``owner`` drives."""
     with _lock:
         for thing in [thing for thing, ref in _owners.items() if ref() is owner]:
             del _owners[thing]
 
 
 def owner_of(thing: object) -> object | None:
-    """Return the living owner that drives ``thing``; None if there is none."""
+    """Return the owner that drives ``thing``; None if there is none, or it no longer exists."""
     ref = _owners.get(thing)
     return ref() if ref is not None else None
 
 
 def is_claimed(thing: object) -> bool:
-    """Return whether a living owner drives ``thing``."""
+    """Return whether an owner that still exists drives ``thing``."""
     return owner_of(thing) is not None
 
 
@@ -45,7 +46,7 @@ def is_owner(thing: object) -> bool:
 
 
 def owners() -> list[object]:
-    """Return all that drive something now, each once."""
+    """Return all owners that drive something now, each once."""
     with _lock:
         found = (ref() for ref in _owners.values())
         return list({id(owner): owner for owner in found if owner is not None}.values())

@@ -1,7 +1,8 @@
-"""Several processes that train together: one set of scores and one decision on all of them.
+"""Communication between processes that train together, so that all have the same scores and choice.
 
-Every function is the identity in a single process. In several it is a collective: all ranks call it
-at the same point, which the common clock of optimizer steps sees to.
+A single process does not communicate. With several, the functions that communicate are collectives:
+all ranks must call them at the same point. They do so because all ranks count the same optimizer
+steps.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ def world_size() -> int:
 
 
 def is_sharded(tensor: object) -> bool:
-    """Return whether ``tensor`` is a DTensor, such as ``fully_shard`` makes of parameters."""
+    """Return whether ``tensor`` is a DTensor; ``fully_shard`` turns parameters into these."""
     return hasattr(tensor, "full_tensor")
 
 
@@ -35,17 +36,20 @@ def is_fully_sharded(module: object) -> bool:
 
 
 def local_part(tensor: Tensor) -> Tensor:
-    """Return what this rank holds of ``tensor``."""
+    """Return the part of ``tensor`` that this rank holds."""
     return tensor.to_local() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """Return a DTensor as what it stands for, with the parts of all ranks, which all ask for it."""
+    """Return the full tensor of a DTensor, gathered from all ranks; every rank must call this."""
     return tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
 
 
 def zeros_like(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return zeros of the shape and sharding of ``tensor``; in memory and in a file, one zero."""
+    """Return zeros with the shape and sharding of ``tensor``.
+
+    They are one expanded zero, so that they take the space of one element in memory and in a file.
+    """
     part = local_part(tensor)
     zeros = part.new_zeros((), dtype=dtype).expand(part.shape)
     if not is_sharded(tensor):
@@ -63,16 +67,16 @@ def zeros_like(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def average(values: Tensor) -> Tensor:
-    """Return the mean of ``values`` over all ranks, on their device, without waiting for it."""
+    """Return the mean of ``values`` over all ranks, without waiting for their device."""
     ranks = world_size()
     if ranks > 1:
-        distributed.all_reduce(values)  # gloo has no average
+        distributed.all_reduce(values)  # gloo has no ReduceOp.AVG
         values /= ranks
     return values
 
 
 def largest(value: int, device: torch.device) -> int:
-    """Return the largest ``value`` of all ranks."""
+    """Return the largest ``value`` over all ranks."""
     if world_size() == 1:
         return value
     found = torch.tensor([value], device=device)
@@ -81,7 +85,7 @@ def largest(value: int, device: torch.device) -> int:
 
 
 def differs(value: Tensor) -> bool:
-    """Return whether the ranks hold different ``value`` (a scalar); nan and inf say nothing."""
+    """Return whether the scalar ``value`` differs between ranks; False if one is nan or inf."""
     if world_size() == 1:
         return False
     found = torch.stack([value, -value])
@@ -91,7 +95,7 @@ def differs(value: Tensor) -> bool:
 
 
 def agreed(value: T, key: Callable[[T], Any]) -> T:
-    """Return the ``value`` of the rank whose ``key`` is largest; the lowest rank among equals."""
+    """Return the ``value`` with the largest ``key`` of all ranks; if equal, the first rank's."""
     if world_size() == 1:
         return value
     values: list[Any] = [None] * world_size()
@@ -100,7 +104,7 @@ def agreed(value: T, key: Callable[[T], Any]) -> T:
 
 
 def check_agreement(what: str, value: object, device: torch.device) -> None:
-    """Raise on every rank if ``value`` is not the same on all.
+    """Raise on every rank if ``value`` is not the same on all ranks.
 
     Raises:
         RuntimeError: The ranks disagree.

@@ -1,4 +1,4 @@
-"""Counting what a computation really holds: live tensor bytes, their peak, and FLOPs."""
+"""Counting what a computation holds: the bytes of live tensors, their peak, and FLOPs."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from dynalora_optim._base.torch_private import (
 class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """A context in which every tensor storage that is created is counted until it is freed.
 
-    It works alike on every device and is exact to the byte, without the rounding and the cache of
-    an allocator: the most it counts is what ``torch.cuda.max_memory_allocated`` sees. What existed
-    before is not counted.
+    It works the same way on every device and is exact to the byte: it does not include the rounding
+    and the cache of a memory allocator. Its peak corresponds to the one that
+    ``torch.cuda.max_memory_allocated`` reports. Tensors that existed before are not counted.
 
     Args:
         meta: Count the tensors of the meta device too, as if they took memory.
@@ -34,7 +34,7 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         peak: The most ``live`` has been since the beginning or `restart`.
         flops: The floating-point operations since the beginning or `restart` (products of matrices
             and convolutions, a multiply-add as two, as ``torch.utils.flop_counter`` counts them).
-        ops: The operations dispatched since then.
+        ops: The number of operations dispatched since the beginning or `restart`.
 
     Example:
         >>> with LiveBytes() as memory:  # doctest: +SKIP
@@ -50,13 +50,13 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.restart()
 
     def restart(self) -> None:
-        """Forget the peak and the operations so far; what is alive stays counted."""
+        """Reset the peak and the operation counts; storages that are alive stay counted."""
         self.peak = self.live
         self.flops = 0
         self.ops = 0
 
     def size(self, tensors: Iterable[Tensor]) -> int:
-        """Return the bytes of those storages of ``tensors`` that are counted, each once."""
+        """Return the bytes of the counted storages among those of ``tensors``, each once."""
         sizes = {storage_key(tensor): tensor.untyped_storage().nbytes() for tensor in tensors}
         return sum(size for key, size in sizes.items() if key in self._known)
 
@@ -98,9 +98,9 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def _with_all_heads(operation: object, args: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Give keys and values as many heads as the queries, as the kernel does by itself.
+    """Return ``args`` with as many heads in the keys and values as in the queries.
 
-    The formulas of torch before 2.13 refuse grouped queries, which run on a GPU as they are.
+    GPU kernels accept grouped queries directly, but the FLOP formulas of torch before 2.13 do not.
     """
     first = QUERY_POSITIONS.get(operation)
     if first is None:
@@ -114,5 +114,5 @@ def _with_all_heads(operation: object, args: tuple[Any, ...]) -> tuple[Any, ...]
 
 
 def tensor_bytes(tensor: Tensor) -> int:
-    """The bytes of a tensor's elements."""
+    """Return the bytes of a tensor's elements."""
     return tensor.numel() * tensor.element_size()

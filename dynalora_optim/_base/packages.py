@@ -1,4 +1,4 @@
-"""Which versions of packages are installed, looked up without an import."""
+"""Looking up which version of a package is installed, without importing the package."""
 
 from __future__ import annotations
 

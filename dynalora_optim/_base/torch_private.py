@@ -1,14 +1,14 @@
-"""Every private name of torch that this package touches, and what happens where one is missing.
+"""Every private name of torch that this package uses, and what happens if one is missing.
 
-torch may rename or remove a private name in any release. Each stands here once, behind a function
-that says what it is for. Where a name is missing there are two outcomes:
+torch may rename or remove a private name in any release. Each name is used here once, in a function
+that says what it is for. If a name is missing, there are two cases:
 
-* There is another way: the function takes it, and its docstring says what is then different.
-* There is none: the function, whose docstring says nothing of it, raises a RuntimeError that names
-  the torch version found.
+* There is a replacement: the function uses it, and its docstring says what is then different.
+* There is none: the function raises a RuntimeError that names the torch version found, and its
+  docstring does not mention the case.
 
-``docs/versions.md`` has the versions that are tested. No other file of the package reads a private
-name of torch; a test holds that.
+``docs/versions.md`` lists the versions that are tested. A test checks that no other file of the
+package reads a private name of torch.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ if TYPE_CHECKING:
 else:
     try:
         from torch.utils._python_dispatch import TorchDispatchMode
-    except ImportError:  # a base class that can be inherited from, and says so when it is used
+    except ImportError:  # a base class whose subclasses can be defined, but not created
 
         class TorchDispatchMode:
-            """What stands for torch's class of this name where torch has none."""
+            """A replacement for torch's class of this name if torch has none."""
 
             def __init__(self) -> None:
                 raise _missing("LiveBytes", "torch.utils._python_dispatch.TorchDispatchMode")
@@ -37,8 +37,8 @@ else:
 
 __all__ = ["TorchDispatchMode"]
 
-ORIGINAL = "_orig_mod"  # where torch.compile(module) keeps the module; also a part of names
-COMPILED_CALL = "_compiled_call_impl"  # where module.compile() puts its code
+ORIGINAL = "_orig_mod"  # the attribute in which torch.compile(module) keeps the module
+COMPILED_CALL = "_compiled_call_impl"  # the attribute in which module.compile() keeps its code
 
 
 def _missing(feature: str, name: str) -> RuntimeError:
@@ -57,13 +57,13 @@ def _private(owner: Any, name: str, *, feature: str) -> Any:
         raise _missing(feature, f"{path}.{name}") from None
 
 
-# --- Modules. Each has been an attribute of nn.Module since torch 1.0.
+# --- Modules. Each of these names has been an attribute of nn.Module since torch 1.0.
 
 
 def parameter_slots(module: nn.Module) -> dict[str, nn.Parameter | None]:
-    """Return the dict in which ``module`` itself holds its own parameters.
+    """Return the dict that holds the parameters of ``module``, without those of its submodules.
 
-    ``setattr`` takes only a Parameter or None; a forward can also run on a tensor that stands here.
+    ``setattr`` accepts only a Parameter or None; a forward also works with a Tensor in this dict.
     """
     slots: dict[str, nn.Parameter | None] = _private(
         module, "_parameters", feature="pausing a module"
@@ -72,9 +72,9 @@ def parameter_slots(module: nn.Module) -> dict[str, nn.Parameter | None]:
 
 
 def has_child(module: nn.Module, name: str) -> bool:
-    """Return whether ``module`` has a submodule of this name; an alias counts too.
+    """Return whether ``module`` has a submodule of this name; a second name for one counts too.
 
-    Where torch lacks ``_modules``: whether the attribute is a module, properties included.
+    If torch lacks ``_modules``: whether the attribute is a module; a property then counts too.
     """
     children = getattr(module, "_modules", None)
     if children is None:
@@ -83,26 +83,26 @@ def has_child(module: nn.Module, name: str) -> bool:
 
 
 def forward_hooks(module: nn.Module) -> MutableMapping[int, Callable[..., Any]]:
-    """Return the forward hooks of ``module``, which may be removed from the mapping.
+    """Return the mapping of the forward hooks of ``module``; hooks may be removed from it.
 
-    Where torch lacks it: none, so that hooks of others are not found, and a copy keeps its own.
+    If torch lacks it: an empty one. Hooks of other code are then not found, and a copy of a model
+    keeps the hooks of the original.
     """
     return getattr(module, "_forward_hooks", {})
 
 
 def forward_pre_hooks(module: nn.Module) -> MutableMapping[int, Callable[..., Any]]:
-    """Return the forward pre-hooks of ``module``; as `forward_hooks` does."""
+    """Return the mapping of the forward pre-hooks of ``module``, as `forward_hooks` does."""
     return getattr(module, "_forward_pre_hooks", {})
 
 
 def prepend_forward_hook(
     module: nn.Module, hook: Callable[..., Any], *, always_call: bool = False
 ) -> RemovableHandle:
-    """Register a forward hook that runs before those that ``module`` has.
+    """Register a forward hook that runs before the existing ones of ``module``.
 
-    The mapping is filled anew in its new order. torch.compile finds a hook by its place in the
-    order of insertion, which ``prepend=True`` does not change: torch 2.11 and older look for the
-    attributes of one hook in another.
+    The mapping is then filled again in this order: torch.compile finds hooks by insertion order,
+    which ``prepend=True`` does not change, so torch 2.11 and older confuse one hook with another.
     """
     handle = module.register_forward_hook(hook, prepend=True, always_call=always_call)
     hooks = forward_hooks(module)
@@ -113,9 +113,9 @@ def prepend_forward_hook(
 
 
 def is_batch_norm(module: nn.Module) -> bool:
-    """Return whether a forward in training changes running statistics of ``module``.
+    """Return whether a forward in training mode changes running statistics of ``module``.
 
-    Where torch lacks ``_NormBase``: whether it has a buffer named ``running_mean``.
+    If torch lacks ``_NormBase``: whether it has a buffer named ``running_mean``.
     """
     base = getattr(nn.modules.batchnorm, "_NormBase", None)
     if base is None:
@@ -123,22 +123,22 @@ def is_batch_norm(module: nn.Module) -> bool:
     return isinstance(module, base)
 
 
-# --- torch.compile. Where torch names these otherwise, a compiled module counts as a plain one.
+# --- torch.compile. If torch renames these attributes, a compiled module counts as a plain one.
 
 
 def original(module: nn.Module) -> nn.Module:
-    """Return what ``torch.compile(module)`` was given, or the module itself."""
+    """Return the module that was given to ``torch.compile``; a plain module is returned as is."""
     found: nn.Module = getattr(module, ORIGINAL, module)
     return found
 
 
 def is_wrapped_by_compile(module: nn.Module) -> bool:
-    """Return whether the module came from ``torch.compile(module)``."""
+    """Return whether ``module`` is a result of ``torch.compile``."""
     return hasattr(module, ORIGINAL)
 
 
 def plain_name(name: str) -> str:
-    """Return a dotted path without what torch.compile puts into it."""
+    """Return a dotted path without the parts that torch.compile adds."""
     return ".".join(part for part in name.split(".") if part != ORIGINAL)
 
 
@@ -146,7 +146,7 @@ def plain_name(name: str) -> str:
 
 
 def in_backward() -> bool:
-    """Return whether this thread is in a backward pass, as a checkpoint's recomputation is."""
+    """Return whether this thread runs a backward pass; recomputation by a checkpoint counts."""
     task = _private(torch._C, "_current_graph_task_id", feature="scoring a forward pass")
     return bool(task() != -1)
 
@@ -154,19 +154,19 @@ def in_backward() -> bool:
 def version_of(tensor: Tensor) -> int:
     """Return how often ``tensor`` was written to in place.
 
-    Where torch lacks ``_version``: 0, so that only a change of the sum shows a write.
+    If torch lacks ``_version``: 0. Then only a changed sum shows that a tensor was written to.
     """
     return int(getattr(tensor, "_version", 0))
 
 
-# --- Storages and operations, which LiveBytes counts.
+# --- Storages and operations, for LiveBytes.
 
 
 def storage_key(tensor: Tensor) -> int:
-    """Return a number of the tensor's storage: the same for all its views, while it is alive.
+    """Return a number that identifies the tensor's storage while that exists; views share it.
 
-    Where torch lacks ``_cdata``: its address, which is 0 for all tensors of the meta device. Those
-    would count as one, so that `estimate_memory` would find too little.
+    If torch lacks ``_cdata``: the storage's address. This is 0 for every tensor of the meta device,
+    so that all would count as one: for these the function raises.
     """
     storage = tensor.untyped_storage()
     key = getattr(storage, "_cdata", None)
@@ -178,18 +178,18 @@ def storage_key(tensor: Tensor) -> int:
 def packet_of(operation: Any) -> Any:
     """Return the operation without its overload, as ``torch.utils.flop_counter`` knows it.
 
-    Where torch lacks ``_overloadpacket``: the operation itself, whose FLOPs are then not counted.
+    If torch lacks ``_overloadpacket``: the operation itself; its FLOPs are then not counted.
     """
     return getattr(operation, "_overloadpacket", operation)
 
 
 def tree_leaves(tree: Any) -> Iterable[Any]:
-    """Return what nested containers hold, of every kind that torch knows."""
+    """Return the leaves of nested containers, of every container type that torch knows."""
     return _pytree("tree_iter")(tree)  # type: ignore[no-any-return]
 
 
 def tree_map(function: Callable[[Any], Any], tree: Any) -> Any:
-    """Return ``tree`` with ``function`` of each thing that its nested containers hold."""
+    """Return ``tree`` with ``function`` applied to each leaf of its nested containers."""
     return _pytree("tree_map")(function, tree)
 
 
@@ -198,13 +198,13 @@ def _pytree(name: str) -> Callable[..., Any]:
     return _private(module, name, feature="counting memory")  # type: ignore[no-any-return]
 
 
-# What is dispatched where Python reads a value. Where torch has no such operation: None, and for a
-# model that reads a value on the meta device torch raises an error of its own.
+# The operation that is dispatched when Python reads a value. None if torch lacks it: torch then
+# raises its own error if a model reads a value on the meta device.
 READ_SCALAR = getattr(getattr(torch.ops.aten, "_local_scalar_dense", None), "default", None)
 
 
-# Where the query stands among the arguments of torch's fused attentions. One that torch lacks is
-# left out: nothing can call it.
+# The position of the query among the arguments of each fused attention of torch. An operation that
+# torch lacks is left out, because nothing can call it.
 QUERY_POSITIONS = {
     getattr(torch.ops.aten, name): position
     for kind in ("flash", "efficient", "cudnn")
@@ -213,7 +213,7 @@ QUERY_POSITIONS = {
 }
 
 
-def fused_attention(  # noqa: PLR0917 - torch's own order
+def fused_attention(  # noqa: PLR0917 - the order that torch uses
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -221,14 +221,14 @@ def fused_attention(  # noqa: PLR0917 - torch's own order
     attn_mask: Tensor | None,
     scale: float | None,
 ) -> Tensor:
-    """Return the attention by a kernel that keeps no scores, on the meta device too.
+    """Return the attention from a kernel that does not store scores; also for the meta device.
 
     Raises:
-        RuntimeError: torch has no such kernel, or on the meta device none for grouped queries.
+        RuntimeError: torch lacks this kernel, or is too old to run it for grouped queries.
     """
-    if key.shape[1] != query.shape[1] and torch.__version__ < "2.9":  # by number
+    if key.shape[1] != query.shape[1] and torch.__version__ < "2.9":  # compared as versions
         raise RuntimeError(
-            f"grouped-query attention needs torch 2.9 there, found {torch.__version__}"
+            f"grouped-query attention on meta needs torch 2.9 or newer, found {torch.__version__}"
         )
     kernel = _private(
         torch.ops.aten,
@@ -239,18 +239,18 @@ def fused_attention(  # noqa: PLR0917 - torch's own order
     return output
 
 
-# --- Arithmetic on lists of tensors: one kernel for all. Without it, one for each tensor.
+# --- Arithmetic on lists of tensors: one kernel for all. If torch lacks it: one for each tensor.
 
 
 def add_all(left: Sequence[Tensor], right: Sequence[Tensor], *, alpha: float = 1) -> list[Tensor]:
-    """Return a + alpha b for each pair."""
+    """Return a + alpha * b for each pair (a, b)."""
     if foreach := getattr(torch, "_foreach_add", None):
         return list(foreach(left, right, alpha=alpha))
     return [a.add(b, alpha=alpha) for a, b in zip(left, right, strict=True)]
 
 
 def distances(left: Sequence[Tensor], right: Sequence[Tensor]) -> list[Tensor]:
-    """Return |a - b| for each pair."""
+    """Return |a - b| for each pair (a, b)."""
     subtract, absolute = (getattr(torch, f"_foreach_{name}", None) for name in ("sub", "abs"))
     if subtract and absolute:
         return list(absolute(subtract(left, right)))
@@ -258,7 +258,7 @@ def distances(left: Sequence[Tensor], right: Sequence[Tensor]) -> list[Tensor]:
 
 
 def scale_all(tensors: Sequence[Tensor], factor: float) -> list[Tensor]:
-    """Return factor a for each tensor."""
+    """Return factor * a for each tensor a."""
     if foreach := getattr(torch, "_foreach_mul", None):
         return list(foreach(tensors, factor))
     return [a.mul(factor) for a in tensors]
@@ -268,7 +268,7 @@ def scale_all(tensors: Sequence[Tensor], factor: float) -> list[Tensor]:
 
 
 def active_ddp() -> DistributedDataParallel | None:
-    """Return the DistributedDataParallel whose forward runs now, if one does."""
+    """Return the DistributedDataParallel whose forward runs now; None if there is none."""
     ask = _private(
         DistributedDataParallel, "_get_active_ddp_module", feature="DistributedDataParallel"
     )
@@ -286,7 +286,7 @@ def parameters_reduced(ddp: DistributedDataParallel) -> int:
 
 
 def share_step_hooks(new: torch.optim.Optimizer, old: torch.optim.Optimizer) -> None:
-    """Let the step hooks of ``old`` fire with those of ``new``, now and when more are added."""
+    """Make ``new`` use the step hooks of ``old``, including those that are added later."""
     for name in ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks"):
         setattr(new, name, _private(old, name, feature="wrapping an optimizer"))
 
@@ -294,6 +294,6 @@ def share_step_hooks(new: torch.optim.Optimizer, old: torch.optim.Optimizer) -> 
 def has_scheduler(optimizer: torch.optim.Optimizer) -> bool:
     """Return whether a learning-rate scheduler was built on ``optimizer``.
 
-    Where torch marks it otherwise: False, so that such an optimizer is not refused.
+    If torch changes how it marks this: False; such an optimizer is then not refused.
     """
     return hasattr(optimizer.step, "_wrapped_by_lr_sched")

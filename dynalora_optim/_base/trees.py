@@ -1,4 +1,4 @@
-"""Tensors in what a module is called with and in what it returns."""
+"""Finding tensors in the arguments and the output of a module."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def tensors(tree: Any) -> Iterator[Tensor]:
 
 
 def replaced(tree: Any, old: Tensor, new: Tensor) -> Any:
-    """Return ``tree`` with the tensor ``old`` replaced."""
+    """Return ``tree`` with the tensor ``old`` replaced by ``new``."""
     if tree is old:
         return new
     if type(tree) is dict:
@@ -32,7 +32,7 @@ def replaced(tree: Any, old: Tensor, new: Tensor) -> Any:
 
 
 def hidden_states(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
-    """Return what a block is called with: the first floating-point tensor."""
+    """Return the hidden states given to a block: its first floating-point argument."""
     found = tensors((args, kwargs))
     return next((tensor for tensor in found if tensor.is_floating_point()), None)
 

@@ -1,12 +1,12 @@
-"""Who is active next, and when: from scores and costs to one choice.
+"""Choosing which groups are active, and when: from scores and costs to one choice.
 
-How the pieces divide the work. An `Allocator` chooses from an `AllocationContext`: numbers only, no
-modules. A `Schedule` says after which optimizer steps. The run's ``Allocation`` holds the clock and
-the counters, asks both, keeps the `AllocationRecord`, and hands on a `Choice`: which groups train,
-and which blocks are recomputed. Nothing after it decides anything.
+How the pieces divide the work. An `Allocator` chooses the groups from an `AllocationContext`, which
+holds numbers only, no modules. A `Schedule` decides after which optimizer steps it chooses. The
+run's ``Allocation`` counts steps and updates, calls both, keeps the `AllocationRecord`, and returns
+a `Choice`: which groups train, and which blocks are recomputed. All later parts only apply it.
 
-A `CostAware` allocator, such as `Budget`, also sees what each choice `Costs` (measured on a
-training batch) and answers with a `Plan`. To write your own, wrap a `Budget`, or search the costs
+A `CostAware` allocator, such as `Budget`, also receives the `Costs` of all choices (measured on a
+training batch) and returns a `Plan`. To write your own, wrap a `Budget`, or search the costs
 yourself.
 """
 

@@ -1,4 +1,4 @@
-"""How many modules are active: a count, a share, or what the allocator itself decides."""
+"""How many modules are active: a count, a share, or a number that the allocator decides."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ DEFAULT = 2 / 3  # the share of the paper's main experiments
 
 
 class ActiveCount:
-    """The optimizer's ``active``, checked against the allocator that is to use it.
+    """The optimizer's ``active``, checked against the allocator that will use it.
 
     Args:
         active: A whole number of modules, a share in (0, 1], or None for the default.
-        allocator: Who chooses.
+        allocator: The allocator, which chooses the active groups.
         modules: The number of module groups, M.
 
     Raises:
         TypeError: ``active`` is not a number.
-        ValueError: It is outside its range, or the allocator makes no use of it.
+        ValueError: ``active`` is outside its range, or the allocator does not use it.
     """
 
     def __init__(self, active: float | None, allocator: Allocator, modules: int) -> None:
@@ -36,8 +36,8 @@ class ActiveCount:
         """Use ``active`` from the next selection on.
 
         Raises:
-            TypeError: It is not a number.
-            ValueError: It is outside its range, or the allocator makes no use of it.
+            TypeError: ``active`` is not a number.
+            ValueError: ``active`` is outside its range, or the allocator does not use it.
         """
         if not uses_active(self._allocator):
             raise ValueError(
@@ -48,18 +48,18 @@ class ActiveCount:
         self._value = active
 
     def check(self, modules: int, active: float | None = None) -> None:
-        """Raise unless so many of ``modules`` can be active; by default as many as now.
+        """Raise unless ``active`` of ``modules`` can be active; by default the current setting.
 
         Raises:
-            TypeError: Not a number.
-            ValueError: Outside its range, or the allocator cannot keep what it promises.
+            TypeError: ``active`` is not a number.
+            ValueError: ``active`` is outside its range, or the allocator's own check refuses it.
         """
         count = resolve_active(self._value if active is None else active, modules)
         if callable(check := getattr(self._allocator, "check", None)):
             check(count, modules)
 
     def restore(self, active: float) -> None:
-        """Take over a saved setting, which has been checked."""
+        """Set a saved value that has already been checked."""
         self._value = active
 
     def resolve(self, modules: int) -> int:
@@ -68,15 +68,15 @@ class ActiveCount:
 
 
 def resolve_active(active: float, modules: int) -> int:
-    """Return how many of ``modules`` are active: a count stands for itself, a share is rounded.
+    """Return how many of ``modules`` are active: a count is returned as is, a share is rounded.
 
     Args:
         active: A whole number of modules, or a float share in (0, 1].
         modules: The number of module groups, M.
 
     Raises:
-        TypeError: Not a number.
-        ValueError: Outside its range, or nan.
+        TypeError: ``active`` is not a number.
+        ValueError: ``active`` is outside its range, or nan.
     """
     if isinstance(active, bool) or not isinstance(active, (int, float)):
         raise TypeError(

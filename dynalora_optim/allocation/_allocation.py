@@ -1,4 +1,4 @@
-"""The clock of a run, the active set, and the numbers that decide the next one."""
+"""The allocation of a run: which groups are active, and when and how the next ones are chosen."""
 
 from __future__ import annotations
 
@@ -17,12 +17,13 @@ from dynalora_optim.importance._normalise import usable_scores
 class Allocation(AllocationState):
     """Chooses among named groups, counts their updates, and keeps the record.
 
-    It knows names and numbers only.
+    It holds names and numbers only, no modules.
 
     Args:
         names: The groups to choose among, in forward order.
-        layout: Where the groups are, if blocks in which nothing trains are to be recomputed.
-        **settings: Of an `AllocationState`.
+        layout: The blocks that hold the groups; given only if blocks in which nothing trains are
+            to be recomputed.
+        **settings: The other arguments of `AllocationState`.
     """
 
     def __init__(
@@ -33,7 +34,7 @@ class Allocation(AllocationState):
         self.restart()
 
     def restart(self) -> None:
-        """Begin as at the first step, with the settings of now."""
+        """Start again from the first step, with the current settings."""
         self.chosen = frozenset()
         self._counters = GroupCounters(self.names)
         self._clock.restart()
@@ -48,23 +49,23 @@ class Allocation(AllocationState):
 
     @property
     def choice(self) -> Choice:
-        """What is in force now.
+        """The choice that applies now.
 
         Raises:
-            ValueError: The allocator cannot keep what was chosen.
+            ValueError: The allocator refuses the groups that were chosen.
         """
         return self.choice_of(self.chosen)
 
     @property
     def everyone(self) -> Choice:
-        """All groups active at once."""
+        """The choice in which all groups are active."""
         return self.choice_of(self.names)
 
     def choice_of(self, names: Collection[str]) -> Choice:
-        """Return what holds while these groups are active.
+        """Return the choice in which these groups are active.
 
         Raises:
-            ValueError: The allocator cannot have them active together.
+            ValueError: The allocator does not allow these groups to be active together.
         """
         plan = self._spending.plan(self._positions(names))
         if plan:
@@ -73,14 +74,14 @@ class Allocation(AllocationState):
         return Choice(frozenset(names), idle)
 
     def is_unmeasured(self, elements: int) -> bool:
-        """Return whether a batch of so many elements has to be measured before it is used."""
+        """Return whether a batch of this many elements must be measured before it is used."""
         return self._spending.is_unmeasured(elements)
 
     def take_costs(self, costs: Costs) -> None:
-        """Make the first selection by these costs, or fit the present one to them.
+        """Use these costs: for the first selection, or to fit the current choice to them.
 
         Raises:
-            ValueError: The allocator cannot make any choice. Nothing is changed then.
+            ValueError: The allocator cannot make any choice. Then nothing is changed.
         """
         former, self._spending.costs = self.costs, costs
         try:
@@ -93,11 +94,11 @@ class Allocation(AllocationState):
             raise
 
     def current_plan(self, costs: Costs) -> Plan:
-        """Return what is in force now, at these ``costs``; without a budget all is kept in full."""
+        """Return the current plan at these ``costs``; without a budget no block is recomputed."""
         return self._spending.plan_at(costs, self._positions(self.chosen))
 
     def _fit(self) -> None:
-        """Leave out what does not fit a batch larger than those before."""
+        """Make groups inactive that do not fit with a batch larger than all before."""
         kept = self._spending.fitting(self._positions(self.chosen))
         if len(kept) < len(self.chosen):
             self.chosen = self._selector.named(self.names, kept)
@@ -108,22 +109,22 @@ class Allocation(AllocationState):
     def extend(
         self, names: Collection[str], order: Iterable[str], layout: BlockLayout | None = None
     ) -> None:
-        """Add groups and put all in ``order``.
+        """Add groups and sort all groups by ``order``.
 
-        Where all groups are active the new ones are too. Else they wait for the next selection,
-        which is due after the coming step: a schedule such as `Once` may have none left.
+        If all groups are active, the new ones are too. If not, they wait for the next selection.
+        It follows the next step, because a schedule such as `Once` may never ask for another.
 
         Raises:
-            ValueError: What the allocator promises cannot be kept with so many groups.
+            ValueError: The allocator's own check refuses this many groups.
         """
         self._active.check(len(self.names) + len(names))
         is_everyone = len(self.chosen) == len(self.names)
         self._counters.add(names)
         places = {name: place for place, name in enumerate(order)}
-        # Modules that have left the model come last, and count as if they were there.
+        # Groups whose modules are no longer in the model come last; they still count.
         self.names = sorted([*self.names, *names], key=lambda n: places.get(n, len(places)))
         self._layout = layout if self._layout else None
-        self._spending.costs = None  # a budget measures anew
+        self._spending.costs = None  # a budget measures them again
         if is_everyone:
             self.chosen |= frozenset(names)
         if is_everyone and self.record:
@@ -133,7 +134,7 @@ class Allocation(AllocationState):
             self._clock.demand()
 
     def select(self, scores: Mapping[str, float]) -> frozenset[str]:
-        """Choose the active set by these scores and record it; return who was inactive before."""
+        """Choose by these scores and record it; return the chosen groups that were inactive."""
         usable = usable_scores(scores)
         before = self.chosen
         self.chosen = self._selection(usable)
@@ -142,7 +143,7 @@ class Allocation(AllocationState):
         self._selector.selections += 1
         self._clock.settle()
         if self._selector.selections == 1:
-            return frozenset()  # the beginning of training is no return from a pause
+            return frozenset()  # at the start of training no group returns from a pause
         self._counters.mark_returned(self.chosen - before, self.steps)
         return self.chosen - before
 
@@ -159,15 +160,16 @@ class Allocation(AllocationState):
         )
 
     def hold(self, names: Collection[str]) -> None:
-        """Make these groups active, and choose no others from here on.
+        """Make these groups active, and never choose again.
 
         Raises:
-            ValueError: Unknown names, none, or more than the allocator can have active together.
+            ValueError: A name is unknown, no name is given, or the allocator does not allow these
+                groups to be active together.
         """
         unknown = [name for name in names if name not in self.updates]
         if unknown or not names:
             raise ValueError(
-                f"hold({list(names)!r}): {unknown[0]!r} is no module group; pass some of "
+                f"hold({list(names)!r}): {unknown[0]!r} is not a module group; pass some of "
                 f"{self.names}."
                 if unknown
                 else "hold() got no module group; at least one must be active."
@@ -178,7 +180,7 @@ class Allocation(AllocationState):
         self._clock.stop()
 
     def advance(self, updated: Iterable[str]) -> bool:
-        """Count one optimizer step, in which ``updated`` moved; return whether to reallocate."""
+        """Count one optimizer step that ``updated`` these groups; return whether to reallocate."""
         self._counters.count_updates(updated)
         self._spending.advance(self._positions(self.chosen))
         self.record.advance()

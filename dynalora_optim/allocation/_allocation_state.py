@@ -1,4 +1,4 @@
-"""What an allocation knows, shows, and goes on from after a resume."""
+"""The data of an allocation: what it stores, shows, and saves for a resumed run."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from dynalora_optim.allocation._spending import Spending
 
 
 class AllocationState:
-    """The numbers of an `Allocation`, which decides by them.
+    """The data by which an `Allocation` chooses.
 
     Args:
         names: The groups to choose among, in forward order.
-        active: How many are active; None for the default.
-        allocator: Who chooses.
-        schedule: When.
-        seed: Of the allocator's random numbers.
+        active: How many groups are active; None for the default.
+        allocator: Chooses the active groups.
+        schedule: Decides after which steps to choose.
+        seed: The seed of the allocator's random numbers.
 
     Attributes:
         names: The groups to choose among, in forward order.
@@ -58,12 +58,12 @@ class AllocationState:
 
     @property
     def costs(self) -> Costs | None:
-        """What each choice costs; None before it was measured."""
+        """The costs of all choices; None before they are measured."""
         return self._spending.costs
 
     @property
     def may_differ_between_ranks(self) -> bool:
-        """Whether the schedule is a user's, which may look at more than the steps done."""
+        """Whether the schedule is a user's, which may depend on more than the number of steps."""
         return self._clock.may_differ_between_ranks
 
     @property
@@ -73,7 +73,7 @@ class AllocationState:
 
     @property
     def allocator(self) -> Allocator:
-        """Who chooses."""
+        """The allocator, which chooses the active groups."""
         return self._selector.allocator
 
     @property
@@ -94,7 +94,7 @@ class AllocationState:
         return [position for position, name in enumerate(self.names) if name in names]
 
     def is_active(self, name: str) -> bool:
-        """Return whether the group of this name gets gradients; one not allocated always does."""
+        """Return whether the group of this name is active; one that is not allocated always is."""
         return name in self.chosen or name not in self.updates
 
     def active_names(self) -> tuple[str, ...]:
@@ -102,13 +102,13 @@ class AllocationState:
         return tuple(name for name in self.names if name in self.chosen)
 
     def age(self, name: str) -> int | None:
-        """Return the steps since the group came back from a pause; None if it never paused."""
+        """Return the steps since the group returned from a pause; None if it never has."""
         return self._counters.age(name, self.steps)
 
     def local_time(self, name: str) -> tuple[int, float]:
-        """Return the updates of a group and the share of modules that are active with it.
+        """Return the number of updates of a group, and the share of modules that are active.
 
-        A group that is not allocated has had one update per step.
+        A group that is not allocated gets one update per step.
         """
         if name not in self.updates:
             return self.steps, 1.0
@@ -120,7 +120,7 @@ class AllocationState:
         return self._counters.share(self.steps) or len(self.chosen) / len(self.names)
 
     def settings(self) -> tuple[object, ...]:
-        """Return what every rank must have in common."""
+        """Return the values that must be the same on every rank."""
         options = [self.allocator, self._clock.schedule]
         shown = [repr(o) if is_dataclass(o) else type(o).__qualname__ for o in options]
         return (self._selector.seed, self.active, self.steps, *shown, *self.active_names())
@@ -143,10 +143,11 @@ class AllocationState:
     def check_state(
         self, clock: Mapping[str, Any], groups: Mapping[str, Mapping[str, Any]]
     ) -> None:
-        """Raise unless `load_state` could go on with these.
+        """Raise unless `load_state` can load these values.
 
         Raises:
-            ValueError: So many modules cannot be active, none is, or they exceed the budget.
+            ValueError: The number of active modules is not allowed or zero, or they exceed the
+                budget.
         """
         self._active.check(len(self.names), clock["active_setting"])
         chosen = [name for name in self.names if groups[name]["active"]]
@@ -160,7 +161,7 @@ class AllocationState:
         groups: Mapping[str, Mapping[str, Any]],
         record: Sequence[Mapping[str, Any]],
     ) -> None:
-        """Take over what `clock_state`, `group_state` and the record's ``state_dict`` returned."""
+        """Load what `clock_state`, `group_state` and the record's ``state_dict`` returned."""
         self._clock.load(clock)
         self._selector.load(clock)
         self._active.restore(clock["active_setting"])
@@ -169,6 +170,6 @@ class AllocationState:
         self.chosen = frozenset(name for name in self.names if groups[name]["active"])
         self.record.load_state_dict(record)
         if self._selector.selections and not record:
-            # torch.distributed.checkpoint drops it: begin anew with what is active.
+            # torch.distributed.checkpoint drops the record: start a new one with the active groups.
             no_scores = dict.fromkeys(self.names, 0.0)
             self.record.append(Reallocation(self.steps, no_scores, self.active_names()))

@@ -1,4 +1,4 @@
-"""The allocators of the paper (section 3.2) and of its relatives."""
+"""The allocators of the paper (section 3.2) and of related work."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from dynalora_optim.allocation._context import AllocationContext, Allocator
 
 @dataclass(frozen=True)
 class TopK:
-    """The k modules of highest importance y; ties keep the forward order."""
+    """Chooses the k modules of highest importance y; ties keep the forward order."""
 
     def weights(self, context: AllocationContext) -> tuple[float, ...]:
-        """Return what the modules are ranked by: y^."""
+        """Return y^, by which the modules are ranked."""
         return context.importance
 
     def select(self, context: AllocationContext) -> list[int]:
@@ -31,7 +31,7 @@ class Threshold:
     """The smallest n >= 1 such that the n most important modules hold a share ``p`` of importance.
 
     The sum over these n of the normalised scores (equation 2) is at least ``p``. The optimizer's
-    ``active`` plays no part. The comparison is exact: ``p=0.7`` means 7/10.
+    ``active`` is not used. The comparison is exact: ``p=0.7`` means 7/10.
 
     Raises:
         ValueError: ``p`` is not in [0, 1].
@@ -48,7 +48,7 @@ class Threshold:
             )
 
     def select(self, context: AllocationContext) -> list[int]:
-        """Return the shortest head of the ranking that reaches the share."""
+        """Return the fewest modules from the top of the ranking that reach the share."""
         scores = [Fraction(score) for score in context.scores]
         if not any(scores):
             scores = [Fraction(1)] * len(scores)
@@ -65,17 +65,17 @@ class Threshold:
 
 @dataclass(frozen=True)
 class Stochastic:
-    """Modules drawn in proportion to their importance y^ (equation 2).
+    """Draws modules in proportion to their importance y^ (equation 2).
 
     Attributes:
         sampling: ``"fixed"`` draws k different modules, one after the other. ``"bernoulli"`` is the
-            paper's wording: each module is active with probability y^, independently, so one on
-            average, and the optimizer's ``active`` plays no part. Should none come up, one is
-            drawn in proportion, which makes the probability of module m
-            ``y^_m + y^_m * prod_j (1 - y^_j)``.
+            paper's wording: each module is active with probability y^, independently of the
+            others. That is one module on average, and the optimizer's ``active`` is not used. If
+            no module is drawn this way, one is drawn in proportion to y^. So the probability of
+            module m is ``y^_m + y^_m * prod_j (1 - y^_j)``.
 
     Raises:
-        ValueError: ``sampling`` is neither.
+        ValueError: ``sampling`` is neither of the two.
     """
 
     sampling: Literal["fixed", "bernoulli"] = "fixed"
@@ -96,7 +96,7 @@ class Stochastic:
         return context.importance
 
     def select(self, context: AllocationContext) -> list[int]:
-        """Return the modules drawn."""
+        """Return the modules that are drawn."""
         importance = self.weights(context)
         if self.sampling == "fixed":
             return context.sample(importance)
@@ -106,10 +106,11 @@ class Stochastic:
 
 @dataclass(frozen=True)
 class DiscountedStochastic:
-    """Modules drawn in proportion to y~ = y^ / C (equation 3).
+    """Draws modules in proportion to y~ = y^ / C (equation 3).
 
-    C counts the updates a module has received; C = 0 counts as 1, so that a module never chosen is
-    neither excluded nor favoured a hundredfold. Exactly ``active`` different modules are drawn.
+    C is the number of updates that a module has received. C = 0 is replaced by 1, so that the
+    weight of a module that was never chosen is finite. Exactly ``active`` different modules are
+    drawn.
     """
 
     def weights(self, context: AllocationContext) -> list[float]:
@@ -118,16 +119,16 @@ class DiscountedStochastic:
         return [y / max(c, 1) for y, c in pairs]
 
     def select(self, context: AllocationContext) -> list[int]:
-        """Return the modules drawn."""
+        """Return the modules that are drawn."""
         return context.sample(self.weights(context))
 
 
 @dataclass(frozen=True)
 class UniformRandom:
-    """``active`` modules, every set equally likely: the control (R) of the paper's Table 1."""
+    """Draws ``active`` modules, all sets equally likely: the control (R) of the paper's Table 1."""
 
     def weights(self, context: AllocationContext) -> list[float]:
-        """Return the same for every module."""
+        """Return the same weight for every module."""
         return [1.0] * len(context.scores)
 
     def select(self, context: AllocationContext) -> list[int]:
@@ -137,15 +138,15 @@ class UniformRandom:
 
 @dataclass(frozen=True)
 class RoundRobin:
-    """The next ``active`` modules in turn (BAdam, arXiv 2404.02827).
+    """Chooses the next ``active`` modules in turn (BAdam, arXiv 2404.02827).
 
     Attributes:
-        order: ``"ascending"``: in forward order, cyclically; ``"descending"``: the other way round;
-            ``"random"``: every cycle has an order of its own.
-        seed: Of the random orders.
+        order: ``"ascending"``: in forward order, cyclically; ``"descending"``: in reverse order;
+            ``"random"``: in a new random order in each cycle.
+        seed: The seed of the random orders.
 
     Raises:
-        ValueError: ``order`` is none of the three.
+        ValueError: ``order`` is not one of the three.
     """
 
     order: Literal["ascending", "descending", "random"] = "ascending"
@@ -158,7 +159,7 @@ class RoundRobin:
             )
 
     def select(self, context: AllocationContext) -> list[int]:
-        """Return ``active`` positions from where the previous selection ended."""
+        """Return the ``active`` positions that follow the previous selection."""
         modules = len(context.scores)
         idle = context.idle or (0,) * modules
         if self.order == "random":
@@ -168,7 +169,7 @@ class RoundRobin:
         return self._next(context.active, idle)
 
     def _shuffled(self, context: AllocationContext) -> list[int]:
-        """A cycle's last selection is filled up from its first."""
+        """Return a part of a random cycle; its last part is completed with modules of its first."""
         modules = len(context.scores)
         cycle, turn = divmod(context.reallocation, math.ceil(modules / context.active))
         order = random.Random(f"{self.seed}:{cycle}").sample(range(modules), modules)
@@ -196,8 +197,8 @@ def as_allocator(allocator: str | Allocator) -> Allocator:
     """Return ``allocator`` itself, or the default object behind its short name.
 
     Raises:
-        ValueError: An unknown short name.
-        TypeError: Neither a name nor an object with ``select``.
+        ValueError: ``allocator`` is an unknown short name.
+        TypeError: ``allocator`` is neither a name nor an object with ``select``.
     """
     return by_name(
         "allocator",

@@ -1,4 +1,4 @@
-"""A bound on how long a module may stay idle, whatever the allocator."""
+"""A bound on how long a module may be idle, for any allocator."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from dynalora_optim.allocation._context import AllocationContext, Allocator, Cos
 
 @dataclass(frozen=True)
 class Bounded:
-    """Another allocator's choice, changed as little as keeps every module's idle time in bounds.
+    """Limits how long a module is idle, and changes another allocator's choice as little as needed.
 
-    No module is idle for more than n = ``max_idle_periods`` periods in a row: it has to be in one
-    of the next r = n + 1 - idle selections. Selections of k modules can meet all deadlines from
-    now on exactly if for every d >= 1 at most k d modules have r <= d; so of the modules with
+    No module is idle for more than n = ``max_idle_periods`` periods in a row: it must be in one of
+    the next r = n + 1 - idle selections. Selections of k modules can meet all these deadlines if
+    and only if, for every d >= 1, at most k d modules have r <= d. So of the modules with
     r <= d + 1, this selection takes at least (their number) - k d.
 
-    The optimizer's ``active`` is k, also where the allocator itself makes no use of it.
+    The optimizer's ``active`` is k, even if the allocator itself does not use it.
 
     Attributes:
         allocator: An allocator, or the short name of one.
@@ -26,7 +26,7 @@ class Bounded:
 
     Raises:
         TypeError: ``allocator`` is neither an allocator nor a name.
-        ValueError: An unknown name, an allocator that decides from costs, or a bound below 1.
+        ValueError: The name is unknown, the allocator decides from costs, or the bound is below 1.
 
     Example:
         >>> DynamicAllocationOptimizer(inner, model, allocator=Bounded("discounted", 4))
@@ -41,8 +41,8 @@ class Bounded:
         if isinstance(allocator, CostAware):
             raise ValueError(
                 f"Bounded({type(allocator).__name__}(...), {self.max_idle_periods}): a module that "
-                "is due may not fit into the costs that this allocator keeps. "
-                "Budget(floor=...) gives each module its chance."
+                "must be chosen may not fit within the costs that this allocator allows. Use "
+                "Budget(floor=...), which chooses each module with some probability."
             )
         object.__setattr__(self, "allocator", allocator)
 
@@ -55,7 +55,8 @@ class Bounded:
         """Raise if ``active`` of ``modules`` cannot keep the bound.
 
         Raises:
-            ValueError: The message names the least bound and the least count that would do.
+            ValueError: The bound cannot be kept. The message names the smallest bound and the
+                smallest count that are possible.
         """
         n = self.max_idle_periods
         if active * (n + 1) < modules:
@@ -66,16 +67,16 @@ class Bounded:
             )
 
     def select(self, context: AllocationContext) -> list[int]:
-        """Return the allocator's choice with the most urgent modules in place of its last ones."""
+        """Return the allocator's choice, with urgent modules in place of its last ones."""
         preferred = list(self._inner.select(context))
         modules = range(len(context.scores))
-        # The allocator's own picks first, then those that have waited longest.
+        # First the modules that the allocator chose, then the others, the longest idle first.
         order = [*preferred, *sorted(set(modules) - {*preferred}, key=lambda m: -context.idle[m])]
         chosen: list[int] = []
         for d in range(self.max_idle_periods + 1):
             urgent = [m for m in order if self.max_idle_periods - context.idle[m] <= d]
             missing = len(urgent) - context.active * d - len({*urgent} & {*chosen})
             chosen += [m for m in urgent if m not in chosen][: max(missing, 0)]
-        del chosen[context.active :]  # only after `active` was lowered in mid-run
+        del chosen[context.active :]  # only after `active` was lowered during the run
         room = max(len(preferred) - len(chosen), 0)
         return chosen + [m for m in preferred if m not in chosen][:room]

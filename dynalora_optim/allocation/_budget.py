@@ -1,10 +1,10 @@
-"""`Budget`: who is active when memory and compute are bounded (no counterpart in the paper).
+"""`Budget`: which groups are active if memory and compute are bounded (not in the paper).
 
-Freezing modules at random saves next to no memory, for what frozen layers above the lowest active
-module keep is needed to pass the gradient on. So a selection is, first of all, a *lowest block*:
-below it no graph is recorded. What it takes from there up is fitted into the memory by
-checkpointing, and every block that can train within the budget does: the gradient passes through it
-in any case, so that leaving it out would save nothing.
+Freezing random modules saves almost no memory: layers above the lowest active module keep their
+activations even if they are frozen, because the gradient passes through them. So a selection starts
+with a *lowest block*: below it no graph is recorded. From this block up, checkpointing makes the
+activations fit into the memory, and every block that can train within the budget is active. The
+gradient passes through these blocks in any case, so that freezing them would save almost nothing.
 """
 
 from __future__ import annotations
@@ -34,37 +34,37 @@ _BASES: dict[str, Callable[[], Weighted]] = {
     "random": UniformRandom,
     "topk": TopK,
 }
-_SPREAD = 2  # selections over which an excess of compute is paid back
+_SPREAD = 2  # the number of selections that compensate for too much compute
 _GIB = 2**30
 
 
 @dataclass(frozen=True)
 class Budget:
-    """Modules chosen so that no step exceeds a peak of memory, nor the mean step a cost of compute.
+    """Chooses modules so that no step exceeds a peak memory, nor the mean step a compute cost.
 
-    A selection draws the lowest block b that trains, with probability in proportion to its
-    importance per unit of cost, y~_b / FLOPs_b; the exact best choice of the other blocks that fits
-    is active with it, kept in full or checkpointed. All costs are measured on the first batch and
-    once more on a larger one. The optimizer's ``active`` plays no part.
+    A selection draws the lowest block b that trains, with a probability in proportion to its
+    importance per unit of cost, y~_b / FLOPs_b. The blocks that train with it are the exact best
+    choice that fits; each block is kept in full or checkpointed. All costs are measured on the
+    first batch, and again on each larger one. The optimizer's ``active`` is not used.
 
     Attributes:
-        memory: The most bytes alive in forward and backward above weights, optimizer state and
-            batch: a share (float in (0, 1]) of the peak with all modules active and nothing
-            checkpointed, or bytes (int).
+        memory: The most bytes alive in forward and backward, in addition to weights, optimizer
+            state and batch: a share (float in (0, 1]) of the peak with all modules active and
+            nothing checkpointed, or bytes (int).
         compute: The most FLOPs of the mean backward pass, recomputation included, as a share of the
-            backward pass with all modules active; None for no bound. What one selection exceeds,
-            the next ones save.
+            backward pass with all modules active; None for no bound. If one selection exceeds it,
+            the next ones take less.
         base: Gives the weights y~: ``"discounted"`` (equation 3), ``"stochastic"`` (equation 2),
-            ``"random"``, or any allocator that has ``weights(context)``. ``"topk"`` draws nothing:
-            it takes the modules of the largest total importance that fit, each time within
-            ``compute``.
+            ``"random"``, or any allocator that has ``weights(context)``. With ``"topk"`` nothing is
+            drawn: the modules of the largest total importance that fit are chosen, and each
+            selection is within ``compute``.
         floor: The share of selections whose lowest block is drawn uniformly. Each of n blocks is
-            active with a probability of at least floor / n, and of a tenth of that where
-            ``compute`` is too tight for more.
+            active with a probability of at least floor / n, or of a tenth of that if a small
+            ``compute`` does not allow more.
 
     Raises:
-        TypeError: A number of another kind.
-        ValueError: A number out of range.
+        TypeError: An argument is not a number.
+        ValueError: A number is out of range.
     """
 
     uses_active: ClassVar[bool] = False
@@ -94,8 +94,8 @@ class Budget:
         object.__setattr__(self, "base", base)
         if not 0 < self.floor <= 1:
             raise ValueError(
-                f"Budget(floor={self.floor!r}): every module must keep a chance; pass a share in "
-                "(0, 1]."
+                f"Budget(floor={self.floor!r}): every module needs a probability above 0; pass a "
+                "share in (0, 1]."
             )
 
     def limit(self, costs: Costs) -> int:
@@ -105,7 +105,7 @@ class Budget:
         return _share_of(costs.peak(costs.all_active), self.memory)
 
     def select(self, context: AllocationContext) -> list[int]:
-        """Return the modules of the plan drawn.
+        """Return the modules of the plan that is drawn.
 
         Raises:
             ValueError: Not every block can train within the budget.
@@ -131,7 +131,7 @@ class Budget:
         """Return what to checkpoint while the ``chosen`` modules are active.
 
         Raises:
-            ValueError: The budget cannot hold them.
+            ValueError: Training these modules exceeds the budget.
         """
         active = costs.blocks_of(chosen)
         plan = cheapest_plan(costs, active, self.limit(costs))
@@ -141,7 +141,7 @@ class Budget:
         return plan
 
     def fitting(self, costs: Costs, chosen: Collection[int]) -> list[int]:
-        """Return the ``chosen`` modules without those in the lowest blocks, as few as will fit.
+        """Return the ``chosen`` modules that fit: without those in as many lowest blocks as needed.
 
         Raises:
             ValueError: Not every block can train within the budget.
@@ -159,7 +159,7 @@ class Budget:
         raise ValueError(self._too_small(costs, least, f"blocks down to {highest}"))
 
     def _distribution(self, context: AllocationContext) -> tuple[list[Plan], list[float]]:
-        """The plans, one for each lowest block, and the probability of each."""
+        """Return the plans, one for each lowest block, and the probability of each."""
         costs = _costs(context)
         values = self._values(context)
         if isinstance(self.base, TopK):
@@ -203,7 +203,7 @@ class Budget:
         return [plan for plan in found if plan]
 
     def _values(self, context: AllocationContext) -> list[float]:
-        """The importance y~ of each block: the sum over its modules."""
+        """Return the importance y~ of each block: the sum over its modules."""
         costs = _costs(context)
         assert not isinstance(self.base, str)
         worth = self.base.weights(context)
@@ -216,7 +216,7 @@ class Budget:
     def _probabilities(
         self, weights: Sequence[float], flops: Sequence[float], context: AllocationContext
     ) -> list[float]:
-        """Mix the uniform floor with the weights, tilted to what compute is left."""
+        """Mix the uniform floor with the weights, which are tilted to the compute that is left."""
         floor, count = self.floor, len(flops)
         if self.compute is None:
             return [floor / count + (1 - floor) * w for w in weights]
@@ -224,7 +224,7 @@ class Budget:
         debt = (context.mean_compute - self.compute) * context.reallocation
         target = self.compute - debt / _SPREAD
         mean, least = sum(flops) / count, min(flops)
-        if mean > least:  # the floor yields before the bound does, down to a tenth
+        if mean > least:  # lower the floor, at most to a tenth, before exceeding the bound
             affordable = (target - least) / (mean - least)
             floor = min(floor, max(affordable, floor / 10))
         left = (target - floor * mean) / (1 - floor) if floor < 1 else target
@@ -237,8 +237,8 @@ class Budget:
         least = min(flops) + self.floor / 10 * (uniform - min(flops))
         if self.compute < least:
             raise ValueError(
-                f"Budget(compute={self.compute}) is less than any choice takes that gives every "
-                f"module a chance; pass at least {math.ceil(least * 1000) / 1000}."
+                f"Budget(compute={self.compute}) is too small to give every module a probability "
+                f"above 0; pass at least {math.ceil(least * 1000) / 1000}."
             )
 
     def _top_too_small(self, costs: Costs) -> str:
@@ -248,7 +248,7 @@ class Budget:
             return self._too_small(costs, least, "any block")
         share = min(map(costs.flops, self._fewest(costs))) / costs.flops(costs.all_active)
         return (
-            f"Budget(compute={self.compute}) is less than any choice takes that fits the memory; "
+            f"Budget(compute={self.compute}) is too small for every choice that fits the memory; "
             f"pass at least {math.ceil(share * 1000) / 1000}."
         )
 
@@ -256,9 +256,9 @@ class Budget:
         whole = costs.peak(costs.all_active)
         return (
             f"Budget(memory={self.memory}) cannot hold a step that trains {what}, even with every "
-            f"block checkpointed; pass memory={math.ceil(least / whole * 1000) / 1000} or {least} "
-            f"bytes ({least / _GIB:.2f} GiB) at least, of the {whole / _GIB:.2f} GiB that all "
-            "modules take."
+            f"block checkpointed; pass at least memory={math.ceil(least / whole * 1000) / 1000} or "
+            f"{least} bytes ({least / _GIB:.2f} GiB). All modules together take "
+            f"{whole / _GIB:.2f} GiB."
         )
 
 
@@ -271,12 +271,12 @@ def _costs(context: AllocationContext) -> Costs:
 
 
 def _share_of(whole: int, share: float) -> int:
-    """Return a share of ``whole``, rounded down; 0.29 means 29 of 100, which no float does."""
+    """Return a share of ``whole``, rounded down; 0.29 means exactly 29/100, unlike the float."""
     return math.floor(Fraction(str(share)) * whole)
 
 
 def _groups(costs: Costs, plan: Plan) -> list[int]:
-    """The modules in the plan's blocks, and those after the blocks, which cost nothing."""
+    """Return the modules in the plan's blocks, and those after the blocks, which cost nothing."""
     places = enumerate(costs.group_blocks)
     return [group for group, block in places if block is None or block in plan.active]
 

@@ -1,4 +1,4 @@
-"""What one selection decided, as one value."""
+"""The result of one selection, as one value."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from dataclasses import dataclass
 class Choice:
     """Which groups train, and which blocks are recomputed in the backward pass.
 
-    The graph ends at the lowest block that trains: below it no tensor asks for a gradient.
+    The graph ends at the lowest block that trains: below it no tensor requires a gradient.
 
     Attributes:
         active: The names of the groups that get gradients.
-        recomputed: The positions of the blocks that keep their input only.
+        recomputed: The positions of the blocks that keep only their input.
     """
 
     active: frozenset[str]

@@ -1,4 +1,4 @@
-"""The clock of a run: optimizer steps, and after which of them a selection is made."""
+"""The clock of a run: it counts optimizer steps, and knows after which of them to select."""
 
 from __future__ import annotations
 
@@ -27,30 +27,30 @@ class Clock:
         self.restart()
 
     def restart(self) -> None:
-        """Begin as at the first step."""
+        """Start again from the first step."""
         self.steps = 0
         self._is_due = False
 
     def stop(self) -> None:
-        """Ask for no selection from here on."""
+        """Ask for no further selection."""
         self.schedule, self._warmup, self._is_due = Never(), 0, False
 
     @property
     def is_warming_up(self) -> bool:
-        """Whether all modules are to be active still."""
+        """Whether the warm-up, in which all modules are active, is not over."""
         return self.steps < self._warmup
 
     @property
     def may_differ_between_ranks(self) -> bool:
-        """Whether the schedule is a user's, which may look at more than the steps done."""
+        """Whether the schedule is a user's, which may depend on more than the number of steps."""
         return not is_function_of_step(self.schedule)
 
     def demand(self) -> None:
-        """Have a selection made after the coming step, whatever the schedule says."""
+        """Ask for a selection after the next step, whether or not the schedule does."""
         self._is_due = True
 
     def settle(self) -> None:
-        """Note that a selection was made; one that was interrupted stays due."""
+        """Record that a selection was made; one that was interrupted stays due."""
         self._is_due = False
 
     def advance(self) -> bool:
@@ -63,9 +63,9 @@ class Clock:
         return self._is_due
 
     def state(self) -> dict[str, Any]:
-        """Return what a resumed run goes on from."""
+        """Return the values that a resumed run needs."""
         return {"steps": self.steps, "is_due": self._is_due}
 
     def load(self, state: Mapping[str, Any]) -> None:
-        """Take over what `state` returned."""
+        """Load what `state` returned."""
         self.steps, self._is_due = state["steps"], state["is_due"]

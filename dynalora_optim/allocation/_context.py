@@ -1,17 +1,18 @@
-"""What an allocator sees, and what it is: pure functions of numbers.
+"""What an allocator is, and what it receives: numbers only.
 
-An allocator is any object with ``select(context) -> indices``. It sees an `AllocationContext` (the
-scores, the update counters, how many modules to choose, a random generator) and returns the
+An allocator is any object with ``select(context) -> indices``. It receives an `AllocationContext`
+(the scores, the update counters, how many modules to choose, a random generator) and returns the
 positions of the modules to activate. It never sees a module or a tensor, so that it can be tested
 without a model and written in ten lines.
 
-Some allocators say more of themselves, by what they have:
+An allocator may also have some of these:
 
-* ``weights(context)``: what each module is drawn in proportion to (`Weighted`). A `Budget` can draw
-  by the same weights.
-* ``plan`` and ``fitting``: it decides from measured costs, and what is recomputed (`CostAware`).
+* ``weights(context)``: the weights in proportion to which modules are drawn (`Weighted`). A
+  `Budget` can draw by the same weights.
+* ``plan`` and ``fitting``: it decides from measured costs, and decides which blocks are recomputed
+  (`CostAware`).
 * ``uses_active = False``: it decides itself how many modules are active.
-* ``check(active, modules)``: raises ValueError if so many cannot be active.
+* ``check(active, modules)``: raises ValueError if ``active`` of ``modules`` cannot be active.
 """
 
 from __future__ import annotations
@@ -36,8 +37,8 @@ class AllocationContext:
         active: How many modules to choose (1 <= active <= M).
         reallocation: The number of selections made before this one.
         generator: The random numbers of this selection, equal on every rank and after a resume.
-        idle: How many selections in a row have left each module out; () where nobody counts.
-        costs: What each choice costs; None where nobody has measured.
+        idle: How many selections in a row have left each module out; () if this is not counted.
+        costs: The costs of all choices; None if they are not measured.
         mean_compute: The FLOPs of the mean backward pass so far, as a share of one with all modules
             active.
     """
@@ -57,9 +58,9 @@ class AllocationContext:
         return normalised(self.scores)
 
     def ranking(self) -> list[int]:
-        """Modules from the most to the least important.
+        """Return the modules from the most to the least important.
 
-        Ties keep the forward order. Before any score exists every order is equally likely.
+        Ties keep the forward order. Before any score exists the order is random.
         """
         modules = range(len(self.scores))
         if not any(self.scores):
@@ -69,11 +70,11 @@ class AllocationContext:
     def sample(self, weights: Sequence[float]) -> list[int]:
         """Draw ``active`` different modules one after the other, each in proportion to its weight.
 
-        A module of weight 0 is drawn only when no other is left, then uniformly.
+        Modules of weight 0 are drawn only if no others are left, and then uniformly.
         """
         # Exponential races (Efraimidis & Spirakis 2006): the arrival time of module m is
-        # exponential with rate w_m, and the first k to arrive have the law of successive draws.
-        # Logarithms keep the smallest and the largest weights apart.
+        # exponential with rate w_m. The first k to arrive are distributed like successive draws.
+        # Logarithms keep very small and very large weights distinct.
         arrivals = []
         for m, weight in enumerate(weights):
             clock = math.log(-math.log1p(-self.generator.random()) or math.ulp(0.0))
@@ -93,7 +94,7 @@ class Allocator(Protocol):
 
 @runtime_checkable
 class Weighted(Allocator, Protocol):
-    """Draws modules in proportion to weights, which it tells."""
+    """Draws modules in proportion to weights, which others can read."""
 
     def weights(self, context: AllocationContext) -> Sequence[float]:
         """Return the weight of each module, >= 0."""
@@ -102,17 +103,17 @@ class Weighted(Allocator, Protocol):
 
 @runtime_checkable
 class CostAware(Allocator, Protocol):
-    """Decides from measured costs, and says what is recomputed.
+    """Decides from measured costs, and decides which blocks are recomputed.
 
-    The optimizer measures the costs on the first training batch and on each larger one. Until then
-    nothing is selected; from then on ``context.costs`` is there.
+    The optimizer measures the costs on the first training batch and on each larger one. Before the
+    first measurement nothing is selected; after it ``context.costs`` is always set.
     """
 
     def plan(self, costs: Costs, chosen: Collection[int]) -> Plan:
         """Return which blocks are recomputed while the ``chosen`` modules are active.
 
         Raises:
-            ValueError: They cannot be active together.
+            ValueError: These modules cannot be active together.
         """
         ...
 
@@ -120,11 +121,11 @@ class CostAware(Allocator, Protocol):
         """Return those of the ``chosen`` modules that stay active at new, higher ``costs``.
 
         Raises:
-            ValueError: None can.
+            ValueError: No module can stay active.
         """
         ...
 
 
 def uses_active(allocator: Allocator) -> bool:
-    """Return whether ``allocator`` chooses as many modules as the optimizer's ``active`` says."""
+    """Return whether the optimizer's ``active`` sets how many modules ``allocator`` chooses."""
     return bool(getattr(allocator, "uses_active", True))

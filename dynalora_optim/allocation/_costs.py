@@ -1,15 +1,15 @@
 """What a choice of blocks costs: peak bytes and backward FLOPs, predicted from measured numbers.
 
-A backward pass reaches down to the lowest block that trains and no further. Every block from there
-up is either kept in full, or checkpointed: it keeps its input and is recomputed. With h_j the bytes
-that block j holds between its forward and its backward, and f_b, w_b the most bytes that are alive
-within its own forward and backward,
+A backward pass ends at the lowest block that trains. Every block from there up is either kept in
+full, or checkpointed: it keeps only its input and is recomputed. Let h_j be the bytes that block j
+holds between its forward and its backward, and f_b, w_b the most bytes that are alive within the
+forward and the backward of block b. Then
 
     peak = max over blocks b of  { base + sum_{j<b} h_j + f_b,
                                    base + sum_{j<b} h_j + w_b + gradients above b }
 
-and the same for what comes after the blocks (the head and the loss). All are measured, none guessed
-(`_profile`). This file knows numbers only.
+and the same for the part after the blocks (the head and the loss). All these numbers are measured,
+in ``memory/_block_profiler.py``. This file computes with numbers only.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Use:
-    """What one block costs in one role. Bytes include the block's own input where it is held.
+    """What one block costs in one role. Bytes include the block's own input if the block holds it.
 
     Attributes:
         forward: The most bytes alive during its forward.
@@ -40,7 +40,7 @@ class Use:
 
 @dataclass(frozen=True)
 class BlockUses:
-    """The cost of one block in one place of the backward graph, kept in full or checkpointed."""
+    """The costs of one block in one role, kept in full or checkpointed."""
 
     full: Use
     checkpointed: Use
@@ -48,13 +48,13 @@ class BlockUses:
 
 @dataclass(frozen=True)
 class BlockCost:
-    """The cost of one block wherever it stands.
+    """The costs of one block in each role.
 
     Attributes:
-        lowest: It trains, and no gradient goes further down.
-        active: It trains and passes the gradient on.
-        idle: It passes the gradient on.
-        below: The most bytes alive during its forward when it records no graph.
+        lowest: The block trains, and the backward pass ends there.
+        active: The block trains and passes the gradient on.
+        idle: The block passes the gradient on, but does not train.
+        below: The most bytes alive during its forward if it records no graph.
         gradients: The bytes of the gradients of its allocated parameters.
     """
 
@@ -67,32 +67,34 @@ class BlockCost:
 
 @dataclass(frozen=True)
 class Plan:
-    """Which blocks train, and which of those the gradient passes through are checkpointed."""
+    """Which blocks train, and which blocks that the gradient passes through are checkpointed."""
 
     active: frozenset[int]
     checkpointed: frozenset[int] = frozenset()
 
     def lowest(self, blocks: int) -> int:
-        """Return the block, of so many, at which the backward pass ends."""
+        """Return the block at which the backward pass ends; ``blocks`` if none trains."""
         return min(self.active, default=blocks)
 
 
 @dataclass(frozen=True)
 class Costs:
-    """What every choice costs.
+    """The measured numbers that give the costs of every choice.
 
     Attributes:
-        blocks: The blocks in forward order.
-        group_blocks: The block of each allocated group; None for one after the blocks, which
-            costs next to nothing and is always chosen.
-        pinned: The blocks that train whatever is chosen.
-        head: What comes after the blocks, the loss included.
-        forward_base: The bytes that outlive the blocks' forward (masks, position tables).
-        backward_base: Those of them that are still alive in the backward pass.
-        entry: Those of them that are block 0's input, which its graph may hold as well.
-        head_gradients: The bytes of the gradients of what trains after the blocks.
-        prefix: What trains before the blocks (embeddings), if any.
-        batch: The elements of the largest batch measured.
+        blocks: The costs of the blocks in forward order.
+        group_blocks: The block of each allocated group; None for a group after the blocks, which
+            costs almost nothing and is always chosen.
+        pinned: The blocks that always train, whichever groups are active.
+        head: The costs of the part after the blocks, the loss included.
+        forward_base: The bytes that stay alive after the blocks' forward, such as masks and
+            position tables.
+        backward_base: The part of ``forward_base`` that is still alive in the backward pass.
+        entry: The part of ``forward_base`` that is the input of block 0, which the graph of block 0
+            may hold too.
+        head_gradients: The bytes of the gradients of parameters after the blocks.
+        prefix: The costs of the part before the blocks (embeddings) if it trains.
+        batch: The number of elements of the largest batch that was measured.
     """
 
     blocks: tuple[BlockCost, ...]
@@ -108,11 +110,11 @@ class Costs:
 
     @property
     def all_active(self) -> Plan:
-        """Every block trains and is kept as it is, as in plain LoRA."""
+        """The plan in which every block trains and none is checkpointed, as in plain LoRA."""
         return Plan(frozenset(range(len(self.blocks))))
 
     def lowest_blocks(self) -> range:
-        """Where the backward pass may end: not above a block that trains in any case."""
+        """Return the possible lowest blocks: none is above a block that always trains."""
         if self.prefix:
             return range(1)
         return range(min(self.pinned, default=len(self.blocks) - 1) + 1)
@@ -132,7 +134,7 @@ class Costs:
             yield block, role.checkpointed if block in plan.checkpointed else role.full
 
     def base(self, lowest: int) -> int:
-        """Return the bytes that outlive the blocks' forward, beside what the blocks hold."""
+        """Return the bytes that stay alive after the blocks' forward and that no block holds."""
         if lowest or self.prefix:
             return self.forward_base
         lowest_role = self.blocks[0].lowest
@@ -140,7 +142,7 @@ class Costs:
         return self.forward_base - min(self.entry, held_in_any_case)
 
     def peak(self, plan: Plan) -> int:
-        """Return the most bytes alive at any moment of a step, above weights and batch."""
+        """Return the most bytes alive at any time of a step, in addition to weights and batch."""
         uses = dict(self.uses(plan))
         held = self.prefix.held if self.prefix else 0
         below = self.blocks[: plan.lowest(len(self.blocks))]
@@ -184,7 +186,7 @@ class Costs:
 
     @property
     def outer_gradients(self) -> int:
-        """The bytes of the gradients of what trains outside the blocks."""
+        """The bytes of the gradients of the parameters outside the blocks."""
         return self.head_gradients + (self.prefix.backward if self.prefix else 0)
 
     def state_dict(self) -> dict[str, Any]:
@@ -192,16 +194,18 @@ class Costs:
         return {**asdict(self), "pinned": sorted(self.pinned)}
 
     def check(self, modules: int) -> None:
-        """Raise unless these can be the costs of so many modules.
+        """Raise unless these can be the costs of this many modules.
 
         Raises:
-            ValueError: They are of other modules, or not numbers of bytes and FLOPs.
+            ValueError: They are the costs of other modules, or not numbers of bytes and FLOPs.
         """
         may_lack = {"group_blocks", "prefix"}
         parts = [getattr(self, f.name) for f in fields(self) if f.name not in may_lack]
         parts += [part for part in (*self.group_blocks, self.prefix) if part is not None]
         if (
-            not all(type(number) is int and 0 <= number < 2**63 for number in _numbers(tuple(parts)))
+            not all(
+                type(number) is int and 0 <= number < 2**63 for number in _numbers(tuple(parts))
+            )
             or len(self.group_blocks) != modules
             or not {*self.group_blocks, *self.pinned} <= {None, *range(len(self.blocks))}
             or not self.flops(self.all_active)
@@ -210,10 +214,10 @@ class Costs:
 
     @staticmethod
     def from_state_dict(state: dict[str, Any]) -> Costs:
-        """Return what `state_dict` was taken from.
+        """Return the costs from which `state_dict` made ``state``.
 
         Raises:
-            ValueError: It is not of that form.
+            ValueError: ``state`` has another form.
         """
         try:
             return Costs(
@@ -231,10 +235,10 @@ class Costs:
 
 
 def _numbers(tree: Any) -> Iterator[Any]:
-    """Yield the numbers, or what stands in their place, in dataclasses and collections of them."""
+    """Yield the values in nested dataclasses, tuples and sets; they should all be numbers."""
     if is_dataclass(tree):
         tree = tuple(getattr(tree, field.name) for field in fields(tree))
-    if isinstance(tree, (tuple, frozenset)):  # no list: that would stand where a number must be
+    if isinstance(tree, (tuple, frozenset)):  # not a list: it is yielded, so that `check` fails
         for item in tree:
             yield from _numbers(item)
     else:

@@ -1,4 +1,4 @@
-"""The heatmap of the allocation; the only file that needs matplotlib, imported when it is drawn."""
+"""The heatmap of the allocation; the only file that uses matplotlib, which it imports to draw."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def heatmap(counts: Mapping[str, int], path: Path) -> None:
 
 
 def by_layer(counts: Mapping[str, int]) -> dict[tuple[str, str], int]:
-    """Key counts by (layer, module): the first number in a name, and what follows it."""
+    """Key counts by (layer, module): the first number in a name, and the part after it."""
     keyed: dict[tuple[str, str], int] = {}
     for name, count in counts.items():
         match = re.search(r"(?:^|\.)(\d+)\.(.+)$", name)

@@ -1,4 +1,4 @@
-"""The history of the allocation: which modules were active when, and why."""
+"""The history of the allocation: when each module was active, and by which scores."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ class Reallocation:
     """One selection.
 
     Attributes:
-        step: The optimizer steps done before it.
-        scores: The importance y of each group that it was decided by; empty scores are 0.
-        chosen: The groups active from here on, in forward order.
+        step: The number of optimizer steps done before the selection.
+        scores: The importance y of each group at the selection; 0 if there was no score yet.
+        chosen: The groups that are active after the selection, in forward order.
     """
 
     step: int
@@ -35,7 +35,7 @@ class AllocationRecord(Sequence[Reallocation]):
         self._steps: list[int] = []  # optimizer steps done under each entry
 
     def append(self, entry: Reallocation) -> None:
-        """Add the selection that is in force from now on."""
+        """Add the selection that applies from now on."""
         self._entries.append(entry)
         self._steps.append(0)
 
@@ -69,7 +69,7 @@ class AllocationRecord(Sequence[Reallocation]):
         ]
 
     def load_state_dict(self, entries: Sequence[Mapping[str, Any]]) -> None:
-        """Replace the record by what `state_dict` returned."""
+        """Replace the record with what `state_dict` returned."""
         self._entries = [
             Reallocation(entry["step"], dict(entry["scores"]), tuple(entry["chosen"]))
             for entry in entries
@@ -79,15 +79,15 @@ class AllocationRecord(Sequence[Reallocation]):
     def to_json(self, path: str | os.PathLike[str]) -> None:
         """Write the record to ``path``: a list of {step, scores, chosen, steps}.
 
-        The file is written beside and renamed, so that a killed run leaves no half of one.
+        A temporary file is written and then renamed, so that a killed run never leaves half a file.
         """
         target = Path(path)
-        beside = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+        temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
         try:
-            beside.write_text(json.dumps(self.state_dict(), indent=1), encoding="utf-8")
-            beside.replace(target)
+            temporary.write_text(json.dumps(self.state_dict(), indent=1), encoding="utf-8")
+            temporary.replace(target)
         finally:
-            beside.unlink(missing_ok=True)
+            temporary.unlink(missing_ok=True)
 
     def plot(self, path: str | os.PathLike[str]) -> None:
         """Draw the paper's Figure 5 to ``path``: layer x module, colour = active steps.

@@ -1,10 +1,9 @@
-"""When to reallocate (section 3.3 of the paper). The clock counts optimizer steps and nothing else.
+"""When to reallocate (section 3.3 of the paper), by the number of optimizer steps.
 
-A schedule is any object with ``due(step) -> bool``. It is asked once after each optimizer step with
-the number of steps done so far, so neither gradient accumulation, nor evaluation, nor a step that a
-``GradScaler`` skipped moves it. The first selection, at step 0, is made whatever it answers. While
-fewer than ``warmup`` steps are done, if the schedule has such a number, a selection takes all
-modules.
+A schedule is any object with ``due(step) -> bool``. It is called once after each optimizer step
+with the number of steps done so far. Gradient accumulation, evaluation, and a step that a
+``GradScaler`` skips do not count. The first selection, at step 0, is always made. If the schedule
+has an attribute ``warmup``, all modules are active during the first ``warmup`` steps.
 """
 
 from __future__ import annotations
@@ -17,13 +16,14 @@ from dynalora_optim._base.checks import whole_number
 
 @runtime_checkable
 class Schedule(Protocol):
-    """Decides after which optimizer steps the active set is chosen anew."""
+    """Decides after which optimizer steps the active modules are chosen again."""
 
     def due(self, step: int) -> bool:
         """Return whether to reallocate now that ``step`` (>= 1) optimizer steps are done.
 
-        Ranks that train together must all return the same. One of your own is compared between them
-        at each step, which waits for the device; those here need no comparison.
+        All ranks that train together must return the same. At each step the results of a schedule
+        of your own are compared between ranks, which waits for the device. The schedules of this
+        package are not compared.
         """
         ...
 
@@ -34,10 +34,11 @@ class Periodic:
 
     Attributes:
         n: Optimizer steps between two selections.
-        warmup: All modules are active for so many steps first; then the first choice is made.
+        warmup: The number of steps at the start in which all modules are active; then the first
+            choice is made.
 
     Raises:
-        ValueError: ``n`` is not a positive whole number, or ``warmup`` a negative one.
+        ValueError: ``n`` is not a whole number >= 1, or ``warmup`` is not one >= 0.
     """
 
     n: int
@@ -48,20 +49,21 @@ class Periodic:
         whole_number("warmup", self.warmup, least=0)
 
     def due(self, step: int) -> bool:
-        """Return whether ``step``, from the end of the warm-up on, is a multiple of ``n``."""
+        """Return whether ``step`` is the end of the warm-up, or a multiple of ``n`` after it."""
         return step >= self.warmup and (step - self.warmup) % self.n == 0
 
 
 @dataclass(frozen=True)
 class Once:
-    """Select at the beginning and once more after ``at`` optimizer steps (the paper's alpha).
+    """Select at the start and once more after ``at`` optimizer steps (the paper's alpha).
 
     Attributes:
         at: Optimizer steps from the first choice to the second.
-        warmup: All modules are active for so many steps first; then the first choice is made.
+        warmup: The number of steps at the start in which all modules are active; then the first
+            choice is made.
 
     Raises:
-        ValueError: ``at`` is not a positive whole number, or ``warmup`` a negative one.
+        ValueError: ``at`` is not a whole number >= 1, or ``warmup`` is not one >= 0.
     """
 
     at: int
@@ -72,13 +74,13 @@ class Once:
         whole_number("warmup", self.warmup, least=0)
 
     def due(self, step: int) -> bool:
-        """Return whether ``step`` ends the warm-up, or comes ``at`` steps after it."""
+        """Return whether ``step`` is the end of the warm-up, or ``at`` steps after it."""
         return step in (self.warmup, self.warmup + self.at)
 
 
 @dataclass(frozen=True)
 class Never:
-    """Do not reallocate."""
+    """Never reallocate."""
 
     def due(self, step: int) -> bool:
         """Return False."""
@@ -86,10 +88,10 @@ class Never:
 
 
 def warmup_of(schedule: Schedule) -> int:
-    """Return during how many steps at the start all modules are active.
+    """Return the number of steps at the start in which all modules are active.
 
     Raises:
-        ValueError: ``warmup`` of a schedule of the user's own is no whole number.
+        ValueError: ``warmup`` of a user's own schedule is not a whole number >= 0.
     """
     warmup = getattr(schedule, "warmup", 0)
     whole_number("warmup", warmup, least=0)
@@ -97,7 +99,7 @@ def warmup_of(schedule: Schedule) -> int:
 
 
 def is_function_of_step(schedule: Schedule) -> bool:
-    """Return whether ``schedule`` is one of those here, which look at nothing but the step."""
+    """Return whether ``schedule`` is one of this file's, which depend only on the step."""
     return isinstance(schedule, (Periodic, Once, Never))
 
 
@@ -105,13 +107,13 @@ def as_schedule(period: int | Schedule) -> Schedule:
     """Return ``period`` as a schedule; a whole number stands for `Periodic`.
 
     Raises:
-        ValueError: A number that is not a positive whole number.
-        TypeError: Neither a number nor an object with ``due``.
+        ValueError: ``period`` is a number, but not a whole number >= 1.
+        TypeError: ``period`` is neither a number nor an object with ``due``.
     """
     if isinstance(period, Schedule):
         return period
     if isinstance(period, (int, float)):
-        return Periodic(period)  # Periodic refuses a float, by value
+        return Periodic(period)  # Periodic refuses a float
     raise TypeError(
         f"period={period!r} is neither a number of steps nor a schedule; pass a positive int, "
         "Once(at), or an object with due(step) -> bool."

@@ -1,4 +1,4 @@
-"""The choice: of all plans whose peak fits, the one of highest value, and then of least work.
+"""The search: of all plans whose peak fits, the highest value, and then the least work.
 
 A plan is built from the last block down, so that one pass serves every lowest block: what lies
 above a block does not depend on how far down the backward pass goes on. Of a partial plan four
@@ -46,7 +46,7 @@ from dynalora_optim.allocation._costs import Costs, Plan
 _MOST = 256  # partial plans that are kept of each block
 _FINEST, _COARSER = 2**-16, 1.5  # the first width of a box, and the factor of each further one
 _VALUE_FIRST = 64  # how much wider a box is in FLOPs where they only decide between equal values
-Choices: TypeAlias = tuple[tuple[bool, ...], ...]  # per block: whether it may train, and may not
+Choices: TypeAlias = tuple[tuple[bool, ...], ...]  # per block: the allowed values of "it trains"
 # Slack, gradients, value, FLOPs, and the choice: two bits per block, those of the last block first,
 # so that of equal plans the smallest number recomputes, and leaves out, the lowest blocks.
 Partial: TypeAlias = tuple[int, int, float, int, int]
@@ -70,14 +70,14 @@ def best_plan(
     """Return the best plan whose backward pass ends at ``lowest``; None if none fits.
 
     Args:
-        costs: What each choice costs.
-        values: What it is worth that a block trains, one number >= 0 per block.
+        costs: The measured costs.
+        values: For each block, a number >= 0: the value of training it.
         limit: The bytes that the peak may not exceed.
         lowest: The lowest block that trains.
-        flops: The FLOPs that the backward pass may not exceed.
+        flops: The FLOPs that the backward pass may not exceed; None for no limit.
     """
     blocks = range(len(costs.blocks))
-    # Where every block may train no choice is worth more, and the values need not be looked at.
+    # If every block can train, no choice has a higher value. This search does not need the values.
     everyone = _Problem(costs, _one_choice(costs, blocks), (0.0,) * len(blocks), limit, flops)
     shared = costs.base(lowest), min(lowest, 1)  # by all lowest blocks but block 0
     plan = _best_plans(everyone, *shared).get(lowest)
@@ -88,7 +88,7 @@ def best_plan(
 
 
 def cheapest_plan(costs: Costs, active: Collection[int], limit: int) -> Plan | None:
-    """Return the plan of least work in which these blocks train; None if none fits."""
+    """Return the plan of least work in which exactly these blocks train; None if none fits."""
     choices = _one_choice(costs, active)
     problem, lowest = _Problem(costs, choices, (0.0,) * len(choices), limit), min(active)
     return _best_plans(problem, costs.base(lowest), lowest).get(lowest)
@@ -97,7 +97,7 @@ def cheapest_plan(costs: Costs, active: Collection[int], limit: int) -> Plan | N
 def least_peak(costs: Costs, lowest: int, active: Collection[int] | None = None) -> int:
     """Return the smallest peak of any plan whose backward pass ends at ``lowest``.
 
-    Of those in which just these blocks train, if ``active`` names them.
+    If ``active`` is given, only plans in which exactly these blocks train are considered.
     """
     choices = _all_choices(costs) if active is None else _one_choice(costs, active)
     return _least_peaks(costs, choices, costs.base(lowest), min(lowest, 1))[lowest]

@@ -1,4 +1,4 @@
-"""Asking an allocator, and checking what it answers."""
+"""Calling an allocator, and checking its selection."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from dynalora_optim.allocation._counters import GroupCounters
 class Selector:
     """Makes one selection after another.
 
-    The random numbers of selection i come from ``(seed, i)``, so that restoring a process's global
-    generators, or drawing from them, does not disturb it.
+    The random numbers of selection i come from ``(seed, i)``. They do not depend on the global
+    generators of the process.
 
     Attributes:
-        allocator: Who chooses.
-        seed: Of its random numbers.
-        selections: How many were made.
+        allocator: Chooses the active groups.
+        seed: The seed of the allocator's random numbers.
+        selections: How many selections have been made.
     """
 
     def __init__(self, allocator: Allocator, seed: int) -> None:
@@ -41,7 +41,7 @@ class Selector:
         """Return which of the groups of these ``names`` the allocator chooses.
 
         Raises:
-            ValueError: It chooses none, or what is no group, or one twice.
+            ValueError: It chooses no group, a position that is not a group's, or one group twice.
         """
         context = AllocationContext(
             scores=tuple(scores[name] for name in names),
@@ -59,7 +59,7 @@ class Selector:
         """Return the names at the positions that the allocator has returned.
 
         Raises:
-            ValueError: There are none, or a position is out of range, or comes twice.
+            ValueError: There are no positions, or one is out of range, or is there twice.
         """
         positions = list(selection)
         valid = all(0 <= position < len(names) for position in positions)
@@ -71,9 +71,9 @@ class Selector:
         return frozenset(names[position] for position in positions)
 
     def state(self) -> dict[str, Any]:
-        """Return what a resumed run goes on from."""
+        """Return the values that a resumed run needs."""
         return {"reallocations": self.selections, "seed": self.seed}
 
     def load(self, state: Mapping[str, Any]) -> None:
-        """Take over what `state` returned."""
+        """Load what `state` returned."""
         self.selections, self.seed = state["reallocations"], state["seed"]

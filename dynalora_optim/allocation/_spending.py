@@ -1,4 +1,4 @@
-"""What each choice costs, once measured, and what the run has spent so far."""
+"""The measured costs of all choices, and the compute that the run has used so far."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from dynalora_optim.allocation._costs import Costs, Plan
 
 
 class Spending:
-    """Asks a `CostAware` allocator for its plans; for any other there are neither costs nor plans.
+    """Asks a `CostAware` allocator for its plans; any other has neither costs nor plans.
 
-    Modules are numbered in forward order, as allocators know them.
+    Modules are numbered in forward order, as for allocators.
 
     Attributes:
-        costs: What each choice costs; None before anything was measured.
+        costs: The costs of all choices; None before they are measured.
     """
 
     def __init__(self, allocator: Allocator) -> None:
@@ -23,7 +23,7 @@ class Spending:
         self.restart()
 
     def restart(self) -> None:
-        """Forget the costs, and what was spent."""
+        """Delete the costs and the compute used so far."""
         self.costs: Costs | None = None
         self._compute = 0.0  # backward passes so far, in units of one with all modules active
 
@@ -33,39 +33,39 @@ class Spending:
         return self._allocator is not None
 
     def is_unmeasured(self, elements: int) -> bool:
-        """Return whether a batch of so many elements has to be measured before it is used."""
+        """Return whether a batch of this many elements must be measured before it is used."""
         if not self.is_asked_for:
             return False
         return self.costs is None or elements > self.costs.batch
 
     def plan(self, chosen: Collection[int]) -> Plan | None:
-        """Return what is recomputed while the ``chosen`` modules are active; None without costs.
+        """Return the plan in which the ``chosen`` modules are active; None without costs.
 
         Raises:
-            ValueError: The allocator cannot have them active together.
+            ValueError: The allocator does not allow these modules to be active together.
         """
         if self._allocator is None or self.costs is None:
             return None
         return self._allocator.plan(self.costs, chosen)
 
     def plan_at(self, costs: Costs, chosen: Collection[int]) -> Plan:
-        """Return the plan at these ``costs``; without a `CostAware` allocator all is kept."""
+        """Return the plan at these ``costs``; only a `CostAware` allocator checkpoints blocks."""
         if self._allocator is None:
             return Plan(costs.blocks_of(chosen))
         return self._allocator.plan(costs, chosen)
 
     def fitting(self, chosen: Collection[int]) -> Collection[int]:
-        """Return those of the ``chosen`` modules that can stay active at the costs of now.
+        """Return those of the ``chosen`` modules that can stay active at the current costs.
 
         Raises:
-            ValueError: None can.
+            ValueError: No module can stay active.
         """
         assert self._allocator is not None
         assert self.costs is not None
         return self._allocator.fitting(self.costs, chosen)
 
     def advance(self, chosen: Collection[int]) -> None:
-        """Count one backward pass with the ``chosen`` modules."""
+        """Count one backward pass with the ``chosen`` modules active."""
         plan = self.plan(chosen)
         if plan is not None and self.costs is not None:
             self._compute += self.costs.flops(plan) / self.costs.flops(self.costs.all_active)
@@ -75,11 +75,11 @@ class Spending:
         return self._compute / max(steps, 1)
 
     def state(self) -> dict[str, Any]:
-        """Return what a resumed run goes on from, without the costs."""
+        """Return the values that a resumed run needs, without the costs."""
         return {"compute": self._compute}
 
     def check(self, state: Mapping[str, Any], chosen: Collection[int], modules: int) -> None:
-        """Raise unless `load` could go on with the saved ``state`` and choice.
+        """Raise unless `load` can load the saved ``state``, and the choice fits its costs.
 
         Raises:
             ValueError: The costs are of other modules, or the choice exceeds the budget.
@@ -91,6 +91,6 @@ class Spending:
             self._allocator.plan(costs, chosen)
 
     def load(self, state: Mapping[str, Any]) -> None:
-        """Take over what `state` returned, and the costs."""
+        """Load what `state` returned, and the costs."""
         self._compute = state["compute"]
         self.costs = Costs.from_state_dict(state["costs"]) if state.get("costs") else None

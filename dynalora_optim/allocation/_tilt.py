@@ -1,4 +1,4 @@
-"""Moving a distribution to a lower mean cost, as little as will do."""
+"""Lowering the mean cost of a distribution, with the smallest change that is enough."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from collections.abc import Sequence
 
 from dynalora_optim.importance._normalise import normalised
 
-_LEAST = 1e-12  # a weight of 0 could not be tilted to, were it the only one that is cheap enough
+_LEAST = 1e-12  # tilting cannot raise a weight of 0, though it may be the only cheap one
 
 
 def tilt(weights: Sequence[float], costs: Sequence[float], target: float) -> tuple[float, ...]:
     """Return probabilities p ~ w exp(-t c), with the least t >= 0 such that sum(p c) <= target.
 
-    Of all distributions of that mean cost it is the closest to ``weights`` (in relative entropy).
-    Where no t does, all weight goes to the cheapest.
+    Of all distributions of that mean cost, this is the closest to ``weights`` (in relative
+    entropy). If no t is large enough, all probability goes to the cheapest.
     """
 
     def tilted(t: float) -> tuple[float, ...]:

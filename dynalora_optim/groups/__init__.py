@@ -1,1 +1,1 @@
-"""From a model to its ordered, named module groups."""
+"""Finding the named module groups of a model, in forward order."""

@@ -1,4 +1,4 @@
-"""The repeated blocks of a model: the units in which a backward pass is cut and recomputed."""
+"""The repeated blocks of a model: a backward pass can end at a block, and recompute blocks."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ class Block:
 
 
 def find_blocks(model: nn.Module) -> list[Block]:
-    """Return the model's repeated blocks in forward order; none if it has none.
+    """Return the model's repeated blocks in forward order; an empty list if it has none.
 
-    They are the items of the longest ``ModuleList`` of two or more modules of one class that lies
-    in no other such list (the experts of a block are not blocks).
+    The blocks are the items of one ``ModuleList`` of two or more modules of one class: the longest
+    such list that is not inside another one (so that the experts of a block are not blocks).
 
     Raises:
         ValueError: The list holds one module twice.
@@ -36,21 +36,21 @@ def find_blocks(model: nn.Module) -> list[Block]:
     blocks = [Block(f"{name}.{i}", module) for i, module in enumerate(lists[name])]
     if len({id(block.module) for block in blocks}) < len(blocks):
         raise ValueError(
-            f"{name} holds one block several times: its passes cannot be told apart. Use neither a "
-            "Budget nor groups='blocks' with this model."
+            f"{name} holds one block several times, so its passes cannot be distinguished. Use "
+            "neither a Budget nor groups='blocks' with this model."
         )
     return blocks
 
 
 def model_blocks(model: nn.Module, *, must: bool) -> list[Block]:
-    """Return the model's blocks; none where it has none, or such as cannot be told apart.
+    """Return the model's blocks; an empty list if it has none, or holds one several times.
 
     Args:
         model: The adapted model.
-        must: Whether something needs them.
+        must: Whether blocks are required.
 
     Raises:
-        ValueError: With ``must``: there are none.
+        ValueError: Blocks are required, but there are none, or one is held several times.
     """
     try:
         blocks = find_blocks(model)

@@ -1,4 +1,4 @@
-"""Which of the model's blocks holds which group."""
+"""Which blocks of the model hold which module group."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from dynalora_optim.groups._module_group import ModuleGroup
 
 @dataclass(frozen=True)
 class BlockLayout:
-    """Where the allocated groups are, as positions of blocks.
+    """The blocks that hold the allocated groups, by their positions.
 
     Attributes:
         blocks: How many blocks there are.
-        places: The blocks that hold parameters of each group.
-        pinned: The blocks that train whatever is chosen.
+        places: For each group, the blocks that hold its parameters.
+        pinned: The blocks that always train, whichever groups are active.
     """
 
     blocks: int
@@ -24,7 +24,7 @@ class BlockLayout:
     pinned: frozenset[int]
 
     def idle(self, active: Collection[str]) -> frozenset[int]:
-        """Return the blocks in which nothing trains while just these groups are ``active``."""
+        """Return the blocks in which nothing trains while only these groups are ``active``."""
         busy = self.pinned.union(*(self.places[name] for name in active))
         return frozenset(range(self.blocks)) - busy
 
@@ -45,7 +45,7 @@ class BlockLayout:
 
 
 def block_of(group: ModuleGroup, blocks: Sequence[Block]) -> int | None:
-    """Return the position of the block that holds all modules of ``group``; None if none does.
+    """Return the position of the block that holds all modules of ``group``; None if no block does.
 
     Raises:
         ValueError: The group lies partly in one block and partly elsewhere.

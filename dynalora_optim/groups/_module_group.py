@@ -1,7 +1,7 @@
-"""A module group: the unit that is active or inactive.
+"""A module group: modules that are active or inactive together.
 
-A group knows *where* its parameters live (owner module and attribute), never the parameter objects
-themselves: FSDP2 and ``accelerator.prepare`` put new ones in their place.
+A group stores *where* its parameters are (owner module and attribute), not the parameter objects:
+FSDP2 and ``accelerator.prepare`` replace these objects.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ GroupRole: TypeAlias = Literal["allocated", "always_active", "frozen"]
 
 @runtime_checkable
 class AdapterModule(Protocol):
-    """What an adapter layer has for ``groups="auto"`` to recognise it.
+    """What an adapter layer must have so that ``groups="auto"`` recognises it.
 
-    If it also carries a boolean attribute ``active`` and uses detached parameters while that is
-    False, the optimizer sets the flag; any other module is made inactive from outside.
+    If the layer also has a boolean attribute ``active`` and uses detached parameters while that is
+    False, the optimizer sets this flag. Any other layer is made inactive by hooks.
     """
 
     def adapter_params(self) -> list[str]:
@@ -40,7 +40,7 @@ class Slot:
 
     @property
     def parameter(self) -> nn.Parameter:
-        """The parameter that stands there now."""
+        """The parameter that is in this place now."""
         parameter = parameter_slots(self.owner)[self.attribute]
         assert isinstance(parameter, nn.Parameter)
         return parameter
@@ -52,10 +52,10 @@ class ModuleGroup:
 
     Attributes:
         name: The dotted path of the module in the model, or what a user's rule returned.
-        modules: One module; more where they share a parameter or a user's rule joins them.
-        slots: The places of the group's parameters; a tied one has several.
+        modules: One module, or several if they share a parameter or a user's rule joins them.
+        slots: The places of the group's parameters; a tied parameter has several.
         aliases: The names of groups that were joined with this one.
-        role: Whether allocators choose it.
+        role: Whether allocators choose when the group trains, or it always or never trains.
     """
 
     name: str
@@ -65,5 +65,5 @@ class ModuleGroup:
     role: GroupRole = "allocated"
 
     def parameters(self) -> Iterator[nn.Parameter]:
-        """Yield the parameters that stand in the slots now, each once."""
+        """Yield the parameters that are in the slots now, each once."""
         return iter({id(p): p for p in (slot.parameter for slot in self.slots)}.values())

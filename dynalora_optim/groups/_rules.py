@@ -1,4 +1,4 @@
-"""From a model to its ordered, named module groups: which rule finds which groups."""
+"""The rules that find the named module groups of a model, in forward order."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ class Blocks:
     """Full-parameter training by blocks: each of the model's repeated blocks is a group.
 
     Args:
-        block_size: So many blocks in a row form one group; the last may have fewer.
-        outside: The role of the modules that lie in no block, such as embeddings, the final
-            norm and the head: ``"always_active"``; ``"frozen"``; or ``"allocated"``: they are
-            groups too. Those that ``always_active=`` names are always active in any case.
+        block_size: How many consecutive blocks form one group; the last group may have fewer.
+        outside: The role of the modules outside the blocks, such as embeddings, the final norm and
+            the head: ``"always_active"``, ``"frozen"``, or ``"allocated"`` (the allocator chooses
+            them too). Modules that ``always_active=`` names are always active.
 
     Raises:
-        ValueError: ``outside`` is none of the three, or ``block_size`` is less than 1.
+        ValueError: ``outside`` is not one of the three, or ``block_size`` is less than 1.
     """
 
     block_size: int = 1
@@ -39,10 +39,10 @@ class Blocks:
             )
 
     def claims(self, model: nn.Module) -> Iterator[ModuleGroup]:
-        """Yield the groups of ``model``, those outside the blocks among them, in its own order.
+        """Yield the groups of ``model``, also those outside the blocks, in the model's order.
 
         Raises:
-            ValueError: It has no blocks, or the same one several times.
+            ValueError: The model has no blocks, or holds one block several times.
         """
         blocks = find_blocks(model)
         if not blocks:
@@ -61,7 +61,8 @@ class Blocks:
                 group = blocks[first].name + (f"-{last}" if last > first else "")
                 yield ModuleGroup(group, (module,), tuple(_slots(name, module)))
             elif module in holders:
-                # It is no module apart: its own parameters are, such as a position embedding.
+                # The module contains the blocks, so that it is not a group as a whole. Each of its
+                # own parameters, such as a position embedding, is one.
                 for slot in _own_slots(name, module):
                     yield ModuleGroup(slot.name, (module,), (slot,), role=self.outside)
             elif _parent(model, name) in holders and (slots := tuple(_slots(name, module))):
@@ -77,15 +78,15 @@ def find_groups(model: nn.Module, rule: GroupRule = "auto") -> list[ModuleGroup]
     Args:
         model: The adapted model.
         rule: ``"auto"`` takes every module with an ``adapter_params()`` method (`AdapterModule`)
-            and every Hugging Face peft layer. `Blocks`, or ``"blocks"`` for its defaults, takes the
-            repeated blocks whole. A callable ``(name, module) -> group name or None`` makes each
-            module that it names, with all parameters below it, part of that group.
+            and every Hugging Face peft layer. `Blocks`, or ``"blocks"`` for its defaults, takes all
+            parameters of the repeated blocks. A callable ``(name, module) -> group name or None``
+            puts a module, with all parameters below it, into the group that it returns.
 
     Raises:
-        TypeError: ``rule`` is none of these.
+        TypeError: ``rule`` is not one of these.
         ValueError: No module forms a group.
     """
-    model = original(model)  # what torch.compile(model) was given
+    model = original(model)  # the module that torch.compile was given
     rule = Blocks() if rule == "blocks" else rule
     if isinstance(rule, Blocks):
         claims = list(rule.claims(model))
@@ -143,7 +144,7 @@ def _parent(model: nn.Module, name: str) -> nn.Module:
 
 
 def _adapter_slots(name: str, module: nn.Module) -> Iterator[Slot]:
-    """The slots of an adapter layer; none for any other module."""
+    """Yield the slots of an adapter layer; nothing for any other module."""
     if isinstance(module, AdapterModule):
         roots = tuple(module.adapter_params())
     elif _is_peft_layer(module):
@@ -165,7 +166,7 @@ def _is_peft_layer(module: nn.Module) -> bool:
 
 def _joined(claims: Iterable[ModuleGroup]) -> list[ModuleGroup]:
     """Join the claims that have the same name or share a parameter (tied weights)."""
-    families: dict[int, list[ModuleGroup]] = {}  # by the number of their first claim
+    families: dict[int, list[ModuleGroup]] = {}  # by the position of their first claim
     home: dict[str | int, int] = {}  # the family of each name and each parameter
     for number, claim in enumerate(claims):
         kin = sorted({home[mark] for mark in _marks(claim) if mark in home})

@@ -2,8 +2,8 @@
 
 How the pieces divide the work. A measure turns one pass over a module into a number: a
 `ForwardMeasure` is given a `ForwardPass`, a `GradientMeasure` the parameters with their gradients.
-Windows say over which passes a score is taken (`Ema`, the run, the period). The `ImportanceTracker`
-collects the numbers on their device while the model trains, and brings them to the host once a
+A window decides which passes a score covers (`Ema`, the run, the period). The `ImportanceTracker`
+collects the numbers on their device while the model trains, and copies them to the host once per
 reallocation.
 """
 

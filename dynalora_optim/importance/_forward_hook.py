@@ -1,4 +1,4 @@
-"""The hook that scores a module's forward passes, and which passes count."""
+"""The hook that scores a module's forward passes, and decides which passes count."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from dynalora_optim.importance._windows import Passes, Window
 
 
 class Watch:
-    """What all hooks of one tracker share.
+    """The data that all hooks of one tracker share.
 
     Attributes:
         enabled: Whether this step is measured.
-        mask: The mask of the batch in hand.
-        passes: What has been measured and is still to be added up.
+        mask: The mask of the current batch.
+        passes: The scores that are not yet added to their windows.
     """
 
     def __init__(self) -> None:
@@ -31,9 +31,10 @@ class Watch:
 
 
 class ForwardHook:
-    """Scores the forward passes of one module into a window.
+    """Scores the forward passes of one module and adds the scores to a window.
 
-    It holds nothing else, so that a copy of the model (an EMA, say) carries no optimizer with it.
+    It has no reference to the optimizer, so that a copy of the model, such as an EMA model, does
+    not copy the optimizer.
     """
 
     def __init__(
@@ -48,7 +49,7 @@ class ForwardHook:
         self._ticket = _ticket(self)
 
     def keep_base_output(self, base: nn.Module, args: object, output: object) -> None:
-        """Forward hook of the base layer."""
+        """Keep the output of the base layer; this is the base layer's forward hook."""
         self._base_output = first_tensor(output).detach()
 
     def __call__(self, module: nn.Module, args: tuple[object, ...], output: object) -> None:
@@ -65,7 +66,7 @@ class ForwardHook:
     def observe(
         self, inputs: tuple[object, ...], output: Tensor, base_output: Tensor | None
     ) -> None:
-        """Score one pass, if passes count now."""
+        """Score one pass if this step is measured and the pass is not a recomputation."""
         if not self._watch.enabled or self._is_recomputation():
             return
         with torch.no_grad():
@@ -73,8 +74,8 @@ class ForwardHook:
             self._watch.passes.add(self._window, self._measure.score(forward))
 
     def _is_recomputation(self) -> bool:
-        # Non-reentrant checkpoints run the forward again inside the backward, after a first pass
-        # that counted. Reentrant ones make their first pass without gradients, which did not.
+        # Non-reentrant checkpoints run the forward again inside the backward; their first pass has
+        # been counted. Reentrant ones run their first pass without gradients: it was not counted.
         if not in_backward():
             self._unrepeated += 1
             return False
@@ -100,27 +101,27 @@ _hooks: weakref.WeakValueDictionary[int, ForwardHook] = weakref.WeakValueDiction
 
 
 def _ticket(hook: ForwardHook) -> Tensor:
-    """Return the number of ``hook`` as compiled code takes it: the same code for every hook."""
+    """Return a number for ``hook``, as a tensor so that all hooks compile to the same code."""
     number = next(_numbers)
     _hooks[number] = hook
     return torch.tensor(number, device="cpu")
 
 
-# What a hook does is no part of the compiled code but a call out of it, so that whatever changes
-# there (the mask, the window, which steps count) compiles nothing anew. Said to change its ticket,
-# which it does not: torch.compile leaves out what has no effect.
+# Compiled code calls this operator instead of containing what a hook does. So a change of the mask,
+# the window or the measured steps does not cause a recompilation. The operator is declared to
+# change its ticket, which it does not do, because torch.compile removes a call without an effect.
 @torch.library.custom_op("dynalora_optim::observe", mutates_args=("ticket",))
 def observe(
     ticket: Tensor, output: Tensor, inputs: Sequence[Tensor], base_output: Tensor | None
 ) -> None:
-    """Have the hook of this number score a pass of its module."""
+    """Score a pass with the hook that has this number."""
     hook = _hooks.get(int(ticket))
     if hook is not None:
         hook.observe(tuple(inputs), output, base_output)
 
 
 def first_tensor(output: object) -> Tensor:
-    """The output of a module, or the first item of its tuple or dict (transformers' blocks)."""
+    """Return a module's output, or its first item if it is a tuple or dict (as in transformers)."""
     if isinstance(output, Tensor):
         return output
     items = output.values() if isinstance(output, Mapping) else output

@@ -1,4 +1,4 @@
-"""What makes a module important: measures that turn one pass over a module into one number.
+"""Importance measures: each turns one pass over a module into one number.
 
 A *forward measure* scores a module's forward pass, so it sees inactive modules too. A *gradient
 measure* scores the gradients of a module's adapter, which only active modules have.
@@ -18,14 +18,15 @@ from dynalora_optim._base.checks import by_name
 
 @dataclass(frozen=True)
 class ForwardPass:
-    """One forward pass of one module, as a forward measure sees it: without recording gradients.
+    """One forward pass of one module, as a forward measure receives it.
 
-    The tensors belong to the model's graph. ``detach()`` what outlives the call.
+    The measure is called with gradient recording off, but the tensors belong to the model's graph:
+    call ``detach()`` on those that you keep after the call.
 
     Attributes:
         module: The module.
         inputs: Its positional inputs.
-        output: Its output, (..., d); the first tensor of it where there are several.
+        output: Its output, (..., d); the first tensor if there are several.
         mask: (batch, tokens), nonzero where a token counts, or None.
         base_output: The output of the module's ``base_layer``, for measures with
             ``needs_base_output``; else None.
@@ -52,7 +53,7 @@ class GradientMeasure(Protocol):
     """Scores the gradients of one module's adapter."""
 
     def score_gradients(self, parameters: Sequence[Tensor]) -> Tensor:
-        """Return a scalar tensor on their device; each parameter has its ``grad``."""
+        """Return a scalar tensor on the device of the ``parameters``; each has its ``grad``."""
         ...
 
 
@@ -68,11 +69,11 @@ class ForwardNorm:
 
     Attributes:
         p: 1 or 2.
-        part: ``"output"`` takes base and adapter together, as the paper does; ``"delta"`` the
-            adapter's own part dW x, as LoRA-drop does (arXiv 2402.07721).
+        part: ``"output"`` takes base and adapter together, as the paper does; ``"delta"`` takes
+            only the adapter's part dW x, as LoRA-drop does (arXiv 2402.07721).
 
     Raises:
-        ValueError: ``p`` or ``part`` is none of these.
+        ValueError: ``p`` or ``part`` has another value.
     """
 
     p: int = 2
@@ -120,9 +121,9 @@ class GradientNorm:
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """The change of the loss if a weight were dropped, to first order: sum of ``|w * g|``.
+    """The first-order change of the loss if a weight were set to zero: sum of ``|w * g|``.
 
-    Smoothed as AdaLoRA smooths it (arXiv 2303.10512, equations 9 to 11), a module at a time:
+    It is smoothed as in AdaLoRA (arXiv 2303.10512, equations 9 to 11), for each module:
     ``I <- beta1 I + (1 - beta1) s;  U <- beta2 U + (1 - beta2) |s - I|;  y = I * U``.
 
     Attributes:
@@ -143,7 +144,7 @@ class Sensitivity:
 
     @property
     def smoothing(self) -> tuple[float, float]:
-        """The betas of the window that it asks for."""
+        """The betas of the smoothing window that this measure uses by default."""
         return self.beta1, self.beta2
 
     def score_gradients(self, parameters: Sequence[Tensor]) -> Tensor:
@@ -167,8 +168,8 @@ def as_measure(importance: str | ImportanceMeasure) -> ImportanceMeasure:
     """Return ``importance`` itself, or the default measure behind its short name.
 
     Raises:
-        ValueError: An unknown short name.
-        TypeError: Neither a name nor a measure.
+        ValueError: ``importance`` is an unknown short name.
+        TypeError: ``importance`` is neither a name nor a measure.
     """
     return by_name(
         "importance",
@@ -182,21 +183,21 @@ def as_measure(importance: str | ImportanceMeasure) -> ImportanceMeasure:
 
 def _check_norm(kind: str, p: object) -> None:
     if p not in (1, 2):
-        raise ValueError(f"{kind}(p={p!r}): the paper's norms are p=1 and p=2.")
+        raise ValueError(f"{kind}(p={p!r}): pass 1 or 2, the norms of the paper.")
 
 
 def _norm(tensor: Tensor, p: int, dim: int | None = None) -> Tensor:
-    """The p-norm in float32; torch accumulates in it directly, except from float64."""
+    """Return the p-norm in float32; torch also accumulates in float32, unless given float64."""
     dtype = None if tensor.dtype == torch.float64 else torch.float32
     norm: Tensor = torch.linalg.vector_norm(tensor, p, dim=dim, dtype=dtype)
     return norm.float()
 
 
 def _kept(norms: Tensor, mask: Tensor | None) -> Tensor:
-    """Zero the norms of the tokens that a (batch, tokens) mask leaves out.
+    """Set the norms of the tokens that a (batch, tokens) mask leaves out to zero.
 
-    Outputs with no such rows (a pooled one, say) are taken whole. Zeroing keeps the shape, so that
-    the host need not wait for the mask.
+    The mask is not used if the output has other rows (such as a pooled output). Zeros keep the
+    shape, so that the host does not have to wait for the mask.
     """
     if mask is None or norms.shape[: mask.ndim] != mask.shape:
         return norms

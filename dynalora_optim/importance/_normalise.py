@@ -1,4 +1,4 @@
-"""Scores on the host: which are usable, and equation 2."""
+"""Scores on the host: replacing unusable ones, and normalising them (equation 2)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ logger = logging.getLogger(__name__)
 
 
 def normalised(scores: Sequence[float]) -> tuple[float, ...]:
-    """Divide finite scores >= 0 by their sum (equation 2); uniform where all are 0."""
+    """Divide finite scores >= 0 by their sum (equation 2); uniform if all are 0."""
     largest = max(scores)
     if largest == 0:
         return (1 / len(scores),) * len(scores)

@@ -1,7 +1,7 @@
 """How important each module is (section 3.1 of the paper).
 
 A measure turns one pass over a module into a number. The `ImportanceTracker` collects these numbers
-on their device while the model trains, and brings them to the host once a reallocation.
+on their device while the model trains, and copies them to the host once per reallocation.
 """
 
 from __future__ import annotations
@@ -39,10 +39,10 @@ from dynalora_optim.importance._windows import (
 class ImportanceTracker:
     """Running importance scores of the module groups of one model.
 
-    Forward passes count while the module is in training mode and gradients are enabled; evaluation
-    does not, and the recomputation of a checkpointed block does not count again. Gradients are read
-    in ``optimizer.step()``, after unscaling and reduction, before the update. No call between two
-    reallocations waits for the device.
+    Forward passes count while the module is in training mode and gradients are enabled. Evaluation
+    does not count, and the recomputation of a checkpointed block is not counted again. Gradients
+    are read in ``optimizer.step()``, after unscaling and reduction, before the update. No call
+    between two reallocations waits for the device.
 
     Args:
         measure: ``"forward"`` (`ForwardNorm`), ``"gradient"`` (`GradientNorm`), ``"sensitivity"``
@@ -51,19 +51,19 @@ class ImportanceTracker:
             reallocation, `Ema` an exponential mean. A forward measure is summed over passes; a
             gradient measure is averaged over the steps in which the module had a gradient.
             Default: the run, or for `Sensitivity` its own smoothing.
-        every: Measure in every so many optimizer steps only.
+        every: Measure only one optimizer step out of this many.
         probe: For a gradient measure: in the first backward pass of each period all modules get a
-            gradient, which is scored as it comes (under a ``GradScaler``, times its scale) and
-            dropped again; nothing else is measured. Without it, the last score of an inactive
-            module stands.
+            gradient. It is scored as soon as it exists (under a ``GradScaler`` it contains the
+            scale), and then deleted if the module is inactive. No other pass is measured. Without
+            a probe, an inactive module keeps its last score.
 
     Attributes:
         attention_mask: (batch, tokens), nonzero where a token counts. Set it before the forward
-            pass to leave padding out; it stays in force until it is set anew, or to None.
+            pass to leave padding out; it is used until you set another one, or None.
 
     Raises:
-        TypeError: ``measure`` or ``window`` is of another kind.
-        ValueError: An unknown name, or options that do not go together.
+        TypeError: ``measure`` is neither a name nor a measure.
+        ValueError: An unknown name or window, or options that cannot be combined.
     """
 
     def __init__(
@@ -81,8 +81,8 @@ class ImportanceTracker:
         whole_number("every", every, least=1)
         if probe and not by_gradient:
             raise ValueError(
-                f"probe=True refreshes gradient measures; {self.measure!r} sees inactive modules "
-                "anyway. Leave probe out."
+                f"probe=True is for gradient measures; {self.measure!r} scores inactive modules "
+                "without it. Leave probe out."
             )
         self.every = every
         self.probe = probe
@@ -94,7 +94,7 @@ class ImportanceTracker:
 
     @property
     def attention_mask(self) -> Tensor | None:
-        """The mask of the batch in hand."""
+        """The mask of the current batch."""
         return self._watch.mask
 
     @attention_mask.setter
@@ -107,7 +107,7 @@ class ImportanceTracker:
         self._watch.mask = mask
 
     def attach(self, groups: Sequence[ModuleGroup]) -> None:
-        """Watch the modules of ``groups``, in addition to those watched already."""
+        """Measure the modules of ``groups`` too, in addition to those measured already."""
         for group in groups:
             self._windows[group.name] = self._new_window()
             if isinstance(self.measure, ForwardMeasure):
@@ -123,10 +123,10 @@ class ImportanceTracker:
             self._handles.append(base.register_forward_hook(hook.keep_base_output))
 
     def check(self, groups: Iterable[ModuleGroup]) -> None:
-        """Raise if the measure cannot score some module.
+        """Raise if the measure cannot score one of the modules.
 
         Raises:
-            ValueError: It needs the base layer's output, and a module has none.
+            ValueError: The measure needs the output of a base layer, and a module has none.
         """
         if not getattr(self.measure, "needs_base_output", False):
             return
@@ -138,14 +138,14 @@ class ImportanceTracker:
                 )
 
     def close(self) -> None:
-        """Stop watching; the scores stay readable."""
+        """Stop measuring; the scores can still be read."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Watch nothing for a while."""
+        """Measure nothing within this context."""
         enabled, self._watch.enabled = self._watch.enabled, False
         try:
             yield
@@ -153,7 +153,7 @@ class ImportanceTracker:
             self._watch.enabled = enabled
 
     def observe(self, group: ModuleGroup) -> None:
-        """Score the gradients that ``group`` has now, if the measure is one of gradients."""
+        """Score the gradients that ``group`` has now, if the measure is a gradient measure."""
         if isinstance(self.measure, GradientMeasure):
             parameters = [p for p in group.parameters() if p.grad is not None]
             if parameters:
@@ -167,25 +167,26 @@ class ImportanceTracker:
                 self.observe(group)
 
     def share(self, device: torch.device) -> None:
-        """Add up what this step has collected; make it that of all processes that train together.
+        """Add this step's scores to the windows, and average the windows over all ranks.
 
-        Done at each step, so that any rank's checkpoint is that of all, also within a period.
+        This is done at each step, so that all ranks save the same checkpoint, also within a period.
         """
         self._watch.passes.settle()
         if self._watch.enabled:
             average_over_ranks(list(self._windows.values()), device)
 
     def end_step(self, step: int) -> None:
-        """Tell the tracker that optimizer step number ``step`` (from 1) is done."""
+        """Tell the tracker that optimizer step number ``step`` (counted from 1) is done."""
         self._watch.enabled = step % self.every == 0
         for hook in self._hooks:
             hook.end_step()
 
     def scores(self) -> dict[str, float]:
-        """Return the score y of each group so far (equation 1); 0.0 before any.
+        """Return the score y of each group so far (equation 1); 0.0 before the first pass.
 
-        A group that a gradient measure has never seen gets the mean of those that it has: nothing
-        speaks for it or against it. This copies the numbers from their device, which waits for it.
+        A group that a gradient measure has never scored gets the mean of the groups that it has
+        scored, because nothing is known of it. This copies the numbers from their device, and so
+        waits for the device.
         """
         return self._scores(self._read())
 
@@ -200,7 +201,7 @@ class ImportanceTracker:
         return scores
 
     def importance(self) -> dict[str, float]:
-        """Return the scores normalised to sum to 1 (equation 2); uniform before any score.
+        """Return the scores normalised to sum to 1 (equation 2); uniform before the first score.
 
         A score that is not finite counts as 0.
         """
@@ -208,7 +209,7 @@ class ImportanceTracker:
         return dict(zip(usable, normalised(tuple(usable.values())), strict=True))
 
     def roll(self) -> dict[str, float]:
-        """Begin a new period at a reallocation; return the scores that it is decided by."""
+        """Begin a new period; return the scores that the reallocation uses."""
         values = self._read()
         scores = self._scores(values)
         for name, window in self._windows.items():
@@ -216,15 +217,15 @@ class ImportanceTracker:
         return scores
 
     def state_dict(self) -> dict[str, dict[str, Any]]:
-        """Return, per group, what its window holds, as plain values."""
+        """Return the content of each group's window, as plain values."""
         values = self._read()
         return {name: window.state(values[name]) for name, window in self._windows.items()}
 
     def check_description(self, saved: str) -> None:
-        """Raise unless scores saved by a tracker of this description can go on here.
+        """Raise unless this tracker can continue scores saved with the description ``saved``.
 
         Raises:
-            ValueError: They are of another measure or window.
+            ValueError: The scores are of another measure or window.
         """
         if saved != self.description:
             raise ValueError(
@@ -233,10 +234,10 @@ class ImportanceTracker:
             )
 
     def check_state(self, state: Mapping[str, Mapping[str, Any]]) -> None:
-        """Raise unless each window can take over what is saved for it.
+        """Raise unless each window can load the values that are saved for it.
 
         Raises:
-            ValueError: One holds another number of values.
+            ValueError: A window holds another number of values.
         """
         for name, window in self._windows.items():
             if len(state[name]["window"]) not in (0, window.width):
@@ -246,7 +247,7 @@ class ImportanceTracker:
                 )
 
     def load_state_dict(self, state: Mapping[str, Mapping[str, Any]], *, step: int) -> None:
-        """Take over what `state_dict` returned after optimizer step ``step``."""
+        """Load what `state_dict` returned after optimizer step ``step``."""
         self._watch.passes.forget()
         for name, window in self._windows.items():
             window.load(state[name])
@@ -268,14 +269,14 @@ def as_tracker(importance: str | ImportanceMeasure | ImportanceTracker) -> Impor
     """Return ``importance`` itself if it is a tracker, else a tracker of that measure.
 
     Raises:
-        ValueError: An unknown short name, or a tracker that another optimizer uses.
-        TypeError: Neither a name, nor a measure, nor a tracker.
+        ValueError: ``importance`` is an unknown name, or a tracker that another optimizer uses.
+        TypeError: ``importance`` is neither a name, nor a measure, nor a tracker.
     """
     if not isinstance(importance, ImportanceTracker):
         return ImportanceTracker(importance)
     if importance.scores():
         raise ValueError(
-            "importance is an ImportanceTracker that watches another optimizer's modules; pass a "
-            "new one."
+            "importance is an ImportanceTracker that another optimizer uses for its modules; pass "
+            "a new one."
         )
     return importance

@@ -1,9 +1,9 @@
-"""Over which passes a score is taken: one window per module group.
+"""Windows: each holds the score of one module group, taken over the run, a period, or a mean.
 
-A window holds scalars on their device and never waits for it. The windows of a tracker are of one
-kind and take in a pass over the model together (`join`), in a few operations rather than in a few
-for each module. The tracker copies what all of them hold (`tensors`) to the host at once, and each
-turns its values into a score.
+A window holds scalars on their device and never waits for the device. All windows of a tracker are
+of one class, and add the scores of one pass over the model together (`join`). This takes a few
+operations in total, rather than a few for each module. The tracker copies the `tensors` of all
+windows to the host at once, and each window turns its values into a score.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from dynalora_optim._base.torch_private import add_all, distances, scale_all
 
 @dataclass(frozen=True)
 class Ema:
-    """An exponential mean over passes: y <- decay y + (1 - decay) v, begun at the first v.
+    """An exponential mean over passes: y <- decay y + (1 - decay) v, starting at the first v.
 
     Raises:
         ValueError: ``decay`` is not in [0, 1).
@@ -41,9 +41,9 @@ WindowSpec: TypeAlias = "Literal['run', 'period'] | Ema"
 
 
 class Window(ABC):
-    """What one module group has collected."""
+    """The scores that one module group has collected."""
 
-    width: ClassVar[int] = 1  # of ``tensors``, once there are any
+    width: ClassVar[int] = 1  # the length of ``tensors`` after the first pass
 
     def __init__(self) -> None:
         self.tensors: list[Tensor] = []
@@ -55,7 +55,7 @@ class Window(ABC):
         return self.count == 0
 
     def first(self, value: Tensor) -> list[Tensor]:
-        """Return ``tensors`` after a first pass."""
+        """Return ``tensors`` after a first pass of score ``value``."""
         return [value]
 
     @abstractmethod
@@ -63,8 +63,9 @@ class Window(ABC):
         """Return ``columns`` after one more pass of each of several windows like this one.
 
         Args:
-            columns: Of each of their ``tensors``, those of all windows; on the device of the value.
-            values: What each window collects.
+            columns: For each position in ``tensors``, the tensors of all windows, on the device of
+                the values.
+            values: The score that each window adds.
         """
 
     @abstractmethod
@@ -80,7 +81,7 @@ class Window(ABC):
         return {"window": list(values), "count": self.count}
 
     def load(self, state: Mapping[str, Any]) -> None:
-        """Take over what `state` returned."""
+        """Load what `state` returned."""
         self.tensors = [torch.tensor(value, dtype=torch.float32) for value in state["window"]]
         self.count = state["count"]
 
@@ -95,7 +96,7 @@ class SumWindow(Window):
         super().__init__()
         self._run = run
         self._mean = mean
-        self._closed = 0.0  # in double precision: a long run's sum outgrows float32
+        self._closed = 0.0  # in double precision: float32 is too coarse for the sum of a long run
         self._closed_count = 0
 
     @property
@@ -104,18 +105,18 @@ class SumWindow(Window):
         return self.count + self._closed_count == 0
 
     def join(self, columns: Sequence[list[Tensor]], values: list[Tensor]) -> list[list[Tensor]]:
-        """Add to the open periods' sums."""
+        """Add to the sums of the current period."""
         return [add_all(columns[0], values)]
 
     def score(self, values: Sequence[float]) -> float:
-        """Return the sum or mean; an empty period shows the last one."""
+        """Return the sum or mean; while the current period is empty, that of the last one."""
         total, count = math.fsum(values), self.count
         if self._run or not count:
             total, count = total + self._closed, count + self._closed_count
         return total / count if self._mean and count else total
 
     def roll(self, values: Sequence[float]) -> None:
-        """Close the period. A sum that is not finite is left out of the run, not kept for ever."""
+        """Close the period; a sum that is not finite is not added to that of the run."""
         total = math.fsum(values)
         if self._run and math.isfinite(total):
             self._closed += total
@@ -125,21 +126,21 @@ class SumWindow(Window):
         self.tensors, self.count = [], 0
 
     def state(self, values: Sequence[float]) -> dict[str, Any]:
-        """Return the open and the closed part."""
+        """Return the values of the current period and of the closed ones."""
         closed = {"closed": self._closed, "closed_count": self._closed_count}
         return {**super().state(values), **closed}
 
     def load(self, state: Mapping[str, Any]) -> None:
-        """Take over what `state` returned."""
+        """Load what `state` returned."""
         super().load(state)
         self._closed, self._closed_count = state["closed"], state["closed_count"]
 
 
 class SmoothingWindow(Window):
-    """Smoothed pass by pass, whatever the period."""
+    """A window that is smoothed at each pass, and does not depend on periods."""
 
     def roll(self, values: Sequence[float]) -> None:
-        """Go on, unless an inf or nan got in: then begin anew."""
+        """Keep the values; if one is inf or nan, start again without any."""
         if not all(map(math.isfinite, values)):
             self.tensors, self.count = [], 0
 
@@ -170,7 +171,7 @@ class SensitivityWindow(SmoothingWindow):
         self._beta1, self._beta2 = beta1, beta2
 
     def first(self, value: Tensor) -> list[Tensor]:
-        """Return [I, U], begun at zero."""
+        """Return [I, U] after one pass, starting from zero."""
         zeros = [torch.zeros_like(value)]
         return [column[0] for column in self.join([zeros, zeros], [value])]
 
@@ -192,7 +193,7 @@ def _mean(means: list[Tensor], values: list[Tensor], decay: float) -> list[Tenso
 def window_maker(
     spec: WindowSpec | None, *, mean: bool, smoothing: tuple[float, float] | None
 ) -> Callable[[], Window]:
-    """Return what makes the window of one group.
+    """Return a function that makes the window of one group.
 
     Args:
         spec: The user's choice; None for the measure's default.
@@ -200,7 +201,7 @@ def window_maker(
         smoothing: The betas of the measure's own smoothing, if it has one.
 
     Raises:
-        ValueError: ``spec`` is none of the known ones.
+        ValueError: ``spec`` is unknown.
     """
     if isinstance(spec, Ema):
         return partial(EmaWindow, spec.decay)
@@ -212,7 +213,7 @@ def window_maker(
 
 
 def average_over_ranks(windows: Sequence[Window], device: torch.device) -> None:
-    """Replace what the windows hold by its mean over all ranks, without waiting for it."""
+    """Replace the tensors of the windows by their means over all ranks, without waiting."""
     if world_size() == 1 or not windows:
         return
     empty = [torch.zeros(())] * max(window.width for window in windows)
@@ -239,23 +240,24 @@ def to_host(scalars: Sequence[Tensor]) -> list[float]:
 
 
 class Passes:
-    """Scores of passes that their windows have yet to take in: at most one for each window.
+    """Scores of passes that are not yet added to their windows: at most one for each window.
 
-    A window takes in its passes as they came, one after another: when it does so changes no bit.
+    A window adds its scores in the order of the passes, so that it makes no difference, to the bit,
+    when they are added.
     """
 
     def __init__(self) -> None:
         self._waiting: dict[Window, Tensor] = {}
 
     def add(self, window: Window, score: Tensor) -> None:
-        """Have ``window`` collect one pass."""
+        """Store the score of one pass of ``window``; a score that is waiting is added first."""
         if window in self._waiting:
             self.settle()
         self._waiting[window] = score
 
     @torch.no_grad()
     def settle(self) -> None:
-        """Let all windows take in what waits for them, together."""
+        """Add all waiting scores to their windows, together."""
         waiting, self._waiting = self._waiting, {}
         begun = {window: score for window, score in waiting.items() if window.tensors}
         for window, score in waiting.items():
@@ -268,5 +270,5 @@ class Passes:
                 window.tensors = list(tensors)
 
     def forget(self) -> None:
-        """Drop what waits."""
+        """Delete the waiting scores."""
         self._waiting = {}

@@ -1,5 +1,5 @@
-"""Where other people's training frameworks are met: one module for each, which imports it.
+"""Integrations with other training frameworks: one module for each, which imports the framework.
 
-Nothing else in this package imports them, nor these modules: ``import dynalora_optim`` needs torch
-only.
+Nothing else in this package imports these frameworks or modules, so that ``import dynalora_optim``
+needs only torch.
 """

@@ -1,6 +1,6 @@
-"""DistributedDataParallel: reducing the gradients of active modules only.
+"""DistributedDataParallel: averaging only the gradients of active modules.
 
-DDP needs nothing of this to be right; the hook saves bytes on the wire.
+DDP is correct without this hook; the hook makes the ranks send fewer bytes.
 """
 
 # No "from __future__ import annotations": DDP compares the hook's annotations by identity.
@@ -16,15 +16,15 @@ __all__ = ["active_gradients_hook"]
 def active_gradients_hook(
     optimizer: DynamicAllocationOptimizer, bucket: GradBucket
 ) -> torch.futures.Future[Tensor]:
-    """Average what is active in a bucket of gradients and leave out the rest.
+    """Average the active gradients of a bucket, and leave out the rest.
 
-    ``ddp_model.register_comm_hook(optimizer, active_gradients_hook)``: with a third of the modules
-    active a third of the bytes is sent. All ranks leave out the same, which the optimizer checks at
-    each reallocation.
+    ``ddp_model.register_comm_hook(optimizer, active_gradients_hook)``: if a third of the modules is
+    active, a third of the bytes is sent. All ranks leave out the same gradients; the optimizer
+    checks this at each reallocation.
 
     Args:
-        optimizer: Knows which parameters have a gradient.
-        bucket: What DDP hands over.
+        optimizer: The optimizer, which knows the active parameters.
+        bucket: The bucket of gradients that DDP passes to its hook.
 
     Returns:
         A future of the bucket's buffer.

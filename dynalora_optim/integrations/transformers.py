@@ -1,8 +1,8 @@
 """transformers' ``Trainer``: how it builds the optimizer, and a callback that reports on it.
 
-The Trainer builds an optimizer late: on its device, from its arguments, after ``model_init``, and
-with FSDP from the model that it has prepared, where it refuses a finished one. So it is given a
-factory, which it hands the model.
+The Trainer builds its optimizer late: on its device, from its arguments, and after ``model_init``.
+With FSDP it builds the optimizer from the model that it has prepared, and refuses a finished one.
+So the Trainer is given a factory, which it calls with the model.
 """
 
 from __future__ import annotations
@@ -34,19 +34,19 @@ def dynalora_optimizer(
     optimizer_kwargs: Mapping[str, Any] | None = None,
     **allocation: Any,
 ) -> tuple[type[OptimizerFactory], dict[str, Any]]:
-    """Return what a ``Trainer`` takes as ``optimizer_cls_and_kwargs``.
+    """Return the value for ``optimizer_cls_and_kwargs`` of a ``Trainer``.
 
     Args:
-        args: The Trainer's own. Its ``optim``, ``learning_rate``, ``weight_decay`` and so on mean
-            what they always do, and are read when the optimizer is built.
+        args: The Trainer's own arguments. Its ``optim``, ``learning_rate``, ``weight_decay`` and so
+            on have their usual meaning, and are read when the optimizer is built.
         optimizer_cls: The optimizer to wrap, in place of ``args.optim``. It gets the
             ``learning_rate`` and the ``weight_decay`` of ``args``.
-        optimizer_kwargs: More of the wrapped optimizer's options; they win over those of ``args``.
+        optimizer_kwargs: More options of the wrapped optimizer; they replace those of ``args``.
         **allocation: Options of `DynamicAllocationOptimizer`, such as ``active`` and ``period``.
 
     Raises:
         TypeError: ``args`` or ``optimizer_cls`` is of another kind, or an option is unknown.
-        ValueError: ``optimizer_kwargs`` holds what the Trainer decides.
+        ValueError: ``optimizer_kwargs`` has an option that the Trainer sets.
 
     Example:
         >>> pair = dynalora_optimizer(args, active=2 / 3, period=50)  # doctest: +SKIP
@@ -89,18 +89,19 @@ def _check_options(
 
 
 class OptimizerFactory:
-    """Builds a `DynamicAllocationOptimizer` from the model that the Trainer hands it.
+    """Builds a `DynamicAllocationOptimizer` for the model that the Trainer passes to it.
 
-    The Trainer creates it without arguments and calls it. `dynalora_optimizer` makes the options.
+    The Trainer creates the factory without arguments, and calls it with the model and the options
+    from `dynalora_optimizer`.
 
     Raises:
-        NotImplementedError: This version of transformers knows optimizer classes only.
+        NotImplementedError: This version of transformers accepts optimizer classes only.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         if args or kwargs:
             raise NotImplementedError(
-                "this version of transformers does not hand the model to what builds its "
+                "this version of transformers does not pass the model to the factory of its "
                 "optimizer. Upgrade it, or build the optimizer yourself and pass "
                 "optimizers=(optimizer, None) to the Trainer."
             )
@@ -117,8 +118,8 @@ class OptimizerFactory:
         """Return the optimizer of ``model``; the arguments are those of `dynalora_optimizer`.
 
         Raises:
-            ValueError: The optimizer that ``args.optim`` names cannot be wrapped; or as
-                `DynamicAllocationOptimizer` does.
+            ValueError: The optimizer that ``args.optim`` names cannot be wrapped; or for a reason
+                that `DynamicAllocationOptimizer` describes.
         """
         rule = allocation.get("groups", "auto")
         groups = _weight_decay_groups(model, args.weight_decay, rule)
@@ -128,21 +129,21 @@ class OptimizerFactory:
 
 
 class AllocationCallback(TrainerCallback):  # type: ignore[misc]  # untyped here
-    """Reports on the allocation while a ``Trainer`` trains, and leaves it in ``output_dir``.
+    """Reports on the allocation while a ``Trainer`` trains, and saves it in ``output_dir``.
 
-    Each training log gets ``active_groups``, how many module groups are active; with a `Budget`
-    also ``predicted_peak_bytes``, the most that a step holds, and ``backward_share``, its backward
-    FLOPs as a share of those with all active, both with the present choice. They go into the
-    ``log_history``, and to the callbacks that come after this one.
+    Each training log gets ``active_groups``, the number of active module groups. With a `Budget` it
+    also gets ``predicted_peak_bytes``, the most bytes that a step holds, and ``backward_share``,
+    the backward FLOPs as a share of those with all modules active; both are for the current choice.
+    They are added to the ``log_history``, and callbacks after this one receive them.
 
-    At the end ``output_dir`` has ``allocation.json``, the whole record, and where matplotlib is
-    installed ``allocation.png``, the heatmap.
+    At the end ``output_dir`` contains ``allocation.json``, the whole record, and, if matplotlib is
+    installed, ``allocation.png``, the heatmap.
     """
 
     def on_train_begin(
         self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any
     ) -> None:
-        """Raise TypeError if the Trainer's optimizer is another one."""
+        """Raise TypeError if the Trainer has another kind of optimizer."""
         _unwrapped(kwargs.get("optimizer"))
 
     def on_log(
@@ -153,7 +154,7 @@ class AllocationCallback(TrainerCallback):  # type: ignore[misc]  # untyped here
         logs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Add to the training logs; those of evaluations are a user's metrics and stay."""
+        """Add numbers to the training logs; evaluation logs, the user's metrics, do not change."""
         if not logs or "loss" not in logs:
             return
         numbers = _numbers(_unwrapped(kwargs.get("optimizer")))
@@ -180,13 +181,14 @@ class AllocationCallback(TrainerCallback):  # type: ignore[misc]  # untyped here
 def _weight_decay_groups(
     model: nn.Module, weight_decay: float, rule: GroupRule
 ) -> list[dict[str, Any]]:
-    """The Trainer's two groups: what decays, then biases and norms; one that is empty is left out.
+    """Return the Trainer's two groups: with weight decay, and without (biases and norms).
 
-    All adapters are held, whatever ``requires_grad`` says of them at the moment.
+    An empty group is left out. All adapter parameters are included, even if their
+    ``requires_grad`` is False at the moment.
     """
     adapters = find_groups(model) if rule == "auto" else []
     held = {id(parameter) for group in adapters for parameter in group.parameters()}
-    # A method, but of the model alone.
+    # A method of the Trainer that uses only its argument.
     decaying = set(Trainer.get_decay_parameter_names(None, model))
     named = [(n, p) for n, p in model.named_parameters() if p.requires_grad or id(p) in held]
     groups = [
@@ -199,14 +201,14 @@ def _weight_decay_groups(
 def _wrapped_optimizer(
     args: TrainingArguments, model: nn.Module, optimizer_cls: type[Optimizer] | None
 ) -> tuple[type[Optimizer], dict[str, Any]]:
-    """The optimizer to wrap and its options, as the Trainer would choose them."""
+    """Return the optimizer to wrap and its options, as the Trainer would choose them."""
     if optimizer_cls is not None:
         return optimizer_cls, {"lr": args.learning_rate}
     kind, options = Trainer.get_optimizer_cls_and_kwargs(args, model)
     if not _is_optimizer_class(kind) or options.keys() & {"params", "model", "optimizer_dict"}:
         raise ValueError(
             f"args.optim={str(args.optim)!r} makes an optimizer that chooses parameters itself, "
-            "so that it cannot be wrapped; take another, such as 'adamw_torch', or pass "
+            "so that it cannot be wrapped; pass another, such as 'adamw_torch', or pass "
             "optimizer_cls."
         )
     return kind, options
@@ -217,13 +219,13 @@ def _is_optimizer_class(kind: object) -> bool:
 
 
 def _unwrapped(optimizer: Any) -> DynamicAllocationOptimizer:
-    """The optimizer itself, which Accelerate has wrapped."""
+    """Return the optimizer itself, which Accelerate has wrapped."""
     while not isinstance(optimizer, DynamicAllocationOptimizer):
         inner = getattr(optimizer, "optimizer", None)
         if inner is None:
             raise TypeError(
-                "AllocationCallback reports on a DynamicAllocationOptimizer, and the Trainer has "
-                f"{type(optimizer).__name__}; give it "
+                "AllocationCallback reports on a DynamicAllocationOptimizer, but the Trainer has "
+                f"{type(optimizer).__name__}; pass to the Trainer "
                 "optimizer_cls_and_kwargs=dynalora_optimizer(args) or optimizers=(optimizer, None)."
             )
         optimizer = inner
@@ -234,7 +236,7 @@ def _numbers(optimizer: DynamicAllocationOptimizer) -> dict[str, float]:
     numbers: dict[str, float] = {"active_groups": len(optimizer.active_groups)}
     try:
         report = optimizer.memory_report()
-    except RuntimeError:  # nothing was measured: there is no budget
+    except RuntimeError:  # nothing was measured, because there is no budget
         return numbers
     numbers["predicted_peak_bytes"] = report.current.peak
     whole = report.all_active.backward_flops

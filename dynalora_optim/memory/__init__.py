@@ -1,10 +1,10 @@
-"""What a training step holds: counted, measured by blocks, and rehearsed.
+"""How much memory a training step takes: counted, measured by blocks, or estimated.
 
 How the pieces divide the work. `LiveBytes` counts the bytes and FLOPs of any PyTorch code.
-`measure_step` takes one training step under it, by category; `estimate_memory` rehearses the same
-step on the meta device, without memory. For an allocator that decides by costs, the blocks of a
-model are run one by one, in every role that they can have, and a `MemoryReport` shows what the
-present choice holds beside all modules active.
+`measure_step` runs one training step and counts its bytes by category. `estimate_memory` runs the
+same step on the meta device, which needs no memory. For an allocator that decides by costs, the
+blocks of a model are run one by one in each of their roles. A `MemoryReport` compares the memory of
+the current choice with that of all modules active.
 """
 
 from dynalora_optim._base.live_bytes import LiveBytes

@@ -1,4 +1,4 @@
-"""Telling of a training forward before it runs."""
+"""Calling a listener before each training forward."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ from torch.utils.hooks import RemovableHandle
 
 
 class BeforeForward(Protocol):
-    """What is told of a forward pass before it runs."""
+    """A listener that is called before each training forward."""
 
     def before_forward(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """The model is about to be called so."""
+        """Handle the arguments with which the model is about to be called."""
         ...
 
 
 class _Announce:
-    """Pre-hook of the model: tells the driver, without owning it, and alone in this process."""
+    """Pre-hook of the model, with a weak reference to the listener; its copies have none."""
 
     def __init__(self, driver: BeforeForward | None = None) -> None:
         self._driver = weakref.ref(driver) if driver else None
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if torch.compiler.is_compiling():
-            return  # nothing can be measured within; the first step says so
+            return  # compiled code cannot be measured; the first step() raises an error
         driver = self._driver() if self._driver else None
         if driver and module.training and torch.is_grad_enabled():
             driver.before_forward(args, kwargs)
@@ -36,6 +36,6 @@ class _Announce:
 
 
 def announce(model: nn.Module, listener: BeforeForward) -> RemovableHandle:
-    """Tell ``listener``, which is not owned, of each training forward of ``model``."""
+    """Call ``listener``, kept by a weak reference, before each training forward of ``model``."""
     hook = _Announce(listener)
     return model.register_forward_pre_hook(hook, with_kwargs=True, prepend=True)

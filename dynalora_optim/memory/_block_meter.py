@@ -1,4 +1,4 @@
-"""Measuring what the blocks of a model cost, where they can be told apart."""
+"""Measuring what the blocks of a model cost, after checking that this is possible."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from dynalora_optim.switching._recompute import checkpoints_itself, is_compiled,
 
 
 class BlockMeter:
-    """Measures the blocks of ``model``; decides nothing by what they cost."""
+    """Measures the costs of the blocks of ``model``; it decides nothing itself."""
 
     def __init__(self, model: nn.Module, blocks: Sequence[Block]) -> None:
         self.model = model
@@ -31,7 +31,7 @@ class BlockMeter:
         """Raise unless every block can be measured, and every group lies in one.
 
         Raises:
-            ValueError: The message names the block or group, and the way out.
+            ValueError: One of them cannot; the message names the block or group, and a remedy.
         """
         if any(map(is_fully_sharded, self.model.modules())):
             raise ValueError(
@@ -63,12 +63,12 @@ class BlockMeter:
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> Costs:
-        """Return what every choice among ``groups`` costs for this batch.
+        """Return the costs of every choice among ``groups`` for this batch.
 
-        The flags that ``switch`` set are lost; the caller sets them anew.
+        The flags that ``switch`` has set are lost; the caller must set them again.
 
         Raises:
-            ValueError: The model has no blocks, or not such as can be told apart.
+            ValueError: The model has no blocks, or blocks that cannot be measured one by one.
         """
         self.check(groups)
         places = [block_of(group, self.blocks) for group in groups]
@@ -84,18 +84,18 @@ class BlockMeter:
         return costs
 
     def _uncompiled(self) -> AbstractContextManager[object]:
-        """What runs in here runs block by block and operation by operation."""
+        """Return a context in which compiled blocks run in eager mode."""
         if any(is_compiled(block.module) for block in self.blocks):
             eager: AbstractContextManager[object] = torch.compiler.set_stance("force_eager")
             return eager
-        return nullcontext()  # the other would import all that compiling needs
+        return nullcontext()  # set_stance would import the whole compiler
 
     def _check_prefix(self, groups: Sequence[ModuleGroup], prefix: Iterable[Tensor]) -> None:
         before = {id(parameter) for parameter in prefix}
         for group in groups:
             if any(id(parameter) in before for parameter in group.parameters()):
                 raise ValueError(
-                    f"Budget: group {group.name!r} runs before the blocks, so that no gradient "
-                    f"could stop at one while it is active. Leave it out of the adapter's targets, "
-                    f"or pass always_active=[{group.name!r}] and train it at that price."
+                    f"Budget: group {group.name!r} runs before the blocks, so the backward pass "
+                    f"runs through all blocks while it is active. Leave it out of the adapter's "
+                    f"targets, or pass always_active=[{group.name!r}] and accept that cost."
                 )

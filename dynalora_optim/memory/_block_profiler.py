@@ -1,9 +1,10 @@
-"""Measuring what a choice of blocks costs, on the first batch, before any graph is kept.
+"""Measuring what every choice of blocks costs, before the first training forward.
 
-The model runs forward once without a graph. On the way every block is run by itself, forward and
-backward, in each role that it may have; what it holds and the most it needs are counted to the byte
-(`LiveBytes`). One block's graph is alive at a time, so measuring needs what one block's training
-does and two hidden states: less than any budget that lets every one of several blocks train.
+The model runs forward once without a graph. During this pass every block is also run by itself,
+forward and backward, in each role that it can have. The bytes that it holds, and the most bytes
+alive, are counted exactly (`LiveBytes`). Only one block's graph is alive at a time, so that
+measuring needs the memory to train one block, and two hidden states. That is less than any budget
+in which each of several blocks can train.
 """
 
 from __future__ import annotations
@@ -28,11 +29,11 @@ from dynalora_optim.memory._stand_ins import enter, leave, loss_of, no_autocast,
 from dynalora_optim.switching._module_switch import ModuleSwitch
 from dynalora_optim.switching._recompute import Recomputer, checkpoints_itself
 
-_SCALARS = 1024  # bytes for what no block shows: the loss, its gradient, a checkpoint's own
+_SCALARS = 1024  # bytes that no block shows: the loss, its gradient, data of a checkpoint
 
 
 class Profiler:
-    """Measures one forward pass of ``model``; see `measure`."""
+    """Measures the blocks in one forward pass of ``model``; see `measure`."""
 
     def __init__(
         self,
@@ -51,7 +52,7 @@ class Profiler:
         self._alike: dict[str, BlockCost] = {}
         self._is_measuring = False
         self._prefix: Use | None = None
-        self._arguments: list[Tensor] = []  # of the blocks, beside their inputs: graphs hold them
+        self._arguments: list[Tensor] = []  # other arguments of blocks than their inputs
         self.prefix_parameters: list[Tensor] = []
 
     def measure(
@@ -63,7 +64,7 @@ class Profiler:
     ) -> Costs:
         """Return the costs of every choice for the batch that the model is called with.
 
-        Gradients, buffers, random numbers and flags are afterwards what they were.
+        Gradients, buffers and random numbers are unchanged afterwards.
 
         Raises:
             ValueError: The blocks do not run once each, in their order.
@@ -118,7 +119,7 @@ class Profiler:
             if self._is_measuring:
                 return None
             self._is_measuring = True
-            with _apart_from(module):
+            with _outside_checkpoint(module):
                 self._costs.append(self._block_cost(position, args, kwargs))
             self._is_measuring = False
             return self._leave_blocks(output) if position == len(self._blocks) - 1 else None
@@ -128,7 +129,7 @@ class Profiler:
     def _block_cost(
         self, position: int, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> BlockCost:
-        """Measure a block, or return what one that is alike in all that shows has cost."""
+        """Measure a block, or return the costs of an earlier block that looks the same."""
         below = self._memory.peak - self._start
         block = self._blocks[position].module
         parameters = [(p.shape, p.dtype, p.requires_grad) for p in block.parameters()]
@@ -140,7 +141,7 @@ class Profiler:
         return self._alike[key]
 
     def _enter_blocks(self, x: Tensor) -> None:
-        """Measure what trains before the blocks; go on without a graph."""
+        """Measure the part before the blocks if it trains; then continue without a graph."""
         self._entry = self._memory.size([x])
         self._first_input = weakref.ref(x.untyped_storage())
         self.prefix_parameters = trainable_leaves(x)
@@ -155,7 +156,7 @@ class Profiler:
         torch.set_grad_enabled(False)
 
     def _leave_blocks(self, output: Any) -> Any:
-        """Go on with a graph that ends here."""
+        """Continue with a graph that ends at this output."""
         y = first_tensor(output)
         self._forward_base = self._start - (self._prefix.held if self._prefix else 0)
         self._backward_base = 0 if self._prefix else self._memory.size(self._arguments)
@@ -163,11 +164,11 @@ class Profiler:
         torch.set_grad_enabled(True)
         self._anchor = y.new_zeros((), requires_grad=True)
         self._memory.restart()
-        self._memory.peak = 0  # not what is alive now: the last block's input is about to be freed
+        self._memory.peak = 0  # not the bytes alive now: the last block's input will be freed
         return replaced(output, y, enter(self._anchor, y))
 
     def _head(self, output: Any) -> Use:
-        """Measure what comes after the blocks; ``output`` is that of the model."""
+        """Measure the part after the blocks; ``output`` is the model's output."""
         forward = self._memory.peak - self._forward_base
         loss = loss_of(output)
         del output
@@ -202,7 +203,7 @@ class Profiler:
     def _run(
         self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, passes: bool
     ) -> Use:
-        """Run one block forward and backward; with ``passes`` its input asks for a gradient."""
+        """Run one block forward and backward; with ``passes`` its input requires a gradient."""
         self._memory.restart()
         start = self._memory.live
         anchor = torch.zeros((), requires_grad=True)
@@ -222,7 +223,7 @@ class Profiler:
         anchor: Tensor | None,
     ) -> Tensor:
         x = _block_input(args, kwargs)
-        copy = x.clone()  # nothing but the graph is to hold it
+        copy = x.clone()  # only the graph must hold it
         self._copy = weakref.ref(copy.untyped_storage())
         if anchor is not None:
             copy = enter(anchor.to(x), copy)
@@ -266,10 +267,10 @@ class Profiler:
         )
 
 
-def _apart_from(block: nn.Module) -> AbstractContextManager[object]:
-    """What is saved for a backward pass in here is not the business of the block's own checkpoint.
+def _outside_checkpoint(block: nn.Module) -> AbstractContextManager[object]:
+    """Return a context in which the block's own checkpoint does not handle saved tensors.
 
-    Older releases of transformers (5.17 among them) run the hooks of a layer within its checkpoint.
+    Older releases of transformers (such as 5.17) run the hooks of a layer inside its checkpoint.
     """
     if checkpoints_itself(block):
         return torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x)

@@ -1,7 +1,7 @@
-"""What a training step would take: the very step, rehearsed on the meta device.
+"""How much memory a training step would take, found by running it on the meta device.
 
-There tensors have shapes but no memory, and everything else is what runs in training: the model,
-the optimizer, its hooks. So nothing is modelled here that could deviate from it.
+There tensors have shapes but no memory. The model, the optimizer and its hooks are those of
+training, so that no separate model of the memory is needed, which could be wrong.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from dynalora_optim.memory._step import Batch, Loss, StepMemory, count_step
 from dynalora_optim.update._pause import Pause
 
 _ATEN = torch.ops.aten
-_ASKING = (READ_SCALAR, _ATEN.allclose.default, _ATEN.equal.default)
+_VALUE_READS = (READ_SCALAR, _ATEN.allclose.default, _ATEN.equal.default)
 
 MakeOptimizer = Callable[[nn.Module], Optimizer]
 
@@ -41,21 +41,21 @@ class Allocating(Protocol):
 
     @property
     def active_groups(self) -> list[str]:
-        """The names of those that are active now."""
+        """The names of the groups that are active now."""
         ...
 
     @property
     def allocator(self) -> Allocator:
-        """Who chooses."""
+        """The allocator, which chooses the active groups."""
         ...
 
     @property
     def pause(self) -> Pause:
-        """What becomes of the state of groups that pause."""
+        """What happens to the state of groups that pause."""
         ...
 
     def hold(self, groups: Collection[str]) -> None:
-        """Make just these ``groups`` active, and choose no others from here on."""
+        """Make only these ``groups`` active, and never choose again."""
         ...
 
 
@@ -67,28 +67,28 @@ def estimate_memory(
     loss: Loss | None = None,
     active: int | Collection[str] | None = None,
 ) -> StepMemory:
-    """Return what the largest training step will take, without allocating it.
+    """Return the memory that the largest training step will take, without allocating it.
 
-    It rehearses steps on the meta device: the first one, and one when all state is there that can
-    have come together. Of the choices of active modules it takes the first ones, the last ones, and
-    those of the most parameters. ``scaled_dot_product_attention`` counts as fused, and to whatever
-    asks for a value (of a mask, say) the answer is 1: there is no padding.
+    It runs steps on the meta device: the first step, and a step with all the optimizer state that
+    can exist at one time. It tries three choices of active modules: the first ones, the last ones,
+    and the ones with the most parameters. ``scaled_dot_product_attention`` counts as fused. Code
+    that reads the value of a tensor (such as a mask) gets 1, which means that there is no padding.
 
     Args:
-        model: On any device, the meta device among them. A copy is used, without its weights.
+        model: A model on any device, also the meta device. A copy without its weights is used.
         batch: What the model is called with: keyword arguments, or a sequence of positional ones.
             Only shapes and dtypes count.
-        make_optimizer: Builds the optimizer of the model that it is given.
-        loss: The loss of what the model returns; by default its ``loss``, or the tensor itself.
+        make_optimizer: A function that builds the optimizer for the model that it is given.
+        loss: A function of the model's output; by default its ``loss``, or the output itself.
         active: How many module groups are active at a time, besides those that always are, or the
-            names of just those; by default as many as the optimizer begins with.
+            names of the active ones; by default as many as the optimizer starts with.
 
     Returns:
-        Each category at its largest, and the largest peak. State offloaded to the host is not
+        The largest value of each category, and the largest peak. State offloaded to the host is not
         counted.
 
     Raises:
-        ValueError: The optimizer keeps a `Budget`, or the step cannot be rehearsed.
+        ValueError: The allocator is a `Budget`, or the step cannot run on the meta device.
 
     Example:
         >>> with torch.device("meta"):  # doctest: +SKIP
@@ -126,7 +126,7 @@ def _rehearse(
     loss: Loss | None,
     choice: Collection[str],
 ) -> Iterator[StepMemory]:
-    """Yield the first step with this choice, and the second or, if idle state is kept, a later."""
+    """Yield the first step with this choice, and the second; if idle state is kept, a later one."""
     optimizer = make_optimizer(model)
     if isinstance(optimizer, Allocating):
         optimizer.hold(choice)
@@ -144,19 +144,19 @@ def _rehearse(
 
 
 def _choices(optimizer: Optimizer, active: int | Collection[str] | None) -> list[tuple[str, ...]]:
-    """The choices of module groups, one of which takes the most; one of none without a wrapper."""
+    """Return choices of groups, one of which takes the most memory; without a wrapper one, ()."""
     if not isinstance(optimizer, Allocating):
         return [()]
     if isinstance(optimizer.allocator, CostAware):
         raise ValueError(
-            "estimate_memory() does not know what a Budget will choose, which itself keeps a peak; "
-            "see DynamicAllocationOptimizer.memory_report(**batch)."
+            "estimate_memory() cannot know what a Budget will choose, but a Budget itself limits "
+            "the peak; see DynamicAllocationOptimizer.memory_report(**batch)."
         )
     names = optimizer.groups
     if isinstance(active, Collection):
         if unknown := set(active) - set(names):
             raise ValueError(
-                f"active={sorted(unknown)} names no module group; pass some of {names}."
+                f"active={sorted(unknown)} are not names of module groups; pass some of {names}."
             )
         return [tuple(active)]
     count = len(optimizer.active_groups) if active is None else active
@@ -170,7 +170,7 @@ def _choices(optimizer: Optimizer, active: int | Collection[str] | None) -> list
 
 
 def _meta_copy(model: nn.Module) -> nn.Module:
-    """Copy a model without what its parameters and buffers hold; tied ones stay tied."""
+    """Copy a model to the meta device, without its weights; tied parameters stay tied."""
     memo: dict[int, Any] = {id(buffer): buffer.to("meta") for buffer in model.buffers()}
     for parameter in model.parameters():
         on_meta = parameter.detach().to("meta")
@@ -179,27 +179,27 @@ def _meta_copy(model: nn.Module) -> nn.Module:
 
 
 class _Rehearsal(LiveBytes):  # type: ignore[no-untyped-call]
-    """Answers 1 (or True) to whatever asks for a value that the meta device does not hold."""
+    """Counts memory, and returns 1 (or True) if code reads a value of a meta tensor."""
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> object:
-        if func in _ASKING and args[0].is_meta:
-            dtype = args[0].dtype if func is _ASKING[0] else torch.bool
+        if func in _VALUE_READS and args[0].is_meta:
+            dtype = args[0].dtype if func is _VALUE_READS[0] else torch.bool
             return torch.ones((), dtype=dtype).item()
         return super().__torch_dispatch__(func, types, args, kwargs)
 
 
 @contextmanager
 def _fused() -> Iterator[None]:
-    """Let attention on the meta device hold what it holds elsewhere; it would hold all scores."""
+    """Use fused attention on the meta device, which would otherwise store all attention scores."""
     original = F.scaled_dot_product_attention
 
     def attention(query: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         chosen = _fused_attention if query.is_meta else original
         return chosen(query, *args, **kwargs)
 
-    # No mode: torch leaves those in the functions of Python that call this one.
+    # A torch function mode would not work: torch leaves it inside Python functions that call this.
     F.scaled_dot_product_attention = attention
     try:
         yield
@@ -207,16 +207,16 @@ def _fused() -> Iterator[None]:
         F.scaled_dot_product_attention = original
 
 
-def _fused_attention(  # noqa: PLR0917 - torch's own signature
+def _fused_attention(  # noqa: PLR0917 - the signature of torch
     query: Tensor,
     key: Tensor,
     value: Tensor,
     attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,  # in no shape
+    dropout_p: float = 0.0,  # does not change shapes
     is_causal: bool = False,
     *,
     scale: float | None = None,
-    enable_gqa: bool = False,  # as the shapes say
+    enable_gqa: bool = False,  # known from the shapes
 ) -> Tensor:
     if attn_mask is not None and attn_mask.dtype == torch.bool:
         attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype).masked_fill_(~attn_mask, -1.0)
@@ -225,19 +225,19 @@ def _fused_attention(  # noqa: PLR0917 - torch's own signature
 
 @contextmanager
 def _explained(name: str) -> Iterator[None]:
-    """Say what to do where the meta device is not enough.
+    """Explain errors that come from the meta device.
 
     Raises:
-        ValueError: In place of the error that torch raised.
+        ValueError: It replaces the error that torch raised, and names a remedy.
     """
     try:
         yield
     except (NotImplementedError, RuntimeError) as error:
         why = str(error).splitlines()[0]
         if "device type for autocast" in why:
-            why += f" (transformers asks for that before 5.4; found {installed('transformers')})"
+            why += f" (transformers before 5.4 calls it; found {installed('transformers')})"
         raise ValueError(
-            f"a step of {name} cannot be rehearsed on the meta device: {why}. Tensors that are "
-            "neither parameters nor buffers stay where they are, and no value can be read; "
-            "measure_step() counts a real step instead."
+            f"a step of {name} cannot run on the meta device: {why}. Only parameters and buffers "
+            "are moved there, and no value of a tensor can be read there. Use measure_step(), "
+            "which counts a real step."
         ) from error

@@ -1,4 +1,4 @@
-"""A table of what a step holds: for the current choice, and for all modules active."""
+"""A table of the memory of a step, for the current choice and for all modules active."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ _MIB = 2**20
 
 @dataclass(frozen=True)
 class MemoryUse:
-    """What a step with one choice of modules takes; bytes, if not said otherwise.
+    """The memory that a step with one choice of modules takes; in bytes, except the FLOPs.
 
     Attributes:
-        gradients: Gradients of all that trains.
-        optimizer_state: What the optimizer keeps. With all active it is inferred from the modules
-            that have a state; 0 before the first step.
-        saved: What autograd keeps at the end of the forward pass, by block; "head" is what comes
-            after the blocks.
-        peak: The most alive at any moment of forward and backward, above weights, optimizer state
-            and batch.
+        gradients: Gradients of all parameters that train.
+        optimizer_state: The state that the optimizer keeps. With all modules active it is estimated
+            from the modules that have a state; 0 before the first step.
+        saved: The tensors that autograd keeps at the end of the forward pass, by block; "head" is
+            the part after the blocks.
+        peak: The most bytes alive at any time of forward and backward, in addition to weights,
+            optimizer state and batch.
         backward_flops: FLOPs of the backward pass, recomputation included.
         recomputed_flops: FLOPs of the recomputation.
     """
@@ -45,13 +45,13 @@ class MemoryUse:
 
 @dataclass(frozen=True)
 class MemoryReport:
-    """What a step holds. ``print(report)`` shows the table.
+    """The memory of a step. ``print(report)`` shows the table.
 
     Attributes:
         weights: Bytes of all parameters, adapters included.
         adapters: Bytes of the allocated modules' parameters.
-        current: With the modules that are active now.
-        all_active: With all modules active and nothing checkpointed.
+        current: The memory with the modules that are active now.
+        all_active: The memory with all modules active and nothing checkpointed.
     """
 
     weights: int
@@ -63,17 +63,17 @@ class MemoryReport:
         uses = (self.current, self.all_active)
         rows = [
             ("weights", *[_mib(self.weights)] * 2),
-            ("of them adapters", *[_mib(self.adapters)] * 2),
+            ("of which adapters", *[_mib(self.adapters)] * 2),
             ("gradients", *(_mib(use.gradients) for use in uses)),
             ("optimizer state", *(_mib(use.optimizer_state) for use in uses)),
             *(
                 (f"saved by {name}", *(_mib(use.saved.get(name, 0)) for use in uses))
                 for name in self.all_active.saved
             ),
-            ("saved in all", *(_mib(sum(use.saved.values())) for use in uses)),
+            ("saved in total", *(_mib(sum(use.saved.values())) for use in uses)),
             ("peak of a step", *(_mib(use.peak) for use in uses)),
             ("backward GFLOPs", *(f"{use.backward_flops / 1e9:,.1f}" for use in uses)),
-            ("of them recomputation", *(f"{use.recompute_share:.0%}" for use in uses)),
+            ("of which recomputation", *(f"{use.recompute_share:.0%}" for use in uses)),
         ]
         width = max(len(row[0]) for row in rows)
         lines = [("MiB", "current", "all active"), *rows]
@@ -88,7 +88,7 @@ def memory_report(
     trained: Sequence[Tensor],
     state: Mapping[Tensor, Mapping[str, Any]],
 ) -> MemoryReport:
-    """Return the report on the measured costs, the plan in force, and the names of the blocks."""
+    """Return the report for ``measured``: the costs, the current plan, and the blocks' names."""
     costs, plan, names = measured
     materialized = [parameter for parameter in trained if state.get(parameter)]
     held = sum(_state_bytes(state[parameter]) for parameter in materialized)

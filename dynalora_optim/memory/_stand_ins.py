@@ -1,4 +1,4 @@
-"""What stands in for the rest of a model while one part of it is measured by itself."""
+"""Replacements for the rest of a model while one part of it is measured by itself."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from dynalora_optim._base.trees import tensors
 class _Enter(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, anchor: Tensor, x: Tensor) -> Tensor:
-        return x.data  # no view of x: autograd would let nobody change that in place
+        return x.data  # not a view of x: autograd forbids in-place changes of that
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
@@ -35,17 +35,17 @@ class _Leave(torch.autograd.Function):
 
 
 def enter(anchor: Tensor, x: Tensor) -> Tensor:
-    """Return ``x`` at the beginning of a graph: its gradient flows into a scalar, and is gone."""
+    """Return ``x`` as the start of a graph; its gradient is freed, and ``anchor`` gets a zero."""
     return cast(Tensor, _Enter.apply(anchor, x))  # type: ignore[no-untyped-call]
 
 
 def leave(y: Tensor) -> Tensor:
-    """Return a scalar that sends a gradient of y's shape into the backward pass, and holds none."""
+    """Return a scalar whose backward passes on a gradient of y's shape, without holding y."""
     return cast(Tensor, _Leave.apply(y))  # type: ignore[no-untyped-call]
 
 
 def loss_of(output: Any) -> Tensor:
-    """Return the model's loss, or where it has none a scalar with a gradient for every output."""
+    """Return the model's loss; if it has none, a scalar with a gradient for every output."""
     loss = getattr(output, "loss", None)
     if isinstance(loss, Tensor):
         return loss.sum()
@@ -55,7 +55,7 @@ def loss_of(output: Any) -> Tensor:
 
 @contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Restore the random numbers, the running statistics and autocast's cache."""
+    """Restore random numbers, running statistics and the autocast cache setting afterwards."""
     devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
     statistics = [
         (buffer, buffer.clone())
@@ -64,7 +64,7 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
         for buffer in module.buffers(recurse=False)
     ]
     cached = torch.is_autocast_cache_enabled()
-    torch.set_autocast_cache_enabled(False)  # a cast cached without a graph would be used in one
+    torch.set_autocast_cache_enabled(False)  # a cached cast has no graph: do not use it in one
     try:
         with torch.random.fork_rng(devices=list(devices)):
             yield
@@ -77,7 +77,7 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def no_autocast() -> Iterator[None]:
-    """A backward pass runs outside autocast, as in a user's loop."""
+    """Turn autocast off for a backward pass, which runs outside autocast in a user's loop."""
     with ExitStack() as stack:
         for device in ("cpu", "cuda"):
             if torch.is_autocast_enabled(device):

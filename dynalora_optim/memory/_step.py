@@ -1,4 +1,4 @@
-"""What a training step takes, by category, counted while it is taken."""
+"""The memory of a training step by category, counted while the step runs."""
 
 from __future__ import annotations
 
@@ -24,17 +24,18 @@ Loss: TypeAlias = Callable[[Any], Tensor]
 class StepMemory:
     """The bytes that a training step takes. ``print(memory)`` shows the table.
 
-    Each category is given at its largest; the peak is that of one moment.
+    Each category has its largest value during the step. These may occur at different times, so that
+    their sum can be more than the peak.
 
     Attributes:
         weights: Parameters and buffers.
         master_weights: Float32 copies of weights.
-        gradients: The most gradients alive at a time.
-        optimizer_state: All else that the optimizer keeps.
-        activations: The most that anything else takes in forward and backward, gradients on their
-            way to their parameter among it.
-        peak: The most bytes alive at any moment of forward, backward and update, with what the
-            update holds in passing; the batch is left out.
+        gradients: The most bytes of gradients alive at one time.
+        optimizer_state: The rest of the optimizer's state.
+        activations: The most bytes of everything else in forward and backward, including gradients
+            that are not yet in their parameter.
+        peak: The most bytes alive at any time of forward, backward and update, including temporary
+            tensors of the update, without the batch.
     """
 
     weights: int
@@ -52,16 +53,16 @@ class StepMemory:
 def measure_step(
     model: nn.Module, batch: Batch, optimizer: Optimizer, *, loss: Loss | None = None
 ) -> StepMemory:
-    """Take one training step, and return what it took.
+    """Run one training step, and return the memory that it took.
 
     Args:
-        model: In training mode, without gradients from before.
+        model: A model in training mode, without gradients from earlier passes.
         batch: What the model is called with: keyword arguments, or a sequence of positional ones.
-        optimizer: Any, wrapped or not. It takes a step, and its gradients are set to None.
-        loss: The loss of what the model returns; by default its ``loss``, or the tensor itself.
+        optimizer: Any optimizer, wrapped or not. It takes a step, and gradients are set to None.
+        loss: A function of the model's output; by default its ``loss``, or the output itself.
 
     Raises:
-        ValueError: There is no telling which part of the output is the loss.
+        ValueError: The loss is not found in the model's output.
     """
     return count_step(LiveBytes(), model, batch, optimizer, loss)
 
@@ -69,7 +70,7 @@ def measure_step(
 def count_step(
     memory: LiveBytes, model: nn.Module, batch: Batch, optimizer: Optimizer, loss: Loss | None
 ) -> StepMemory:
-    """Take one training step under ``memory``, and return what it took."""
+    """Run one training step under ``memory``, and return the memory that it took."""
     weights = _size(chain(model.parameters(), model.buffers()))
     before = _kept(optimizer)
     with memory, _watched(model.parameters(), memory) as gradients:
@@ -77,7 +78,7 @@ def count_step(
         gradients.end_interval()
         optimizer.step()
         peak = max(gradients.peak, memory.peak)
-        after = _kept(optimizer)  # with what the first step creates
+        after = _kept(optimizer)  # includes the state that a first step creates
         optimizer.zero_grad()
     masters, state = map(max, zip(before, after, strict=True))
     return StepMemory(
@@ -91,10 +92,10 @@ def count_step(
 
 
 class _Gradients:
-    """Tells the bytes of gradients from those of all else, moment by moment of a backward pass.
+    """Counts the bytes of gradients and of all other tensors separately during a backward pass.
 
-    Gradients come and go only where one arrives, so that between two such moments the peak of the
-    rest is the peak of all less a constant.
+    The bytes of gradients change only when one arrives. Between two such times, the peak of the
+    other tensors is the peak of all tensors minus a constant.
     """
 
     def __init__(self, memory: LiveBytes) -> None:
@@ -105,18 +106,18 @@ class _Gradients:
         self.peak = 0
 
     def end_interval(self) -> None:
-        """Take note of the peak since the last call."""
+        """Record the peak since the last call."""
         self.peak = max(self.peak, self._memory.peak)
         self.most_else = max(self.most_else, self._memory.peak - self._alive)
         self._memory.restart()
 
     def come(self, size: int) -> None:
-        """A gradient of this size exists now, though in no parameter yet."""
+        """Count a new gradient of this size, which is not yet in its parameter."""
         self._alive += size
         self.most = max(self.most, self._alive)
 
     def settle(self, size: int, *, is_gone: bool) -> None:
-        """It has been accumulated; or it is gone, into an older one or with a fused update."""
+        """Record that a gradient is in its parameter, or gone: added to another, or freed."""
         self.end_interval()
         if is_gone:
             self._alive -= size
@@ -157,27 +158,27 @@ class _Watch:
 
 
 def _kept(optimizer: Optimizer) -> tuple[int, int]:
-    """The bytes of the copies of weights and of the rest of an optimizer's state."""
+    """Return the bytes of the copies of weights, and of the rest of the optimizer's state."""
     entries = [item for values in optimizer.state.values() for item in values.items()]
     masters = [value for key, value in entries if key == MASTER]
     return _size(masters), _size(tensors([value for key, value in entries if key != MASTER]))
 
 
 def _size(found: Iterable[Tensor]) -> int:
-    """The bytes of the storages of these tensors, each once."""
+    """Return the bytes of the storages of these tensors, each once."""
     sizes = {storage_key(tensor): tensor.untyped_storage().nbytes() for tensor in found}
     return sum(sizes.values())
 
 
 def _loss(model: nn.Module, batch: Batch, loss: Loss | None) -> Tensor:
-    """The loss alone: in most loops nothing else of the output outlives the forward pass."""
+    """Return only the loss: most loops do not keep the rest of the output after the forward."""
     output = model(**batch) if isinstance(batch, Mapping) else model(*batch)
     if loss is not None:
         return loss(output)
     found = getattr(output, "loss", output)
     if not isinstance(found, Tensor) or found.numel() != 1:
         raise ValueError(
-            f"the model returned {type(output).__name__}, which is no loss and has none; give it "
-            "labels, or pass loss=, a function of what it returns."
+            f"the model returned {type(output).__name__}, which is not a loss and has none; "
+            "give the model labels, or pass loss=, a function of its output."
         )
     return found

@@ -1,1 +1,1 @@
-"""Between a run and its state dict: packed, checked, and filled up where state is missing."""
+"""The state dict of a run: packing and checking it, and filling in state that is missing."""

@@ -1,9 +1,10 @@
 """The state dict: torch's own, with the allocation as one string in each param group.
 
-``torch.distributed.checkpoint`` keeps only ``state`` and ``param_groups``. Of a group it keeps any
-string; lists and dicts only where the loading optimizer has the same; and, in its flattened form,
-no key that the loading optimizer's groups lack. So all that decides the future of a group is JSON
-under one key, which live groups carry too. The record, which is history, stands beside them.
+``torch.distributed.checkpoint`` keeps only ``state`` and ``param_groups``. In a group it keeps any
+string, but lists and dicts only if the loading optimizer has the same ones. In its flattened form
+it drops each key that the loading optimizer's groups do not have. So all values that a resumed run
+needs are JSON under one key, which the groups of the optimizer itself have too. The record is only
+history: it is a separate entry of the state dict.
 """
 
 from __future__ import annotations
@@ -27,12 +28,12 @@ def pack(packed: dict[str, Any], values: Sequence[Mapping[str, Any]]) -> None:
 def unpack(
     packed: Mapping[str, Any], groups: Sequence[ParamGroup]
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Return torch's own state dict out of ``packed``, and the values that `pack` put there.
+    """Return torch's own part of the state dict ``packed``, and the values that `pack` added.
 
     Both are in the order of ``groups``; groups and their parameters are matched by name.
 
     Raises:
-        ValueError: ``packed`` has other module groups, or lost a part on its way.
+        ValueError: ``packed`` has other module groups, or parts of it are missing.
     """
     saved = _matched(packed["param_groups"], groups)
     values = [_values(group) for group in saved]
@@ -42,7 +43,7 @@ def unpack(
 
 
 def _values(group: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the values of one saved group; what each must be is checked later."""
+    """Return the values of one saved group; most of them are checked later."""
     try:
         values = json.loads(group[PACKED])
     except (TypeError, json.JSONDecodeError, RecursionError) as error:
@@ -59,9 +60,9 @@ def _matched(
     if any(not group.get(PACKED) for group in saved_groups):
         raise ValueError(
             f"state_dict lacks '{PACKED}' in some of its param_groups, where this optimizer keeps "
-            "the allocation: it was saved without, or torch.distributed.checkpoint has matched a "
-            "plain optimizer's groups with these. Load a plain optimizer's state with "
-            "load_state_dict(its state_dict()), or into the optimizer before wrapping it."
+            "the allocation: it was saved without one, or torch.distributed.checkpoint has filled "
+            "these groups from a plain optimizer's. Load a plain optimizer's state with "
+            "load_state_dict(its state_dict()), or load it into the optimizer before wrapping."
         )
     for position, group in enumerate(saved_groups):
         if not isinstance(group.get("name"), str) or "param_names" not in group:
@@ -79,7 +80,7 @@ def _matched(
 def _reordered(saved: Mapping[str, Any], group: Mapping[str, Any]) -> Mapping[str, Any]:
     """Return the saved group with its parameters in the order of ``group``."""
     if saved["params"] == [*group["param_names"]]:
-        names = group["param_names"]  # torch.distributed.checkpoint has done so, to "params" alone
+        names = group["param_names"]  # torch.distributed.checkpoint reorders "params" alone
     else:
         names = saved["param_names"]
     keys = dict(zip(names, saved["params"], strict=False))
@@ -97,7 +98,7 @@ def _reordered(saved: Mapping[str, Any], group: Mapping[str, Any]) -> Mapping[st
 
 
 def _keyed(groups: Sequence[Mapping[str, Any]]) -> dict[tuple[str, int], Mapping[str, Any]]:
-    """Key groups by name and, where one name has several (split options), by their order."""
+    """Key groups by name and by their order among those of one name (with other options)."""
     keyed: dict[tuple[str, int], Mapping[str, Any]] = {}
     seen: Counter[str] = Counter()
     for group in groups:

@@ -1,9 +1,9 @@
-"""Optimizer state that is not there yet, in a checkpoint.
+"""Placeholders in a checkpoint for optimizer state that does not exist yet.
 
-Torch optimizers create a parameter's state at its first update. A checkpoint that lacks some states
-cannot be read by ``torch.distributed.checkpoint``, so each absent value is saved as zeros, which
-take the room of one, and named; a named one is left out again when it is loaded, and the resumed
-run creates it as the other would.
+Torch optimizers create a parameter's state at its first update. ``torch.distributed.checkpoint``
+cannot read a checkpoint in which some states are missing. So each missing value is saved as zeros
+(which take the space of one element), and its name is saved as well. When the checkpoint is loaded,
+the named values are dropped, and the resumed run creates them at the first update.
 """
 
 from __future__ import annotations
@@ -27,9 +27,10 @@ def add_placeholders(
     *,
     provisional: bool = False,
 ) -> list[dict[str, Any]]:
-    """Fill the gaps of a packed state dict; return what in each group is not real, by parameter.
+    """Add placeholders to a packed state dict; return their names, per group and by parameter.
 
-    With ``provisional`` nothing is: it is there only because it was asked for (`is_rehearsal`).
+    With ``provisional`` the whole state counts as placeholders: it was created only for a
+    checkpoint (see `is_rehearsal`).
     """
     held = [parameter for parameter in flatten(groups) if state.get(parameter)]
     model = max(held, key=lambda parameter: len(state[parameter]), default=None)
@@ -55,10 +56,10 @@ def add_placeholders(
 def drop_placeholders(
     packed: Mapping[str, Any], marks: Sequence[Mapping[str, Any]]
 ) -> dict[str, Any]:
-    """Return the packed state dict without what ``marks``, one per group, name.
+    """Return the packed state dict without the placeholders that ``marks``, one per group, name.
 
     Raises:
-        ValueError: States are missing that were saved.
+        ValueError: States that were saved are missing.
     """
     state = dict(packed["state"])
     for group, mark in zip(packed["param_groups"], marks, strict=True):
@@ -73,19 +74,20 @@ def drop_placeholders(
     if 0 < len(empty) < len(state):
         raise ValueError(
             f"state_dict has empty states, such as for {empty[0]!r}. "
-            "torch.distributed.checkpoint with flatten_optimizer_state_dict=True leaves out what "
-            "the optimizer that loads has no state for yet; load into a newly built one, call "
-            "optimizer.state.clear() before, or do without that option."
+            "torch.distributed.checkpoint with flatten_optimizer_state_dict=True drops the state "
+            "of parameters for which the loading optimizer has none yet; load into a newly built "
+            "optimizer, call optimizer.state.clear() before, or do not use that option."
         )
     return {**packed, "state": state}
 
 
 def is_rehearsal(groups: Sequence[ParamGroup], state: Mapping[Tensor, Any]) -> bool:
-    """Return whether a step trains nothing, but asks an optimizer without state to create it.
+    """Return whether a step is not for training, but only to create the optimizer's state.
 
-    ``torch.distributed.checkpoint`` does so, to know what to read or write: all rates are 0, and
-    every parameter has a gradient of zeros. The gradients are read, which waits for the device,
-    only where all else fits: at most in the first step of a warm-up that begins at 0.
+    ``torch.distributed.checkpoint`` calls such a step, to know what to read or write: all learning
+    rates are 0, and every parameter has a gradient of zeros. To read the gradients waits for the
+    device. So this is done only if all other conditions hold: in training, at most in the first
+    step of a warm-up that starts at 0.
     """
     if any(state.values()) or not all(_is_zero_rate(group.get("lr", 0)) for group in groups):
         return False
@@ -99,12 +101,12 @@ def is_rehearsal(groups: Sequence[ParamGroup], state: Mapping[Tensor, Any]) -> b
 
 
 def _is_zero_rate(rate: float | Tensor) -> bool:
-    # On another device it is the user's, for checkpointing makes a new one; do not wait for it.
+    # A rate on a device is the user's, because checkpointing makes a new one: do not wait for it.
     return not (isinstance(rate, Tensor) and rate.device.type != "cpu") and float(rate) == 0
 
 
 def _zeros(parameter: Tensor, model: Tensor, state: Mapping[str, Any]) -> dict[str, Any]:
-    """Zeros shaped for ``parameter`` as ``state`` is for ``model``; empty if that is unknown."""
+    """Return zeros for ``parameter`` in the form of ``state`` of ``model``; {} if unknown."""
     zeros: dict[str, Any] = {}
     for kind, value in state.items():
         if not isinstance(value, Tensor):
@@ -114,5 +116,5 @@ def _zeros(parameter: Tensor, model: Tensor, state: Mapping[str, Any]) -> dict[s
         elif value.shape == model.shape:
             zeros[kind] = zeros_like(parameter, value.dtype)
         else:
-            return {}  # a factored state (Adafactor): its shape cannot be told from this one
+            return {}  # a factored state (Adafactor): the shape cannot be derived
     return zeros

@@ -1,4 +1,4 @@
-"""Refusing a damaged state dict before anything is taken over from it."""
+"""Refusing a damaged state dict before anything is loaded from it."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ from typing import Any
 
 from dynalora_optim.state._placeholders import MARK
 
-_OPTIONAL = ("lr_history", "costs")  # in some groups only, and checked where they are used
+_OPTIONAL = ("lr_history", "costs")  # in some groups only; checked when they are used
 
 
 def damaged(why: str) -> ValueError:
-    """Return the error for a state dict in which something is not what it must be."""
+    """Return the error for a state dict with a part that is not valid, with the reason."""
     return ValueError(
-        f"state_dict is damaged, or of another kind of optimizer ({why}). Nothing was loaded; pass "
-        "one that state_dict() returned."
+        f"state_dict is damaged, or from another kind of optimizer ({why}). Nothing was loaded; "
+        "pass one that state_dict() returned."
     )
 
 
 @contextmanager
 def misfit_named() -> Iterator[None]:
-    """Say of an error about a saved value that it comes from the state dict."""
+    """Name the state dict in each error about a saved value."""
     try:
         yield
     except ValueError as error:
@@ -31,10 +31,10 @@ def misfit_named() -> Iterator[None]:
 
 
 def check_structure(packed: object) -> None:
-    """Raise unless ``packed`` is built as the state dict of a torch optimizer.
+    """Raise unless ``packed`` has the form of a torch optimizer's state dict.
 
     Raises:
-        ValueError: A part is missing or of another kind, or a parameter has no key of its own.
+        ValueError: A part is missing or of another type, or parameters share a key.
     """
     if not isinstance(packed, Mapping):
         raise damaged(f"it is a {type(packed).__name__}")
@@ -45,7 +45,7 @@ def check_structure(packed: object) -> None:
         if not isinstance(group, Mapping) or not isinstance(group.get("params"), list):
             raise damaged(f"param group {position} has no list 'params'")
         if not _are_strings(group.get("param_names", [])):
-            raise damaged(f"param group {position} has 'param_names' that are no names")
+            raise damaged(f"param group {position} has 'param_names' that are not a list of names")
     keys = [key for group in packed["param_groups"] for key in group["params"]]
     if any(type(key) not in (int, str) for key in keys) or len(set(keys)) < len(keys):
         raise ValueError("state_dict does not have one key for each parameter in param_groups.")
@@ -57,15 +57,15 @@ def check_structure(packed: object) -> None:
 def check_values(
     values: Sequence[Mapping[str, Any]], own: Sequence[Mapping[str, Any]], record: object
 ) -> None:
-    """Raise unless ``values`` could have been saved by an optimizer that would save ``own`` now.
+    """Raise unless ``values`` has the keys of ``own`` with valid values, and ``record`` is valid.
 
     Args:
-        values: What was saved, one mapping per param group.
-        own: What this optimizer would save, in the same order.
+        values: The saved values, one mapping per param group.
+        own: The values that this optimizer would save now, in the same order.
         record: The saved history.
 
     Raises:
-        ValueError: A value is missing, of another kind, or out of range.
+        ValueError: A value is missing, of another type, or out of range.
     """
     for position, (saved, template) in enumerate(zip(values, own, strict=True)):
         for key in (template.keys() | {MARK}) - set(_OPTIONAL):
@@ -80,23 +80,23 @@ def check_values(
         for key in ("step", "steps", "scores", "chosen"):
             check_value(f"record entry {position}", entry, key)
         if not entry["scores"].keys() >= set(entry["chosen"]):
-            raise ValueError(f"state_dict: record entry {position} chose groups without a score.")
+            raise ValueError(f"state_dict: record entry {position} has no score of a chosen group.")
 
 
 def check_value(where: str, saved: Mapping[str, Any], key: str) -> None:
-    """Raise unless the value of ``key`` is there and of its kind.
+    """Raise unless ``saved`` has a valid value of ``key``.
 
     Raises:
-        ValueError: It is not.
+        ValueError: The value is missing or not valid.
     """
     if key not in saved:
         raise ValueError(f"state_dict lacks {key!r} in {where}.")
     if key in _KINDS and not _KINDS[key](saved[key]):
-        raise ValueError(f"state_dict: {key}={saved[key]!r} in {where} is no value of its kind.")
+        raise ValueError(f"state_dict: {key}={saved[key]!r} in {where} is not a valid value.")
 
 
 def is_count(value: object) -> bool:
-    """Return whether it is a whole number of 0 or more that other code can compute with."""
+    """Return whether ``value`` is an int of at least 0 that fits into 64 bits."""
     return type(value) is int and 0 <= value < 2**63
 
 

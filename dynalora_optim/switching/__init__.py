@@ -1,1 +1,1 @@
-"""A choice put into force: which modules train, what is recomputed, where the graph ends."""
+"""Applying a choice to the model: which modules train, what is recomputed, where the graph ends."""

@@ -1,9 +1,9 @@
-"""Keeping DistributedDataParallel in step: inactive parameters report to it, without a gradient.
+"""Keeping DistributedDataParallel synchronised although inactive parameters have no gradient.
 
-DDP waits for every parameter that it was built with. An inactive one takes no part in the forward,
-so it would wait for ever (or need ``find_unused_parameters``, and a search of the graph each step).
-The anchor is an identity on one active module's output that names the inactive parameters as its
-inputs: in the backward pass their hooks fire, and nothing is computed for them.
+DDP waits for every parameter that it was built with. An inactive parameter is not used in the
+forward, so DDP would wait for ever (or need ``find_unused_parameters``, which searches the graph at
+each step). The anchor is an identity on the output of one active module that has the inactive
+parameters as further inputs. So their hooks run in the backward pass, without any computation.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from dynalora_optim.importance._forward_hook import first_tensor
 
 
 class _Tie(torch.autograd.Function):
-    """The identity on ``y``, with ``parameters`` as inputs too."""
+    """The identity on ``y``, with ``parameters`` as further inputs."""
 
     @staticmethod
     def forward(ctx: Any, y: Tensor, zeros: bool, *parameters: Tensor) -> Tensor:
@@ -34,18 +34,19 @@ class _Tie(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
-        # A static graph learns in its first pass which parameters have a gradient, and waits for
-        # no other ever after; elsewhere none is needed.
+        # With static_graph=True DDP records in the first pass which parameters get a gradient, and
+        # later waits for these only: so all get zeros. Otherwise no gradient is needed.
         if not ctx.shapes:
             return gradient, *[None] * (1 + ctx.count)
         return gradient, None, *(gradient.new_zeros(()).expand(shape) for shape in ctx.shapes)
 
 
 class Anchor:
-    """Ties the parameters of the inactive groups to the output of an active module.
+    """Ties the parameters of the inactive groups to the output of an active module, the carrier.
 
-    The hooks stay on every module that may carry it: moved ones would make torch.compile start
-    anew. Compiled code needs no anchor, for its gates hold all parameters in the graph.
+    The hooks stay on every module that can be the carrier, because moving hooks would make
+    torch.compile recompile. Compiled code needs no anchor: its gates keep all parameters in the
+    graph.
     """
 
     def __init__(self) -> None:
@@ -56,18 +57,19 @@ class Anchor:
         self._checked: weakref.WeakSet[DistributedDataParallel] = weakref.WeakSet()
 
     def attach(self, groups: Sequence[ModuleGroup]) -> None:
-        """Make ``groups`` possible carriers, in addition to those that are."""
+        """Let ``groups`` be carriers too, in addition to those attached before."""
         for group in groups:
             self._handles.append(group.modules[-1].register_forward_hook(_Tied(self)))
 
     def move(self, carrier: ModuleGroup, idle: Sequence[ModuleGroup]) -> None:
         """Tie ``idle`` to the last module of ``carrier``, which is active and always runs."""
-        # The objects, not their places: a module that runs now may have lent others to those.
+        # The parameters themselves, not their places: in a module that is running, tensors may
+        # temporarily replace them there.
         self._idle = [parameter for group in idle for parameter in group.parameters()]
         self._carrier = carrier.modules[-1]
 
     def remove(self) -> None:
-        """Tie nothing."""
+        """Remove the hooks from all carriers."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
@@ -79,10 +81,13 @@ class Anchor:
         self.__init__()  # type: ignore[misc]
 
     def tied(self, module: nn.Module, output: Any) -> Any:
-        """Return the carrier's ``output`` tied, within a forward of DDP or its recomputation."""
+        """Return the tied ``output`` of the carrier; None outside a forward of DDP, or if not tied.
+
+        The recomputation of a checkpoint counts as a part of that forward.
+        """
         if module is not self._carrier:
             return None
-        ddp = self._current_ddp()  # asked without gradients too: a reentrant checkpoint's forward
+        ddp = self._current_ddp()  # also without gradients: the forward of a reentrant checkpoint
         y = first_tensor(output)
         if ddp is None or not (torch.is_grad_enabled() and y.requires_grad):
             return None
@@ -94,13 +99,13 @@ class Anchor:
         return replaced(output, y, new)
 
     def _current_ddp(self) -> DistributedDataParallel | None:
-        if not in_backward():  # else a recomputation, after that forward
+        if not in_backward():  # a recomputation comes after DDP's forward
             ddp = active_ddp()
             self._ddp = weakref.ref(ddp) if ddp is not None else None
         return self._ddp() if self._ddp else None
 
     def _check(self, ddp: DistributedDataParallel) -> None:
-        """Raise if DDP was built while some parameters were frozen: it would never reduce them."""
+        """Raise if DDP was built while some parameters were frozen; it never averages these."""
         if ddp in self._checked:
             return
         named = ddp.module.named_parameters()
@@ -110,16 +115,17 @@ class Anchor:
         known = parameters_reduced(ddp)
         if known < len(trainable):
             raise RuntimeError(
-                f"DistributedDataParallel was built while only {known} of now {len(trainable)} "
-                "parameters had requires_grad=True; it would never synchronise the others. Set "
-                "requires_grad=True on all that may train before DistributedDataParallel or "
-                "accelerator.prepare, and leave the freezing to DynamicAllocationOptimizer."
+                f"DistributedDataParallel was built while only {known} of the {len(trainable)} "
+                "parameters that now have requires_grad=True had it; it would never synchronise "
+                "the others. Set requires_grad=True on all parameters that can train, before "
+                "DistributedDataParallel or accelerator.prepare; DynamicAllocationOptimizer keeps "
+                "inactive ones from changing."
             )
         self._checked.add(ddp)
 
 
 class _Tied:
-    """Forward hook of a carrier; it does not own the anchor, and a copy of the model has none."""
+    """The forward hook of a carrier, with a weak reference to the anchor; its copies have none."""
 
     def __init__(self, anchor: Anchor | None = None) -> None:
         self._anchor = weakref.ref(anchor) if anchor else None

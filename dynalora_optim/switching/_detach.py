@@ -19,10 +19,11 @@ from dynalora_optim.switching._recompute import LayerCheckpoint
 
 
 class DetachedForward:
-    """Hooks that give a module detached parameters for each forward while it is inactive.
+    """Hooks that give a module detached parameters in each forward while it is inactive.
 
-    They serve modules that have no ``active`` flag of their own: peft's layers, a user's. They stay
-    when it is active: hooks that come and go would make torch.compile begin anew.
+    They are for modules without an ``active`` flag of their own, such as peft's layers. The hooks
+    also stay while the module is active: adding and removing them would make torch.compile
+    recompile.
     """
 
     def __init__(self, module: nn.Module, slots: Sequence[Slot]) -> None:
@@ -33,7 +34,7 @@ class DetachedForward:
         self._held: list[nn.Parameter | None] = []
         self._checkpoint: LayerCheckpoint | None = None
         self._handles: list[RemovableHandle] = [
-            # Within the hooks by which FSDP2 puts the whole parameters into this very module.
+            # Both run inside FSDP2's hooks, which put the full parameters into this module.
             module.register_forward_pre_hook(self._detach),
             prepend_forward_hook(module, self._restore, always_call=True),
         ]
@@ -50,14 +51,14 @@ class DetachedForward:
 
     def _detach(self, module: nn.Module, args: object) -> None:
         is_gated = self.gated and needs_gate()
-        if not is_gated and self._active:  # in this order: compiled code is not to ask for it
+        if not is_gated and self._active:  # in this order: compiled code must not depend on it
             return
         self.restore()
         self._held = [parameter_slots(slot.owner)[slot.attribute] for slot in self.slots]
         for slot, parameter in zip(self.slots, self._held, strict=True):
             if parameter is not None:
                 replacement = gated(parameter, self._gate) if is_gated else parameter.detach()
-                # setattr takes only a Parameter; the forward needs a Tensor.
+                # setattr accepts only a Parameter; the replacement is a Tensor.
                 parameter_slots(slot.owner)[slot.attribute] = replacement  # type: ignore[assignment]
         self._checkpoint = LayerCheckpoint.over(module)
 
@@ -65,7 +66,7 @@ class DetachedForward:
         self.restore()
 
     def restore(self) -> None:
-        """Put the parameters back; no hook does after a KeyboardInterrupt in the forward."""
+        """Put the parameters back; also needed if an interrupt in the forward skipped the hook."""
         if self._held:
             for slot, parameter in zip(self.slots, self._held, strict=True):
                 parameter_slots(slot.owner)[slot.attribute] = parameter
@@ -85,7 +86,7 @@ class DetachedForward:
 
 
 def drop_copied_hooks(module: nn.Module) -> None:
-    """Remove the hooks that a copy of a model has brought along from the original's optimizer."""
+    """Remove the hooks that a copied model has from the optimizer of the original model."""
     for hooks in (forward_pre_hooks(module), forward_hooks(module)):
         for key, hook in list(hooks.items()):
             if isinstance(getattr(hook, "__self__", None), DetachedForward):
@@ -93,5 +94,5 @@ def drop_copied_hooks(module: nn.Module) -> None:
 
 
 def has_flag(module: nn.Module) -> bool:
-    """Return whether ``module`` itself uses detached parameters while it is inactive."""
+    """Return whether ``module`` detaches its own parameters by its flag ``active``."""
     return isinstance(module, AdapterModule) and isinstance(getattr(module, "active", None), bool)

@@ -1,8 +1,8 @@
-"""Idle or active without a recompilation: a gate that compiled code reads as it runs.
+"""Switching between idle and active without a recompilation, by a gate in the compiled code.
 
-A flag in Python is part of what torch.compile specialises code for, and every choice of active
-modules would be compiled anew. So compiled code takes gradients for all of them, through a gate
-that turns those of idle ones into zeros.
+torch.compile specialises code for the value of a Python flag, so that it would recompile for every
+choice of active modules. So compiled code computes gradients for all modules, through a gate that
+it reads at run time, and that replaces the gradients of idle modules with zeros.
 """
 
 from __future__ import annotations
@@ -26,20 +26,20 @@ class _Gate(torch.autograd.Function):
 
 
 def gated(param: Tensor, is_open: Tensor) -> Tensor:
-    """Return ``param``, whose gradient is zero unless ``is_open``, a bool scalar on the CPU."""
+    """Return ``param`` with a gradient of zeros unless ``is_open``, a bool scalar on the CPU."""
     return cast(Tensor, _Gate.apply(param, is_open))  # type: ignore[no-untyped-call]
 
 
 def new_gate() -> Tensor:
-    """Return an open gate; a tensor of no module, for DDP would send a buffer from rank to rank."""
+    """Return an open gate; it is not a buffer of a module, because DDP would broadcast it."""
     return torch.ones((), dtype=torch.bool, device="cpu")
 
 
 def set_gate(gate: Tensor, is_open: bool) -> None:
-    """Open or close ``gate``, also where a graph holds it: what counts is the backward pass."""
-    gate.data.fill_(is_open)  # by .data, so that autograd does not take it for a mistake
+    """Open or close ``gate``; this also changes the backward pass of graphs that hold it."""
+    gate.data.fill_(is_open)  # by .data: autograd reports other in-place changes as an error
 
 
 def needs_gate() -> bool:
-    """Whether this is code in the making that gradients will pass through."""
+    """Return whether torch.compile traces this code now, with gradients enabled."""
     return torch.compiler.is_compiling() and torch.is_grad_enabled()

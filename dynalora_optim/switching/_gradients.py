@@ -1,4 +1,4 @@
-"""The only writer of ``grad``."""
+"""Deleting, removing and replacing gradients of parameters while modules are switched."""
 
 from __future__ import annotations
 
@@ -12,17 +12,16 @@ from dynalora_optim._base.collectives import is_sharded, world_size
 
 
 def drop_gradients(parameters: Iterable[Tensor]) -> None:
-    """Set ``grad`` to None: a zero gradient would leave momentum and weight decay at work."""
+    """Set ``grad`` to None; with zeros, momentum and weight decay would still change weights."""
     for parameter in parameters:
         parameter.grad = None
 
 
 def set_aside(parameter: Tensor) -> Tensor | None:
-    """Take the gradient of ``parameter`` away and return it, before DDP looks for it.
+    """Remove the gradient of ``parameter`` and return it, before DDP reads it.
 
-    DDP would send it, and put the mean over all ranks in its place. It finds zeros, as it makes
-    where there is no gradient: without any, a static graph would take the parameter for unused for
-    ever.
+    DDP would average it over all ranks. With several ranks zeros replace it, as in DDP itself if a
+    gradient is missing. Without these, a static graph would always treat the parameter as unused.
     """
     gradient, parameter.grad = parameter.grad, None
     if gradient is not None and world_size() > 1 and not is_sharded(gradient):
@@ -32,7 +31,7 @@ def set_aside(parameter: Tensor) -> Tensor | None:
 
 @contextmanager
 def temporary_gradients(gradients: Mapping[Tensor, Tensor]) -> Iterator[None]:
-    """Let parameters have these gradients for a moment."""
+    """Give parameters these gradients within this context."""
     before = {parameter: parameter.grad for parameter in gradients}
     try:
         for parameter, gradient in gradients.items():

@@ -1,4 +1,4 @@
-"""Ending the graph before the blocks, where something asks for gradients that nothing needs."""
+"""Ending the graph before the blocks if the embeddings' output requires an unneeded gradient."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ _ASKS_FOR_GRADIENTS = ("make_inputs_require_grads", "make_inputs_require_grad")
 
 
 class InputCut:
-    """Pre-hook of the first block: takes no gradient to embeddings that do not train.
+    """Pre-hook of the first block: detaches its input if the embeddings do not train.
 
-    ``enable_input_require_grads``, which transformers and peft call for gradient checkpointing,
-    would run the backward pass through every block, whichever are active.
+    transformers and peft call ``enable_input_require_grads`` for gradient checkpointing. It would
+    make the backward pass run through every block, whichever blocks are active.
     """
 
     def __init__(self, blocks: Sequence[nn.Module], rest: Sequence[nn.Module]) -> None:
@@ -42,13 +42,13 @@ class InputCut:
             return None
         if any(checkpoints_itself(b) and is_reentrant(b) for b in self._blocks):
             self._warn(
-                "cannot be undone, because reentrant checkpoints need it: the backward pass "
-                'goes through every block. Pass {"use_reentrant": False} to save it.'
+                "cannot be undone, because reentrant checkpoints need it: the backward pass runs "
+                'through every block. Pass {"use_reentrant": False} to avoid this.'
             )
             return None
         self._warn(
-            "is undone: it would take the backward pass through every block, whichever are "
-            "active. Non-reentrant checkpoints do without it."
+            "is undone: it would run the backward pass through every block, whichever blocks are "
+            "active. Non-reentrant checkpoints do not need it."
         )
         return replaced((args, kwargs), x, x.detach())  # type: ignore[no-any-return]
 

@@ -1,4 +1,4 @@
-"""What is switched in the model as a whole, for as long as an optimizer drives it."""
+"""Hooks and settings of the model as a whole, in place while an optimizer drives it."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from dynalora_optim.switching._input_cut import InputCut
 
 
 class ModelHooks:
-    """Cuts the graph before the first block; keeps recomputed blocks from filling a cache.
+    """Ends the graph before the first block, and turns off the model's key-value cache.
 
     Args:
         model: The adapted model.
         blocks: Its blocks; there may be none.
-        recomputes: Whether some of them will be recomputed.
+        recomputes: Whether some blocks will be recomputed; the cache is turned off only then.
     """
 
     def __init__(self, model: nn.Module, blocks: Sequence[Block], *, recomputes: bool) -> None:
@@ -29,7 +29,7 @@ class ModelHooks:
         self._caching: list[Any] = []
 
     def attach(self) -> None:
-        """Set the hooks, which a copy of the model has too."""
+        """Set the hooks and settings; a copy of the model contains them too."""
         self.close()
         if self._blocks:
             rest = list(outside(self._model, self._blocks))
@@ -42,7 +42,7 @@ class ModelHooks:
                 config.use_cache = False
 
     def close(self) -> None:
-        """Remove the hooks, and let the model cache again."""
+        """Remove the hooks, and turn the cache on again."""
         for handle in self._handles:
             handle.remove()
         for config in self._caching:

@@ -1,8 +1,8 @@
-"""Making groups active and inactive: the only writer of ``active`` flags.
+"""Making groups active and inactive; only this file sets ``active`` flags.
 
-An inactive module's forward uses detached parameters. ``requires_grad`` stays True for ever: a
-toggle is undone by peft's own calls, crashes FSDP2 in mixed precision, and makes ranks diverge in
-silence under DDP when it was False at wrap time.
+An inactive module's forward uses detached parameters. ``requires_grad`` always stays True: changing
+it would be undone by peft's own calls, would crash FSDP2 in mixed precision, and would let ranks
+diverge without an error under DDP if it was False when DDP was built.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from dynalora_optim.switching._recompute import Recomputer, is_compiled
 
 
 class ModuleSwitch:
-    """Puts a choice into force, and decides nothing.
+    """Applies a choice to the modules; it decides nothing itself.
 
     Args:
         blocks: The model's blocks, in the order by which a choice numbers them.
@@ -32,12 +32,12 @@ class ModuleSwitch:
         self._recomputer = Recomputer()
 
     def apply(self, groups: Iterable[ModuleGroup], choice: Choice) -> None:
-        """Make those of ``groups`` that are chosen active, and recompute the blocks chosen."""
+        """Make the chosen ``groups`` active, the others inactive; recompute the chosen blocks."""
         self.set_flags(groups, choice.active)
         self._recomputer.recompute([self._blocks[b] for b in sorted(choice.recomputed)])
 
     def restore(self) -> None:
-        """Give modules the parameters that an interrupted forward still holds."""
+        """Put back the parameters that an interrupted forward has replaced."""
         for hooks in self._detached.values():
             for hook in hooks:
                 hook.restore()
@@ -49,7 +49,7 @@ class ModuleSwitch:
         self._recomputer.recompute(())
 
     def close(self, groups: Iterable[ModuleGroup]) -> None:
-        """Do so, and remove all hooks."""
+        """Make all ``groups`` active, recompute nothing, and remove all hooks."""
         self.clear(groups)
         for hooks in self._detached.values():
             for hook in hooks:
@@ -57,20 +57,20 @@ class ModuleSwitch:
         self._detached.clear()
 
     def set_flags(self, groups: Iterable[ModuleGroup], active: Collection[str]) -> None:
-        """Make the groups named in ``active`` active, the others inactive; recompute as before."""
+        """Make the groups named in ``active`` active, the others inactive, and change no block."""
         for group in groups:
             for switch in self._switches(group):
                 switch.active = group.name in active
 
     def set_gated(self, groups: Iterable[ModuleGroup], gated: Collection[str]) -> None:
-        """Let compiled code depend on whether a group is active, unless ``gated`` names it."""
+        """Use gates in the groups that ``gated`` names; other groups compile once per state."""
         for group in groups:
             for switch in self._switches(group):
                 if hasattr(switch, "gated"):
                     switch.gated = group.name in gated
 
     def _switches(self, group: ModuleGroup) -> list[nn.Module | DetachedForward]:
-        """Return what has the flags of a group: its modules, or the hooks of one that has none."""
+        """Return the objects with the flags of a group: modules, or hooks for those without one."""
         if group.name not in self._detached:
             self._detached[group.name] = [
                 DetachedForward(module, group.slots)
@@ -80,7 +80,7 @@ class ModuleSwitch:
         return [*filter(has_flag, group.modules), *self._detached[group.name]]
 
     def is_detached(self, parameter: Tensor) -> bool:
-        """Return whether it belongs to a module without a flag that is inactive."""
+        """Return whether ``parameter`` belongs to an inactive module that hooks detach."""
         hooks = (hook for hooks in self._detached.values() for hook in hooks)
         return any(not hook.active and hook.holds(parameter) for hook in hooks)
 
@@ -88,10 +88,11 @@ class ModuleSwitch:
 def gated_groups(
     groups: Iterable[ModuleGroup], choice: Choice, blocks: Sequence[Block]
 ) -> set[str]:
-    """Return the groups that compiled code takes a gradient for, inactive ones too.
+    """Return the groups for which compiled code always computes a gradient, also while inactive.
 
-    That is all but those in blocks that are compiled by themselves and idle as a whole: there are
-    at most four kinds of code then, and an idle block costs what it does in eager mode.
+    These are all groups except those in blocks that are compiled by themselves and idle as a whole.
+    So at most four versions of code are compiled, and an idle block costs what it costs in eager
+    mode.
     """
     places = {group.name: block_of(group, blocks) for group in groups}
     compiled = {i for i, block in enumerate(blocks) if is_compiled(block.module)}

@@ -1,8 +1,9 @@
 """Refreshing the gradient scores of inactive modules without training them.
 
-In the first backward pass of a period every module gets a gradient. An inactive module's is taken
-away as it comes and dropped once the module has the whole of it and is scored, so that no more than
-one such gradient is held at a time, and no clipping, no other rank and no update sees it.
+In the first backward pass of a period every module gets a gradient. The gradient of an inactive
+module is removed from its parameters as it arrives, and deleted as soon as the module has all of it
+and is scored. So the gradient of one such module is held at a time, and no clipping, no other rank
+and no update uses it.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from dynalora_optim.switching._module_switch import ModuleSwitch
 
 
 class GradientProbe:
-    """Opens all modules for one backward pass and closes the inactive ones after it."""
+    """Makes all modules active for one backward pass, and then applies the choice."""
 
     def __init__(self, model: nn.Module, switch: ModuleSwitch, tracker: ImportanceTracker) -> None:
         self._model = model
@@ -42,7 +43,7 @@ class GradientProbe:
         return bool(self._handles) and not self._seen
 
     def open(self, groups: Collection[ModuleGroup], everyone: Choice, choice: Choice) -> None:
-        """Put ``everyone`` into force for one backward pass, and ``choice`` after it."""
+        """Apply ``everyone``, with all groups active, for one backward pass, then ``choice``."""
         self.close()
         self._groups, self._choice, self._seen, self._waiting = groups, choice, False, {}
         for group in groups:
@@ -56,7 +57,7 @@ class GradientProbe:
         self._switch.apply(groups, everyone)
 
     def close(self) -> None:
-        """Close the inactive modules, if open."""
+        """Apply the choice, if all modules are still active for a backward pass."""
         if self._handles:
             for handle in self._handles:
                 handle.remove()
@@ -65,7 +66,7 @@ class GradientProbe:
             self._switch.apply(self._groups, self._choice)
 
     def _take(self, group: ModuleGroup, parameter: Tensor) -> None:
-        """Score a group once all its parameters have a gradient, in the first backward pass."""
+        """Score a group as soon as all its parameters have a gradient; once per period."""
         self._seen = True
         gradient = None if group.name in self._choice.active else set_aside(parameter)
         waiting = self._waiting[group.name]
@@ -83,6 +84,6 @@ class GradientProbe:
             self._tracker.observe(group)
 
     def _close_if_seen(self, module: nn.Module, args: Any) -> None:
-        """Close before the next micro-batch runs forward."""
+        """Apply the choice before the forward of the next micro-batch."""
         if self._seen:
             self.close()

@@ -1,8 +1,9 @@
-"""Recomputing blocks in the backward pass: the only writer of gradient checkpointing's switches.
+"""Recomputing blocks in the backward pass; only this file switches gradient checkpointing.
 
-There are four ways to switch it on, by what a block is: its own ``forward`` is replaced; the code
-that ``block.compile()`` made is wrapped; a transformers layer has a switch; and within that layer,
-the function that it checkpoints with is replaced for one forward.
+How it is switched on depends on the block: the block's own ``forward`` is replaced; or the code
+that ``block.compile()`` made is wrapped; or the switch of a transformers layer is used. In a
+transformers layer, the function that it checkpoints with is also replaced during each forward in
+which the layer is idle.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from dynalora_optim.switching._replacement import in_place, replaced_parameters
 class _CheckpointedForward:
     """A block's own ``forward``, run under a checkpoint in training.
 
-    It stands in the instance, where a copy of the model takes a copy of it along.
+    It is an attribute of the block itself, so that it is copied with the model.
     """
 
     def __init__(self, block: nn.Module) -> None:
@@ -32,7 +33,7 @@ class _CheckpointedForward:
         forward = self._previous or partial(type(self._block).forward, self._block)
         if not self._block.training:
             return forward(*args, **kwargs)
-        # The recomputation starts here, within the hooks of the block that detached its parameters.
+        # The recomputation calls only `run`, not the hooks that detached the block's parameters.
         replacements = replaced_parameters(self._block)
 
         def run(*args: Any, **kwargs: Any) -> Any:
@@ -49,10 +50,11 @@ class _CheckpointedForward:
 
 
 class LayerCheckpoint:
-    """Takes the place of a transformers layer's checkpoint function during one forward.
+    """Replaces a transformers layer's checkpoint function during one forward.
 
     In new releases of transformers (5.23, not yet 5.17) the recomputation calls the layer's forward
-    without its hooks; those replace its parameters while it is idle.
+    without its hooks, which replace the layer's parameters while it is idle. This object does it
+    instead.
     """
 
     _NAME = "_gradient_checkpointing_func"
@@ -65,7 +67,7 @@ class LayerCheckpoint:
 
     @classmethod
     def over(cls, module: nn.Module) -> LayerCheckpoint | None:
-        """Put one in place if ``module`` is a layer that has such a function."""
+        """Replace the checkpoint function of ``module``; return None if it has none."""
         return cls(module) if cls._NAME in module.__dict__ else None
 
     def __call__(self, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -84,24 +86,31 @@ class LayerCheckpoint:
 class _LayerSwitch:
     """The switch that transformers' own layers have (``GradientCheckpointingLayer``)."""
 
-    _NAMES = ("gradient_checkpointing", "_gradient_checkpointing_func")
+    _FLAG, _FUNCTION = "gradient_checkpointing", "_gradient_checkpointing_func"
 
     def __init__(self, block: nn.Module) -> None:
-        self._block = block
-        self._previous = {n: block.__dict__[n] for n in self._NAMES if n in block.__dict__}
-        block.gradient_checkpointing = True  # type: ignore[assignment]
-        block._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)  # type: ignore[assignment]
+        self._own = block.__dict__
+        names = (self._FLAG, self._FUNCTION)
+        self._previous = {name: self._own[name] for name in names if name in self._own}
+        self._function = partial(checkpoint, use_reentrant=False)
+        self._own.update({self._FLAG: True, self._FUNCTION: self._function})
 
     def remove(self) -> None:
-        for name in self._NAMES:
-            self._block.__dict__.pop(name, None)
-        self._block.__dict__.update(self._previous)
+        """Switch checkpointing off again, except what the user has switched since."""
+        if self._own.get(self._FUNCTION) is not self._function:
+            return  # the user has switched checkpointing on, with another function
+        names = [self._FUNCTION] if self._own.get(self._FLAG) is not True else []
+        for name in names or (self._FLAG, self._FUNCTION):
+            self._own.pop(name, None)
+            if name in self._previous:
+                self._own[name] = self._previous[name]
 
 
 class _CheckpointedCode:
-    """What ``block.compile()`` made of a block, run under a checkpoint in training.
+    """The code that ``block.compile()`` made, run under a checkpoint in training.
 
-    One outside the compiled code is no part of it, and changes without a recompilation.
+    The checkpoint is outside the compiled code, so that switching it does not cause a
+    recompilation.
     """
 
     def __init__(self, block: nn.Module) -> None:
@@ -115,7 +124,7 @@ class _CheckpointedCode:
         return checkpoint(self._previous, *args, use_reentrant=False, **kwargs)
 
     def remove(self) -> None:
-        if self._block.__dict__.get(COMPILED_CALL) is self:  # else it was compiled again since
+        if self._block.__dict__.get(COMPILED_CALL) is self:  # else the block was compiled again
             self._block.__dict__[COMPILED_CALL] = self._previous
 
 
@@ -136,7 +145,7 @@ def is_reentrant(block: nn.Module) -> bool:
 
 
 class Recomputer:
-    """Switches checkpoints on and off; leaves blocks alone that the user has checkpointed."""
+    """Switches checkpoints on and off, except for blocks that the user has checkpointed."""
 
     def __init__(self) -> None:
         self._switched: dict[nn.Module, _Switch] = {}

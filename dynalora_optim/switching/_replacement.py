@@ -1,4 +1,4 @@
-"""Tensors that temporarily stand in the places of parameters."""
+"""Temporarily replaced parameters: the tensors that are in their places."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from torch import Tensor, nn
 from dynalora_optim._base.torch_private import parameter_slots
 
 Replacement: TypeAlias = (
-    "tuple[nn.Module, str, Tensor | None]"  # what stands in place of owner.attribute
+    "tuple[nn.Module, str, Tensor | None]"  # the tensor that replaces owner.attribute
 )
 
 
 def replaced_parameters(module: nn.Module) -> list[Replacement]:
-    """Return what stands in the places of parameters of ``module`` now."""
+    """Return the tensors that replace parameters of ``module`` now."""
     return [
         (owner, attribute, tensor)
         for owner in module.modules()
@@ -27,7 +27,7 @@ def replaced_parameters(module: nn.Module) -> list[Replacement]:
 
 @contextmanager
 def in_place(replacements: Sequence[Replacement]) -> Iterator[None]:
-    """Put ``replacements`` into their places for a while."""
+    """Put ``replacements`` into their places within this context."""
     before = [parameter_slots(owner)[attribute] for owner, attribute, _ in replacements]
     for owner, attribute, tensor in replacements:
         parameter_slots(owner)[attribute] = tensor  # type: ignore[assignment]

@@ -1,1 +1,1 @@
-"""From gradients to weights: param groups, rates, optimizer state, and the wrapped optimizer."""
+"""Updating weights: param groups, learning rates, optimizer state, and the wrapped optimizer."""

@@ -1,4 +1,4 @@
-"""How the backward pass is run."""
+"""Options of the backward pass."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ class Backward:
     """How the backward pass is run.
 
     Attributes:
-        fused: Update each parameter within the backward pass and free its gradient at once. Not for
-            loops that clip, scale or accumulate gradients; those are found out in the first step,
-            which is an ordinary one.
-        checkpoint_idle: Recompute the blocks that hold no active module, rather than keep what
-            their gradients need. A `Budget` itself decides what to recompute.
+        fused: Update each parameter within the backward pass, and free its gradient at once. Not
+            for loops that clip, scale or accumulate gradients: the first step, which is not fused,
+            detects these and raises an error.
+        checkpoint_idle: Recompute the blocks that hold no active module in the backward pass,
+            instead of keeping their activations. A `Budget` itself decides what to recompute.
 
     Raises:
-        TypeError: Not a bool.
+        TypeError: An option is not a bool.
     """
 
     fused: bool = False
@@ -31,10 +31,10 @@ class Backward:
 
 
 def as_backward(backward: object) -> Backward:
-    """Return ``backward`` itself.
+    """Return ``backward`` itself, after a check of its type.
 
     Raises:
-        TypeError: It is no `Backward`.
+        TypeError: ``backward`` is not a `Backward`.
     """
     if not isinstance(backward, Backward):
         raise TypeError(

@@ -1,8 +1,8 @@
-"""Updates in the middle of the backward pass, so that at most one gradient is alive at a time.
+"""Updates within the backward pass, so that at most one gradient is alive at a time.
 
-Whoever clips, unscales or accumulates gradients needs all of them at once, after the backward pass.
-That cannot be asked for, but it shows: a rehearsal, one ordinary step, finds gradients that came
-twice, or that were written to before the step.
+A loop that clips, unscales or accumulates gradients needs all of them at once, after the backward
+pass. The optimizer cannot ask whether a loop does so, but one ordinary step, the rehearsal, shows
+it: a gradient arrives twice, or is written to before the step.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ Update: TypeAlias = Callable[[Tensor, int], None]
 
 
 class FusedBackward:
-    """Updates each parameter as soon as its gradient is there, and frees that.
+    """Updates each parameter as soon as its gradient exists, and frees the gradient.
 
     Attributes:
-        is_rehearsed: Whether it does; else the step has yet to come that shows that it can.
+        is_rehearsed: Whether the first ordinary step has been done, so that updates are fused.
     """
 
     def __init__(self) -> None:
@@ -36,12 +36,12 @@ class FusedBackward:
         self._forget()
 
     def attach(self, groups: Sequence[ParamGroup], update: Update) -> None:
-        """Watch the parameters of ``groups``, and no others.
+        """Handle the gradients of the parameters of ``groups``, and of no others.
 
         Args:
             groups: The param groups.
-            update: A method, which is not owned. It is called with a parameter that has its
-                gradient and the position of its group.
+            update: A method, kept by a weak reference. It is called with a parameter that has its
+                gradient, and the position of the parameter's group.
         """
         self.remove()
         self._update = weakref.WeakMethod(update)
@@ -53,7 +53,7 @@ class FusedBackward:
         ]
 
     def remove(self) -> None:
-        """Watch nothing."""
+        """Remove the hooks from all parameters."""
         for handle in self._handles:
             handle.remove()
         self._handles = []
@@ -81,7 +81,7 @@ class FusedBackward:
         """Raise if a fused update would not have used the gradients as they are now.
 
         Raises:
-            RuntimeError: They were accumulated, changed, or are shared among ranks.
+            RuntimeError: They were accumulated or changed, or ranks average them.
         """
         if self._twice:
             raise RuntimeError(refusal("gradients were accumulated over several backward passes"))
@@ -96,7 +96,7 @@ class FusedBackward:
             )
 
     def end_step(self) -> set[Tensor]:
-        """Begin the next step, fused from here on; return what was updated within this one."""
+        """Start the next step, which is fused; return the parameters updated in this backward."""
         updated = self._arrived if self.is_rehearsed else set()
         self.is_rehearsed |= bool(self._arrived)
         self._forget()
@@ -111,19 +111,19 @@ class FusedBackward:
                 yield now != version or not torch.allclose(sum_now, total, 0, 0, equal_nan=True)
 
     def _forget(self) -> None:
-        self._marks: dict[Tensor, tuple[int, Tensor]] = {}  # of what the backward pass left
+        self._marks: dict[Tensor, tuple[int, Tensor]] = {}  # after the backward pass
         self._arrived: set[Tensor] = set()
         self._twice = False
 
 
 def _mark(gradient: Tensor) -> tuple[int, Tensor]:
-    """Return what shows whether it is written to; GradScaler's kernel shows in the sum alone."""
+    """Return values that change if ``gradient`` is written to; GradScaler changes only the sum."""
     return version_of(gradient), gradient.detach().sum(dtype=torch.float32)
 
 
 def refusal(why: str) -> str:
-    """Return the message for a loop in which updates cannot be fused, and ``why``."""
+    """Return the error message for a loop in which updates cannot be fused, with the reason."""
     return (
-        f"Backward(fused=True) updates each parameter within the backward pass, but {why}. Leave "
-        "that out, or fused=True."
+        f"Backward(fused=True) updates each parameter within the backward pass, but {why}. "
+        "Change that, or leave out fused=True."
     )

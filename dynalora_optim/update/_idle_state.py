@@ -1,4 +1,4 @@
-"""Where the optimizer state of inactive modules is: where it was, on the host, or nowhere."""
+"""The optimizer state of inactive modules: kept on the device, moved to the host, or deleted."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from torch.optim import Optimizer
 
 from dynalora_optim.update._pause import Pause, PausedState
 
-# What optimizers call a state that holds the weights themselves, or their mean: ASGD's, those of
-# the schedule-free kinds, Prodigy's. A new one would not be what training had come to.
+# The keys of state that holds the weights themselves or their mean: in ASGD, in schedule-free
+# optimizers, and in Prodigy. If it were deleted, the progress in it would be lost.
 _ITERATES = ("ax", "z", "p0", "x0")
 
 State: TypeAlias = MutableMapping[Tensor, Any]
 
 
 class IdleState(Protocol):
-    """What becomes of the state of parameters that pause."""
+    """Moves or deletes the optimizer state of parameters that pause."""
 
     def release(self, state: State, parameters: Iterable[Tensor]) -> None:
-        """The ``parameters`` are inactive now."""
+        """Handle the state of ``parameters`` that are inactive now."""
         ...
 
     def restore(self, state: State, parameters: Iterable[Tensor]) -> None:
-        """The ``parameters`` are active now."""
+        """Handle the state of ``parameters`` that are active now."""
         ...
 
     def settle(self) -> None:
@@ -36,7 +36,7 @@ class IdleState(Protocol):
 
 
 class Keep:
-    """It stays where it is."""
+    """Leaves the state where it is."""
 
     def release(self, state: State, parameters: Iterable[Tensor]) -> None:
         """Do nothing."""
@@ -49,13 +49,13 @@ class Keep:
 
 
 class Drop(Keep):
-    """It is deleted; the next activation begins anew, as BAdam's does (arXiv 2404.02827)."""
+    """Deletes the state, so that a new one is created later, as in BAdam (arXiv 2404.02827)."""
 
     def release(self, state: State, parameters: Iterable[Tensor]) -> None:
-        """Delete it.
+        """Delete the state of ``parameters``.
 
         Raises:
-            ValueError: It holds what cannot be made anew. Nothing is changed then.
+            ValueError: The state holds weights, which cannot be restored. Then nothing is changed.
         """
         present = [parameter for parameter in parameters if parameter in state]
         for parameter in present:
@@ -66,17 +66,17 @@ class Drop(Keep):
 
 
 class Offload:
-    """It moves to the host and comes back unchanged.
+    """Moves the state to the host, and back unchanged.
 
-    On CUDA both copies run beside the computation, from and to pinned memory. State that is on the
-    host anyway, such as step counts, stays as it is.
+    On CUDA both copies run in parallel to the computation, to and from pinned memory. State that is
+    always on the host, such as step counts, is not moved.
     """
 
     def __init__(self) -> None:
-        self._copied: dict[torch.device, torch.cuda.Event] = {}  # the last copies from there
+        self._copied: dict[torch.device, torch.cuda.Event] = {}  # the last copies from each
 
     def release(self, state: State, parameters: Iterable[Tensor]) -> None:
-        """Begin to move it to the host."""
+        """Start to move the state of ``parameters`` to the host."""
         leaving: dict[torch.device, list[Place]] = defaultdict(list)
         for parameter in parameters:
             values = state.get(parameter, {})
@@ -91,7 +91,7 @@ class Offload:
                     values[key] = values[key].cpu()
 
     def restore(self, state: State, parameters: Iterable[Tensor]) -> None:
-        """Move it back; the device's next kernels wait for it, this thread does not."""
+        """Move the state back; the device's next kernels wait for it, but this thread does not."""
         for parameter in parameters:
             values = state.get(parameter, {})
             for key, value in values.items():
@@ -115,18 +115,18 @@ Place: TypeAlias = "tuple[dict[str, Any], str]"  # values[key]
 
 
 def _begin_copies(device: torch.device, places: Iterable[Place]) -> torch.cuda.Event:
-    """Put pinned copies in these places, beside the computation; return when they are complete."""
+    """Start to replace ``places`` with pinned copies; return the event of their completion."""
     with torch.cuda.device(device):
-        beside = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        beside.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(beside):
+        copy_stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        copy_stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(copy_stream):
             for values, key in places:
                 value = values[key]
                 host = torch.empty_like(value, device="cpu", pin_memory=True)
                 values[key] = host.copy_(value, non_blocking=True)
-                value.record_stream(beside)
+                value.record_stream(copy_stream)
         copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        copied.record(beside)
+        copied.record(copy_stream)
     return copied
 
 
@@ -138,12 +138,12 @@ _KINDS: dict[PausedState, type[Keep | Offload]] = {
 
 
 def idle_state(pause: Pause, optimizer: Optimizer) -> IdleState:
-    """Return what does with the state of ``optimizer`` as ``pause`` says.
+    """Return the `IdleState` that handles the state of ``optimizer`` as ``pause`` says.
 
     Raises:
-        ValueError: It cannot be dropped.
+        ValueError: The state is to be dropped, but cannot be.
     """
-    has_modes = callable(getattr(optimizer, "eval", None))  # schedule-free kinds
+    has_modes = callable(getattr(optimizer, "eval", None))  # schedule-free optimizers
     made_once = isinstance(optimizer, (torch.optim.ASGD, torch.optim.Adagrad))
     if pause.state == "drop" and (has_modes or made_once):
         raise ValueError(_holds_iterate(type(optimizer).__name__))
@@ -152,7 +152,7 @@ def idle_state(pause: Pause, optimizer: Optimizer) -> IdleState:
 
 def _holds_iterate(what: str) -> str:
     return (
-        f"Pause(state='drop') would delete what {what} cannot make anew: it holds the weights "
-        "themselves or their mean, or is made only when the optimizer is built. Pass 'keep' or "
-        "'offload', or an optimizer such as AdamW."
+        f"Pause(state='drop') would delete state that {what} cannot create again: it holds the "
+        "weights themselves or their mean, or is created only when the optimizer is built. Pass "
+        "'keep' or 'offload', or an optimizer such as AdamW."
     )

@@ -1,7 +1,7 @@
 """A torch optimizer that owns groups and state, and leaves the update to another optimizer.
 
-That one owns nothing in between. Sharing param groups between the two optimizers instead would
-break at the first ``load_state_dict``, which ``accelerator.prepare`` calls.
+The other optimizer gets the groups and the state only for each update. If both shared their param
+groups, the first ``load_state_dict``, which ``accelerator.prepare`` calls, would separate them.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ from dynalora_optim.update._rule import UpdateRule
 class LateBoundOptimizer(Optimizer):
     """A torch optimizer that owns groups and state, and leaves the update to another optimizer.
 
-    Its param groups are those of the other, split by a `ParameterIndex`; its state begins as the
-    other's.
+    Its param groups are those of the other optimizer, split by a `ParameterIndex`. It starts with
+    the state of the other optimizer.
     """
 
-    # GradScaler must unscale the gradients itself: the wrapped optimizer's fused kernel, which
-    # could do it, never sees the scaler.
+    # GradScaler must unscale the gradients itself: the wrapped optimizer's fused kernel could do
+    # it, but does not get the scale.
     _step_supports_amp_scaling = False
 
     def __init__(self, optimizer: Optimizer, index: ParameterIndex, rule: UpdateRule) -> None:
         self._rule = rule
         self._index = index
-        self._lines: list[int] = []  # per param group, the number of the user group it came from
+        self._lines: list[int] = []  # per param group, the number of its user group
         self._users: list[UserGroup] = []
         self._is_provisional = False  # the state was created for a checkpoint, not by training
         self.param_groups = []
@@ -42,7 +42,7 @@ class LateBoundOptimizer(Optimizer):
         """Add a param group, split per module group.
 
         Raises:
-            ValueError: A parameter is held already. Nothing is changed then.
+            ValueError: A param group already holds one of the parameters. Then nothing is changed.
         """
         parameters = self._check_new(param_group)
         pieces = self._index.split({**param_group, "params": parameters})
@@ -63,7 +63,7 @@ class LateBoundOptimizer(Optimizer):
         self._is_provisional = True
 
     def _drop_provisional(self) -> None:
-        """Let training create the state that was only rehearsed."""
+        """Delete state that was created for a checkpoint only; training creates it again."""
         if self._is_provisional:
             self.state.clear()
             self._is_provisional = False
@@ -76,21 +76,21 @@ class LateBoundOptimizer(Optimizer):
         return parameters
 
     def _give_back(self) -> None:
-        """Leave the wrapped optimizer with the groups of its user, their options and the state."""
+        """Give the wrapped optimizer the user's groups with their current options and state."""
         groups = user_groups(self.param_groups, self._lines, self._users)
         self._rule.optimizer.param_groups = groups
         self._rule.optimizer.state = self.state
 
     def train(self) -> None:
-        """Switch a wrapped optimizer that has modes (schedule-free kinds) to training."""
+        """Switch a wrapped optimizer that has modes (schedule-free) to training."""
         self._rule.switch_mode("train", self.param_groups, self.state)
 
     def eval(self) -> None:
-        """Switch a wrapped optimizer that has modes (schedule-free kinds) to evaluation."""
+        """Switch a wrapped optimizer that has modes (schedule-free) to evaluation."""
         self._rule.switch_mode("eval", self.param_groups, self.state)
 
     def __getstate__(self) -> dict[str, Any]:
-        # As for every torch optimizer, hooks and a scheduler's patch of step() stay behind.
+        # As in every torch optimizer, hooks and a scheduler's patch of step() are not copied.
         return {
             key: value
             for key, value in self.__dict__.items()
@@ -99,9 +99,9 @@ class LateBoundOptimizer(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        if "_rule" in state:  # a copy; load_state_dict comes through here too
+        if "_rule" in state:  # a copy; load_state_dict also calls this method
             self._take_charge()
 
     def _take_charge(self) -> None:
-        """Let step hooks of the wrapped optimizer fire with this one's, once per step."""
+        """Use the step hooks of the wrapped optimizer in this one; each runs once per step."""
         share_step_hooks(self, self._rule.optimizer)

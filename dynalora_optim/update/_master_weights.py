@@ -1,7 +1,7 @@
-"""Float32 copies of low-precision weights, for as long as they train.
+"""Float32 copies of low-precision weights, while these train.
 
-An update of 1e-5 is lost in a bfloat16 weight of 1: its neighbours are 1/128 apart. So the update
-goes to a float32 copy, whose rounding is what the model computes with (BAdam, arXiv 2404.02827).
+An update of 1e-5 is lost in a bfloat16 weight of 1: the next larger bfloat16 is 1/128 away. So a
+float32 copy is updated, and the model computes with the rounded copy (BAdam, arXiv 2404.02827).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 
 from dynalora_optim.update._param_groups import ParamGroup, flatten
 
-MASTER = "master_weight"  # its key in a parameter's state
+MASTER = "master_weight"  # the copy's key in a parameter's state
 LOW_PRECISION = (torch.bfloat16, torch.float16)
 
 Rounding: TypeAlias = Literal["nearest", "stochastic"]
@@ -25,13 +25,14 @@ State: TypeAlias = "MutableMapping[Tensor, dict[str, Any]]"
 
 
 class MasterWeights:
-    """Keeps the copies in the optimizer's state, where a checkpoint finds them.
+    """Keeps the copies in the optimizer's state, so that a checkpoint contains them.
 
     Args:
-        rounding: How a weight ends when its module pauses. While it trains it is the nearest to
-            its copy; a ``"stochastic"`` end keeps the copy's mean, so that what many short periods
-            add is not lost. None: there are no copies.
-        seed: Of the stochastic rounding.
+        rounding: How a copy is rounded to its weight when the module pauses. While the module
+            trains, the weight is the ``"nearest"`` to the copy. ``"stochastic"`` rounding at the
+            end keeps the mean, so that small changes in many short periods are not lost. None:
+            there are no copies.
+        seed: The seed of the stochastic rounding.
     """
 
     def __init__(self, rounding: Rounding | None, seed: int) -> None:
@@ -39,22 +40,22 @@ class MasterWeights:
         self._seed = seed
 
     def check(self, optimizer: Optimizer) -> None:
-        """Raise unless the rounding is one of the two or None, and goes with ``optimizer``.
+        """Raise unless the rounding is valid, and can be used with ``optimizer``.
 
         Raises:
-            ValueError: It does not.
+            ValueError: The rounding is unknown, or cannot be used with ``optimizer``.
         """
         rounding = self._rounding
         if rounding is None:
             return
         if rounding not in get_args(Rounding):
             raise ValueError(
-                f"master_weights={rounding!r} is none of {', '.join(get_args(Rounding))}, None."
+                f"master_weights={rounding!r}: pass one of {', '.join(get_args(Rounding))}, None."
             )
         if callable(getattr(optimizer, "eval", None)):
             raise ValueError(
-                f"master_weights={rounding!r} does not go with {type(optimizer).__name__}, which "
-                "puts weights of its own into the model; pass an optimizer such as AdamW."
+                f"master_weights={rounding!r} cannot be used with {type(optimizer).__name__}, "
+                "which writes its own weights into the model; pass an optimizer such as AdamW."
             )
         halves = [p for p in flatten(optimizer.param_groups) if p.dtype == torch.float16]
         if rounding == "stochastic" and halves:
@@ -65,9 +66,10 @@ class MasterWeights:
 
     @contextmanager
     def in_place(self, groups: Sequence[ParamGroup], state: State) -> Iterator[State]:
-        """Put the copies into ``groups``, in place, for one update; yield the state to update with.
+        """Put the copies into ``groups``, in place, for one update; yield the state of the copies.
 
-        Afterwards the weights follow. ``groups`` must be the caller's own.
+        Afterwards the weights are set to the rounded copies. The lists in ``groups`` are changed,
+        so that they must not be used elsewhere.
         """
         copies = {
             parameter: _master_of(parameter, state)
@@ -101,13 +103,13 @@ class MasterWeights:
             parameter.copy_(copy)
 
     def write_back(self, state: State, parameters: Iterable[Tensor], *, number: int) -> None:
-        """End the copies of ``parameters``, which pause from selection ``number`` on."""
+        """Round and delete the copies of ``parameters``; ``number`` seeds the random rounding."""
         for position, parameter in enumerate(parameters):
             copy = state.get(parameter, {}).pop(MASTER, None)
             if copy is not None and self._rounding == "stochastic":
                 generator = torch.Generator(parameter.device)
-                of_its_own = random.Random(f"{self._seed}:{number}:{position}")
-                generator.manual_seed(of_its_own.getrandbits(63))
+                seeds = random.Random(f"{self._seed}:{number}:{position}")
+                generator.manual_seed(seeds.getrandbits(63))
                 parameter.copy_(stochastically_rounded(copy, generator))
 
 
@@ -117,10 +119,10 @@ def _master_of(parameter: Tensor, state: State) -> Tensor:
 
 
 def stochastically_rounded(x: Tensor, generator: torch.Generator) -> Tensor:
-    """Return ``x`` (float32) in bfloat16, up or down by chance, so that the mean is x.
+    """Return ``x`` (float32) in bfloat16, rounded up or down at random so that the mean is x.
 
-    A bfloat16 is the upper half of a float32: a random number of 16 bits is added to the lower
-    half, and carries with the probability that it stands for. inf and nan stay what they are.
+    A bfloat16 is the upper half of a float32. A random number of 16 bits is added to the lower
+    half; the sum carries with a probability equal to the fraction. inf and nan do not change.
     """
     bits = x.view(torch.int32)
     noise = torch.randint(
@@ -133,9 +135,10 @@ def stochastically_rounded(x: Tensor, generator: torch.Generator) -> Tensor:
 def restore_dtypes(
     state: Mapping[Tensor, Any], groups: Sequence[ParamGroup], packed: Mapping[str, Any]
 ) -> None:
-    """Undo the cast of ``load_state_dict``, which puts all state into its parameter's precision.
+    """Undo the cast of ``load_state_dict``, which casts all state to its parameter's precision.
 
-    Only of a run with copies: without, torch's rules want state as precise as the parameter.
+    This is done only if the run has copies. Without copies, the state has the precision of its
+    parameter, as in torch.
     """
     if not any(MASTER in values for values in packed["state"].values()):
         return

@@ -13,12 +13,12 @@ from dynalora_optim.groups._module_group import ModuleGroup
 
 ParamGroup: TypeAlias = "dict[str, Any]"
 
-PACKED = "dynalora"  # the key of a group for what a state dict saves with it; "" in a live one
-OUTSIDE = "always_active"  # the name of a param group whose parameters are in no module group
+PACKED = "dynalora"  # a group's key for values saved in a state dict; "" in the optimizer
+OUTSIDE = "always_active"  # the name of a param group without a module group
 
 
 class ParameterIndex:
-    """Which module group each parameter of a model belongs to, and what it is called."""
+    """The module group and the name of each parameter of a model."""
 
     def __init__(self, model: nn.Module, groups: Sequence[ModuleGroup]) -> None:
         self._groups = groups
@@ -26,10 +26,10 @@ class ParameterIndex:
         self._owners = {id(p): group.name for group in groups for p in group.parameters()}
 
     def split(self, group: Mapping[str, Any]) -> list[ParamGroup]:
-        """Split one param group per module group, in forward order; the rest comes last.
+        """Split a param group by module groups, in forward order; other parameters come last.
 
-        Each piece inherits every option and carries its module group's ``"name"`` and the
-        ``"param_names"``; a name that the user gave the group is kept as ``"user_name"``.
+        Each piece has all options of the group, the ``"name"`` of its module group and the
+        ``"param_names"``. If the user gave the group a name, it is kept as ``"user_name"``.
         """
         pieces: dict[str, list[Tensor]] = {name: [] for name in [*self._order(), OUTSIDE]}
         for parameter in group["params"]:
@@ -39,7 +39,7 @@ class ParameterIndex:
             options["user_name"] = group["name"]
         return [
             {
-                # A scheduler scales a tensor rate in place, once per group: no two share one.
+                # A scheduler scales a tensor rate in place, once per group: each needs its own.
                 **{k: v.clone() if isinstance(v, Tensor) else v for k, v in options.items()},
                 "params": parameters,
                 "name": name,
@@ -51,19 +51,19 @@ class ParameterIndex:
         ]
 
     def names_of(self, parameters: Iterable[Tensor]) -> list[str]:
-        """Return what the model calls ``parameters``."""
+        """Return the names of ``parameters`` in the model."""
         return [self._names[id(parameter)] for parameter in parameters]
 
     def groups_of(self, parameters: Iterable[Tensor]) -> list[ModuleGroup]:
-        """Return the module groups that any of ``parameters`` belongs to, in forward order."""
+        """Return the module groups that hold any of ``parameters``, in forward order."""
         names = {self._owners.get(id(parameter)) for parameter in parameters}
         return [group for group in self._groups if group.name in names]
 
     def check_belongs(self, parameters: Iterable[Tensor]) -> None:
-        """Raise if a parameter is not the model's.
+        """Raise if a parameter is not in the model.
 
         Raises:
-            ValueError: It is not; the message gives its position and shape.
+            ValueError: One is not; the message gives its position and shape.
         """
         strange = [
             f"#{i} of shape {tuple(parameter.shape)}"
@@ -78,12 +78,12 @@ class ParameterIndex:
             )
 
     def check_groups(self, parameters: Iterable[Tensor], named: Collection[str] = ()) -> None:
-        """Raise unless an optimizer that holds ``parameters`` alone can train every module group.
+        """Raise unless an optimizer that holds only ``parameters`` can train every module group.
 
-        Groups that are not allocated may be left out, unless they are among those ``named``.
+        Groups that are not allocated may be missing, unless ``named`` contains them.
 
         Raises:
-            ValueError: The message names the groups.
+            ValueError: Some groups cannot be trained; the message names them.
         """
         held = {id(parameter) for parameter in parameters}
         groups = [g for g in self._groups if g.role == "allocated" or g.name in named]
@@ -108,12 +108,12 @@ class ParameterIndex:
 
 
 def flatten(groups: Iterable[Mapping[str, Any]]) -> list[Tensor]:
-    """The parameters of all groups, in order."""
+    """Return the parameters of all groups, in order."""
     return [parameter for group in groups for parameter in group["params"]]
 
 
 def parameters_of(param_group: Mapping[str, Any]) -> list[Tensor]:
-    """The parameters of a group in any form that torch takes: one, many, or (name, parameter)."""
+    """Return the parameters of a group given as torch allows: one, many, or (name, parameter)."""
     params = param_group["params"]
     if isinstance(params, Tensor):
         return [params]
@@ -125,7 +125,7 @@ def match_always_active(patterns: Sequence[str], groups: Sequence[ModuleGroup]) 
 
     Raises:
         TypeError: ``patterns`` is a single string.
-        ValueError: A pattern matches no group, or together they leave none to allocate.
+        ValueError: A pattern matches no group, or all patterns leave no group to allocate.
     """
     if isinstance(patterns, str):
         raise TypeError(f"always_active={patterns!r} is one string; pass a sequence, e.g. a list.")

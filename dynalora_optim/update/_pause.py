@@ -1,4 +1,4 @@
-"""What becomes of the optimizer state of modules that pause, and how they come back."""
+"""What happens to the optimizer state of modules that pause, and how they return."""
 
 from __future__ import annotations
 
@@ -15,22 +15,23 @@ from dynalora_optim._base.checks import whole_number
 PausedState: TypeAlias = Literal["keep", "offload", "drop"]
 Moments: TypeAlias = Literal["keep", "reset_momentum", "reset"]
 
-_FIRST_MOMENTS = ("exp_avg", "momentum_buffer")  # of all of torch's optimizers
+_FIRST_MOMENTS = ("exp_avg", "momentum_buffer")  # the keys in all of torch's optimizers
 
 
 @dataclass(frozen=True)
 class Pause:
-    """What becomes of the optimizer state of a module that pauses.
+    """What happens to the optimizer state of a module that pauses.
 
     Attributes:
-        state: While it is inactive: ``"keep"``; ``"offload"``: it moves to the host and comes back
-            unchanged; or ``"drop"``: it is deleted, and the module begins anew.
-        moments: When it returns: ``"keep"``, ``"reset_momentum"`` (the first moment only), or
-            ``"reset"``.
-        warmup: When it returns, its rate rises over so many steps: 1/n, 2/n, ... 1.
+        state: The state while the module is inactive: ``"keep"``: it stays on the device;
+            ``"offload"``: it moves to the host, and back unchanged; or ``"drop"``: it is deleted,
+            and the module returns with a new one.
+        moments: The moments when the module returns: ``"keep"``, ``"reset_momentum"`` (the first
+            moment only), or ``"reset"``.
+        warmup: When the module returns, its rate rises over n = ``warmup`` steps: 1/n, 2/n, ... 1.
 
     Raises:
-        ValueError: A value out of its range, or ``moments`` of a state that is dropped.
+        ValueError: A value is out of range, or ``moments`` is set for a state that is dropped.
     """
 
     state: PausedState = "keep"
@@ -54,22 +55,22 @@ class Pause:
         whole_number("Pause(warmup)", self.warmup, least=0)
 
     def check(self, optimizer: Optimizer) -> None:
-        """Raise unless ``optimizer`` can do without the moments that are to be reset.
+        """Raise unless the state of ``optimizer`` can be reset as ``moments`` says.
 
         Raises:
-            ValueError: It cannot.
+            ValueError: It cannot be reset.
         """
         if self.moments == "reset" and isinstance(optimizer, torch.optim.Adagrad):
             raise ValueError(
-                "Pause(moments='reset') deletes a state that Adagrad makes only when it is built; "
+                "Pause(moments='reset') deletes state that Adagrad creates only when it is built; "
                 "pass 'keep', or another optimizer."
             )
 
     def welcome(self, state: MutableMapping[Tensor, Any], returning: Iterable[Tensor]) -> None:
         """Reset the state of ``returning`` parameters as ``moments`` says.
 
-        Kept momentum goes on in the direction of before the pause: after 100 unit gradients, Adam's
-        first step on a gradient of -1 still moves 0.8 lr the old way.
+        Momentum that is kept continues in the direction from before the pause: after 100 gradients
+        of 1, Adam's first step on a gradient of -1 still moves by 0.8 lr in the old direction.
         """
         for parameter in returning if self.moments != "keep" else ():
             if self.moments == "reset":
@@ -84,8 +85,8 @@ def as_pause(pause: object) -> Pause:
     """Return ``pause`` itself; a string is short for ``Pause(state=...)``.
 
     Raises:
-        TypeError: Neither.
-        ValueError: An unknown string.
+        TypeError: ``pause`` is neither a `Pause` nor a string.
+        ValueError: ``pause`` is an unknown string.
     """
     if isinstance(pause, Pause):
         return pause

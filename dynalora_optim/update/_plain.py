@@ -1,7 +1,8 @@
-"""State dicts of the wrapped optimizer itself: one group for each that the user gave.
+"""State dicts of a plain optimizer, which is not wrapped: they have the user's own param groups.
 
-The wrapper splits the user's groups per module. Here positions are mapped from one to the other, so
-that a run can begin with plain fine-tuning and go on with an allocation, and the other way round.
+The wrapper splits the user's groups by module. This file maps the parameters of one form to the
+other, so that a run can start with plain fine-tuning and continue with an allocation, or the other
+way round.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from dynalora_optim._base.torch_private import ORIGINAL
 from dynalora_optim.update._param_groups import PACKED, ParamGroup
 
 _OURS = ("params", "name", "param_names", "user_name", PACKED)
-# State that every torch optimizer shapes like its parameter.
+# State that has the shape of its parameter in every torch optimizer.
 _SHAPED = ("exp_avg", "exp_avg_sq", "momentum_buffer", "square_avg", "sum", "prev")
 
 
@@ -26,7 +27,7 @@ class UserGroup:
 
     Attributes:
         names: The model's names of its parameters, in the user's order.
-        has_names: Whether the user named the parameters, so that a state dict shows it.
+        has_names: Whether the user named the parameters, so that a state dict has the names.
     """
 
     names: tuple[str, ...]
@@ -34,7 +35,7 @@ class UserGroup:
 
 
 def is_plain(packed: Mapping[str, Any], groups: Sequence[ParamGroup]) -> bool:
-    """Return whether ``packed`` is the state dict of an optimizer that nothing wraps."""
+    """Return whether ``packed`` is the state dict of an optimizer that is not wrapped."""
     saved = packed["param_groups"]
     ours = [group["name"] for group in groups]
     return not any(
@@ -52,13 +53,13 @@ def from_plain(
     """Return a plain optimizer's state dict with its groups split as ``groups`` are.
 
     Args:
-        packed: What the plain optimizer's ``state_dict()`` returned.
+        packed: The plain optimizer's ``state_dict()``.
         groups: The param groups of the wrapper.
         lines: Per param group, the number of the user's group that it was split from.
         users: The user's groups.
 
     Raises:
-        ValueError: It has other groups, parameters or shapes.
+        ValueError: ``packed`` has other groups, parameters or shapes.
     """
     saved = packed["param_groups"]
     if len(saved) != len(users):
@@ -81,9 +82,9 @@ def from_plain(
 def user_groups(
     groups: Sequence[ParamGroup], lines: Sequence[int], users: Sequence[UserGroup]
 ) -> list[ParamGroup]:
-    """Return the user's groups with the parameters and options of now.
+    """Return the user's groups with the current parameters and options.
 
-    Where pieces of one have come to differ in an option, it has that of the first.
+    If the pieces of a group now differ in an option, the group gets the first piece's value.
     """
     found = []
     for number, user in enumerate(users):
@@ -104,10 +105,10 @@ def to_plain(
     users: Sequence[UserGroup],
     state: Mapping[Tensor, Any],
 ) -> dict[str, Any]:
-    """Return the state dict that the wrapped optimizer would return, had it trained by itself.
+    """Return the state dict of the wrapped optimizer, as if it had trained without the wrapper.
 
     Raises:
-        ValueError: Groups that were split from one now differ in an option.
+        ValueError: Param groups that were split from one group now differ in an option.
     """
     packed: dict[str, Any] = {"state": {}, "param_groups": []}
     count = 0
@@ -147,7 +148,7 @@ def _keys(number: int, saved: Mapping[str, Any], user: UserGroup) -> dict[str, A
 
 
 def _bare(name: str) -> str:
-    """Leave out what DistributedDataParallel and torch.compile put before a name."""
+    """Return a name without the parts that DistributedDataParallel and torch.compile add."""
     return name.removeprefix("module.").replace(f"{ORIGINAL}.", "")
 
 
@@ -165,7 +166,7 @@ def _check_shapes(
 
 
 def _piece(group: ParamGroup, saved: Mapping[str, Any], keys: Mapping[str, Any]) -> ParamGroup:
-    """Return ``group`` with the options of the saved one that it stands for a part of."""
+    """Return ``group`` with the options of the saved group of which it is a piece."""
     options = {
         key: value.clone() if isinstance(value, Tensor) else value
         for key, value in saved.items()
@@ -190,9 +191,9 @@ def _common_options(number: int, pieces: Sequence[ParamGroup]) -> ParamGroup:
         for key, value in piece.items():
             if key not in _OURS and (key not in first or bool(value != first[key])):
                 raise ValueError(
-                    f"your param group {number} has no {key} of its own any more: "
+                    f"your param group {number} no longer has one value of {key}: "
                     f"{first['name']} has {first.get(key)!r}, {piece['name']} has {value!r}. A "
-                    "plain optimizer has one for all of the group; make them equal first."
+                    "plain optimizer has one value per group; make them equal first."
                 )
     return {key: value for key, value in first.items() if key not in _OURS}
 

@@ -1,4 +1,4 @@
-"""The wrapped optimizer as an update rule: groups and state are handed to it at each step."""
+"""The wrapped optimizer as an update rule: it is given groups and state at each step."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from dynalora_optim.update._param_groups import ParamGroup
 
 
 class UpdateRule:
-    """Runs a torch optimizer over whichever groups it is given."""
+    """Runs a torch optimizer over the groups that it is given."""
 
     def __init__(self, optimizer: Optimizer, masters: MasterWeights) -> None:
         self.optimizer = optimizer
@@ -24,19 +24,19 @@ class UpdateRule:
         """Update the parameters of ``groups``, with their moments in ``state``.
 
         Returns:
-            Whether the rule keeps numbers of its own in the groups, as schedule-free ones do.
+            Whether the rule stores its own numbers in the groups, as schedule-free optimizers do.
         """
         return self._run(_unhooked_step(self.optimizer), groups, state)
 
     def switch_mode(self, mode: str, groups: Iterable[ParamGroup], state: Any) -> None:
-        """Call ``train()`` or ``eval()`` of an optimizer that has them (schedule-free kinds)."""
+        """Call ``train()`` or ``eval()`` of an optimizer that has them (schedule-free)."""
         if callable(method := getattr(self.optimizer, mode, None)):
             self._run(method, groups, state)
 
     def _run(self, method: Callable[[], Any], groups: Iterable[ParamGroup], state: Any) -> bool:
         merged = _coalesce(groups, state)
         before = [dict(one) for one, _ in merged]
-        # In between the optimizer shows the groups that its user gave it.
+        # Between updates the optimizer has the groups that the user gave it.
         whole = self.optimizer.param_groups
         self.optimizer.param_groups = [one for one, _ in merged]
         try:
@@ -48,7 +48,7 @@ class UpdateRule:
             self.optimizer.state = state
         has_changed = False
         for (one, sources), old in zip(merged, before, strict=True):
-            # Some rules keep numbers in the group (schedule-free's k, Prodigy's d).
+            # Some rules store numbers in the group (schedule-free's k, Prodigy's d).
             changed = {
                 k: v for k, v in one.items() if k != "params" and (k not in old or v is not old[k])
             }
@@ -59,10 +59,9 @@ class UpdateRule:
 
 
 def _unhooked_step(optimizer: Optimizer) -> Callable[[], Any]:
-    """The ``step`` without torch's hook layer.
+    """Return the optimizer's ``step`` without torch's hooks.
 
-    The wrapper's own step has that layer and shares the hooks; through both, the process-wide hooks
-    would fire twice.
+    The wrapper's own step already calls the hooks, so that the process-wide ones would run twice.
     """
     step = type(optimizer).step
     patched = "step" in vars(optimizer) and not has_scheduler(optimizer)
@@ -77,8 +76,9 @@ def _coalesce(
 ) -> list[tuple[ParamGroup, list[ParamGroup]]]:
     """Join groups of equal options, so that one fused or foreach call updates them all.
 
-    Groups at their first update stay apart: torch's fused SGD refuses a mix of parameters with and
-    without a momentum buffer. So do those that are sharded otherwise: no foreach takes both.
+    Groups at their first update are not joined with others: torch's fused SGD refuses a mix of
+    parameters with and without a momentum buffer. Groups that are sharded in different ways are not
+    joined either: no foreach call accepts both.
     """
     alike: dict[Hashable, list[ParamGroup]] = {}
     for group in groups:

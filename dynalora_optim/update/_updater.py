@@ -1,4 +1,4 @@
-"""From gradients to weights: one optimizer step over the groups that are active."""
+"""Updating weights: one optimizer step over the active groups."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ from dynalora_optim.update._rule import UpdateRule
 
 
 class Updater:
-    """Moves active parameters, at the rates of their modules, and looks after their state.
+    """Updates active parameters with the rates of their modules, and manages their state.
 
     Args:
         optimizer: The wrapped optimizer.
-        rates: The rate of each param group.
-        pause: What becomes of the state of groups that pause.
-        masters: Float32 copies of low-precision weights.
+        rates: The learning rate of each param group.
+        pause: What happens to the state of groups that pause.
+        masters: The float32 copies of low-precision weights.
         fused: Whether to update within the backward pass.
 
     Raises:
-        ValueError: The optimizer does not go with ``pause`` or ``masters``.
+        ValueError: The optimizer cannot be used with ``pause`` or ``masters``.
     """
 
     def __init__(
@@ -52,12 +52,12 @@ class Updater:
         self._fused = FusedBackward() if fused else None
 
     def attach(self, groups: Sequence[ParamGroup], update: Update) -> None:
-        """Have ``update``, a method that calls `update_one`, called within the backward pass."""
+        """Call ``update``, a method that calls `update_one`, within the backward pass if fused."""
         if self._fused:
             self._fused.attach(groups, update)
 
     def remove(self) -> None:
-        """Update nothing within the backward pass any more."""
+        """Stop updating within the backward pass."""
         if self._fused:
             self._fused.remove()
 
@@ -70,7 +70,7 @@ class Updater:
         clock: Clock,
         is_active: Callable[[ParamGroup], bool],
     ) -> set[str]:
-        """Move the active groups; return the names of those that had a gradient."""
+        """Update the active groups; return the names of those that had a gradient."""
         active = [group for group in groups if is_active(group)]
         moved = {p for p in flatten(active) if p.grad is not None}
         if self._fused and moved and not self._fused.is_rehearsed:
@@ -92,25 +92,28 @@ class Updater:
         state: State,
         clock: Clock,
     ) -> None:
-        """Move one parameter of ``group``, one of ``groups``, within the backward pass."""
+        """Update one parameter of ``group``, one of ``groups``, within the backward pass."""
         with self.rates.applied(groups, lines, clock):
             self.rule.step([{**group, "params": [parameter]}], state)
 
     def _check_fusible(self, groups: Sequence[ParamGroup], state: State) -> None:
-        """Try the rule on a copy of one parameter: it may not add up anything over several."""
+        """Try the rule on a copy of one parameter; raise if it sums values over all parameters."""
         pairs = [(p, group) for group in groups for p in group["params"] if p.grad is not None]
         parameter, group = min(pairs, key=lambda pair: pair[0].numel())
         copy = parameter.detach().clone()
         copy.grad = deepcopy(parameter.grad)
         tried = defaultdict(dict, {copy: deepcopy(state.get(parameter, {}))})
         if self.rule.step([{**group, "params": [copy]}], tried):
-            raise RuntimeError(refusal("the wrapped optimizer adds up over all parameters"))
+            raise RuntimeError(refusal("the wrapped optimizer sums over all parameters"))
 
     @torch.no_grad()
     def settle(
         self, state: State, active: Iterable[Tensor], idle: Sequence[Tensor], *, number: int
     ) -> None:
-        """Put the state where the active set wants it; ``number`` seeds the rounding."""
+        """Move or delete the state of idle parameters, restore that of active ones.
+
+        The master weights of idle parameters are rounded; ``number`` seeds the rounding.
+        """
         self._masters.write_back(state, idle, number=number)
         self._idle_state.release(state, idle)
         self._idle_state.restore(state, active)

@@ -10,11 +10,12 @@ from dynalora_optim._base.torch_private import has_scheduler
 
 
 def check_wrappable(optimizer: object, *, scheduled: bool = False) -> None:
-    """Raise unless ``optimizer`` can serve as an update rule; one that is ``scheduled`` may.
+    """Raise unless ``optimizer`` can be wrapped; if ``scheduled``, it may have a scheduler.
 
     Raises:
-        TypeError: It is no torch optimizer.
-        ValueError: It wraps another itself, has a learning-rate scheduler, or cannot be allocated.
+        TypeError: It is not a torch optimizer.
+        ValueError: It wraps another optimizer, has a learning-rate scheduler, or has one state for
+            all parameters together.
     """
     if not isinstance(optimizer, Optimizer):
         raise TypeError(
@@ -24,7 +25,8 @@ def check_wrappable(optimizer: object, *, scheduled: bool = False) -> None:
     kind = type(optimizer).__name__
     if is_owner(optimizer):
         raise ValueError(
-            f"optimizer={kind} wraps another optimizer itself; pass that one, or use this as it is."
+            f"optimizer={kind} already wraps another optimizer; pass that one instead, or use "
+            "this one as it is."
         )
     if isinstance(optimizer, torch.optim.LBFGS):
         raise ValueError(
@@ -33,6 +35,6 @@ def check_wrappable(optimizer: object, *, scheduled: bool = False) -> None:
         )
     if has_scheduler(optimizer) and not scheduled:
         raise ValueError(
-            f"optimizer={kind} has a learning-rate scheduler, which would go on changing rates "
-            "that are no longer used; wrap first, then build the scheduler on the wrapper."
+            f"optimizer={kind} has a learning-rate scheduler, which would change rates that are no "
+            "longer used; wrap first, then build the scheduler on the wrapper."
         )

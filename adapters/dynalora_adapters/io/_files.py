@@ -1,4 +1,4 @@
-"""Save an adapter and load one, in the files that peft reads and writes."""
+"""Save and load an adapter, in the file format of peft."""
 
 from __future__ import annotations
 
@@ -35,19 +35,19 @@ from dynalora_adapters.io._storage import (
 def save_adapter(model: nn.Module, path: str | os.PathLike[str]) -> None:
     """Write the adapters and the trainable modules of ``model`` into the folder ``path``.
 
-    The files ``adapter_model.safetensors`` and ``adapter_config.json`` are those of peft:
-    ``peft.PeftModel.from_pretrained(base_model, path)`` loads them. Idle adapters are saved like
-    active ones, and merged ones as the weights they were merged from. The folder is created if
-    need be; where writing fails, the files that were there stay whole.
+    The files ``adapter_model.safetensors`` and ``adapter_config.json`` have peft's format:
+    ``peft.PeftModel.from_pretrained(base_model, path)`` loads them. Inactive adapters are saved
+    like active ones, and merged adapters like those that are not merged. The folder is created if
+    it does not exist. If writing fails, older files in it are not damaged.
 
     Args:
-        model: A model adapted by ``inject`` or ``load_adapter``, also inside
-            DistributedDataParallel or ``torch.compile``.
+        model: A model adapted by ``inject`` or ``load_adapter``. It may be wrapped in
+            DistributedDataParallel or by ``torch.compile``.
         path: The folder.
 
     Raises:
-        ValueError: If the model holds no adapters.
-        OSError: If the disk does not take the files.
+        ValueError: If the model has no adapters.
+        OSError: If the files cannot be written.
     """
     model = unwrap(model)
     layers = require_adapters(model)
@@ -62,13 +62,14 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str]) -> None:
 def load_adapter(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
     """Load an adapter that ``save_adapter`` or peft's ``save_pretrained`` wrote, in place.
 
-    A bare model is adapted as the file says. Into a model adapted already, the weights are loaded
-    if layers, ranks and scalings agree, for VeRA the key; dropout may differ. Everything is checked
-    before the model is touched, nothing is executed, and tensors are converted to the parameters'
-    dtype and device. VeRA's shared matrices become those of the file, or what its key draws.
+    A model without adapters gets the adapters that the file describes. If the model has adapters
+    already, only the weights are loaded; layers, ranks and scalings must agree, and for VeRA the
+    key. Dropout may differ. Everything is checked before the model is changed. No code in the files
+    is executed. Tensors are converted to the dtype and device of the parameters. VeRA's shared
+    matrices are taken from the file or, if it does not contain them, drawn from its key.
 
     Args:
-        model: A bare model, or one adapted by this package.
+        model: A model without adapters, or one adapted by this package.
         path: The folder with ``adapter_model.safetensors`` and ``adapter_config.json``.
 
     Returns:
@@ -76,14 +77,14 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
 
     Raises:
         FileNotFoundError: If one of the two files is missing.
-        ValueError: If a file is broken, uses an option that is not implemented here, or does not
+        ValueError: If a file is damaged, uses an option that is not implemented here, or does not
             fit the model.
     """
     folder = Path(path)
     try:
         _load(model, folder)
-    except RecursionError as error:  # before any change: lists and expressions come first
-        raise ValueError(f"{folder / CONFIG_NAME} is nested too deep ({error}).") from error
+    except RecursionError as error:  # before any change: the configuration is read first
+        raise ValueError(f"{folder / CONFIG_NAME} is nested too deeply ({error}).") from error
     return model
 
 
@@ -111,7 +112,7 @@ def _load_into_bare(
         raise ValueError(f"{folder / CONFIG_NAME} does not fit the model: {error}") from error
     heads = head_tensors(tree, config.trainable)
     _check_tensors(tensors, _shapes(tree, plan.bases, config, tensors, folder), heads, folder)
-    with torch.random.fork_rng(devices=[]):  # what the layers draw is overwritten at once
+    with torch.random.fork_rng(devices=[]):  # what the layers draw is overwritten below
         layers = config.build(plan.bases)
     share(config, layers, tensors)
     _copy(tensors, {**_layer_tensors(layers), **heads})
@@ -150,7 +151,7 @@ def _check_agrees(name: str, layer: AdapterLinear, config: AdapterConfig, folder
     for option, value in config.layer_options(name).items():
         if getattr(layer, option) != value:
             raise ValueError(
-                f"{folder / CONFIG_NAME} says {option}={value!r} for {name}, the model has "
+                f"{folder / CONFIG_NAME} says {option}={value!r} for {name}, but the model has "
                 f"{getattr(layer, option)!r}; call remove(model) first to load it as saved."
             )
 
@@ -162,7 +163,7 @@ def _shapes(
     tensors: Mapping[str, Tensor],
     folder: Path,
 ) -> dict[str, tuple[int, ...]]:
-    """Return the shapes of the adapters' tensors, and of what they share if the file has it."""
+    """Return the shapes of the adapters' tensors, and of the shared ones if the file has them."""
     try:
         shared = shared_shapes(tree, names, config, tensors)
     except ValueError as error:
@@ -176,19 +177,19 @@ def _check_tensors(
     heads: Mapping[str, Tensor],
     folder: Path,
 ) -> None:
-    """Raise unless the file holds exactly the wanted tensors, in fitting shapes and dtypes."""
+    """Raise unless the file has exactly the expected tensors, in fitting shapes and dtypes."""
     path = folder / WEIGHTS_NAME
     wanted = {**shapes, **{key: tuple(tensor.shape) for key, tensor in heads.items()}}
     if foreign := [key for key in tensors if key not in wanted and not key.startswith(PREFIX)]:
         raise ValueError(
             f"{path} holds names without the prefix {PREFIX!r}, which peft would ignore silently: "
-            f"{_few(foreign)}; rename them, or save the adapter anew."
+            f"{_few(foreign)}; rename them, or save the adapter again."
         )
     missing, unexpected = wanted.keys() - tensors.keys(), tensors.keys() - wanted.keys()
     if missing or unexpected:
         raise ValueError(
             f"{path} does not fit the model: missing {_few(missing)}; unexpected "
-            f"{_few(unexpected)}; load it into the kind of model it was trained with."
+            f"{_few(unexpected)}; load it into a model like the one it was trained with."
         )
     for key, shape in wanted.items():
         _check_tensor(path, key, tensors[key], shape, heads.get(key))
@@ -204,7 +205,7 @@ def _check_tensor(
         )
     if tensor.is_floating_point() is not (head is None or head.is_floating_point()):
         raise ValueError(
-            f"{path}: {key} is {tensor.dtype}, the model needs "
+            f"{path}: {key} is {tensor.dtype}, but the model needs "
             f"{'a floating dtype' if head is None else head.dtype}."
         )
 
@@ -215,7 +216,7 @@ def _few(keys: Collection[str]) -> str:
 
 
 def _layer_tensors(layers: Mapping[str, AdapterLinear]) -> dict[str, Tensor]:
-    """Return the adapters' parameters by their keys in the file."""
+    """Return the parameters of the adapters, by their keys in the file."""
     return {
         key: getattr(layer, param)
         for name, layer in layers.items()
@@ -230,5 +231,5 @@ def _copy(tensors: Mapping[str, Tensor], into: Mapping[str, Tensor]) -> None:
 
 
 def _detached_copy(tensor: Tensor) -> Tensor:
-    """Return a contiguous copy on the CPU that shares memory with nothing."""
+    """Return a contiguous copy on the CPU that shares no memory with another tensor."""
     return tensor.detach().cpu().clone(memory_format=torch.contiguous_format)

@@ -1,7 +1,7 @@
-"""peft's file format: what its configuration says, and what its tensors are called.
+"""peft's file format: its configuration, and the names of its tensors.
 
-The keys are those of peft 0.21's configurations and of its ``get_peft_model_state_dict``; the
-format has no document of its own.
+The format has no specification. The keys here are those of peft 0.21's configurations and of its
+``get_peft_model_state_dict``.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from dynalora_adapters._targets import head_names, is_all_linear, matches
 from dynalora_adapters.io._peft_kinds import IGNORED, KINDS, SHARED
 
 PREFIX = "base_model.model."
-# Modules that peft saves and expects for a task, whether modules_to_save names them or not.
+# Modules that peft saves and expects for a task, even if modules_to_save does not name them.
 _TASK_HEADS = {
     "SEQ_CLS": ("classifier", "score"),
     "TOKEN_CLS": ("classifier", "score"),
@@ -34,7 +34,7 @@ def decode_config(raw: Mapping[str, Any]) -> AdapterConfig:
     """Translate peft's configuration into ours.
 
     Raises:
-        ValueError: If it is of another kind, lacks an option, or uses one that is not implemented
+        ValueError: If its kind is unknown, an option is missing, or an option is not implemented
             here.
         TypeError: If an option has the wrong type.
     """
@@ -49,7 +49,7 @@ def decode_config(raw: Mapping[str, Any]) -> AdapterConfig:
     given = {ours: raw[theirs] for theirs, ours in options.items() if raw.get(theirs) is not None}
     for theirs in kind.required:
         if options[theirs] not in given:
-            raise ValueError(f"{theirs} is missing; add what the adapter was trained with.")
+            raise ValueError(f"{theirs} is missing; add the value used in training.")
     return kind.config_class(**given)
 
 
@@ -60,14 +60,14 @@ def _check_implemented(option: str, value: object, accepted: Collection[object])
         return
     raise ValueError(
         f"{option}={value!r} is not implemented here, and may change what the adapter computes; "
-        f"load it with peft, or remove the option if it has no effect on the forward."
+        f"load it with peft, or remove the option if it has no effect on the forward pass."
     )
 
 
 def encode_config(
     model: nn.Module, tree: Mapping[str, nn.Module], config: AdapterConfig
 ) -> dict[str, Any]:
-    """Translate our configuration, as it was applied to an adapted model, into peft's."""
+    """Translate our configuration of an adapted model into peft's configuration."""
     name, kind = next((n, k) for n, k in KINDS.items() if k.config_class is type(config))
     layers = [module for module in tree.values() if isinstance(module, AdapterLinear)]
     targets, exclude = _spelling(tree, config, excludes=kind.excludes)
@@ -88,7 +88,7 @@ def encode_config(
 
 
 def _origin(model: nn.Module) -> str | None:
-    """Return where transformers loaded the model from."""
+    """Return the name or folder from which transformers loaded the model."""
     return str(getattr(getattr(model, "config", None), "name_or_path", None) or "") or None
 
 
@@ -99,9 +99,10 @@ def _as_json(names: Names) -> str | list[str]:
 def _spelling(
     tree: Mapping[str, nn.Module], config: AdapterConfig, *, excludes: bool
 ) -> tuple[Names, Names]:
-    """Return the shortest targets and exclusions that peft resolves to the modules adapted here.
+    """Return the shortest targets and exclusions with which peft adapts the same modules.
 
-    peft looks at every module, linear or not, and knows a repeated one by its first name.
+    peft looks at every module, linear or not. It sees a module that has several names once, under
+    its first name.
     """
     modules = first_names(tree)
     adapted = [name for name, module in modules.items() if isinstance(module, AdapterLinear)]
@@ -116,7 +117,7 @@ def _spelling(
 
 
 def _guarded(name: str, trainable: Names) -> bool:
-    """Whether peft keeps adapters away: the name is, or lies below, a module to save."""
+    """Whether peft never adapts this: it is one of the modules to save, or inside one."""
     parts = name.split(".")
     return any(matches(trainable, ".".join(parts[: end + 1])) for end in range(len(parts)))
 
@@ -124,7 +125,7 @@ def _guarded(name: str, trainable: Names) -> bool:
 def _safe_task(
     model: nn.Module, tree: Mapping[str, nn.Module], config: AdapterConfig
 ) -> str | None:
-    """Return the task type, but None where peft would expect what the file or the model lacks."""
+    """Return the task type; None if peft would then expect more than file or model have."""
     task = task_type(model)
     if task in _GENERATION and not hasattr(model, "prepare_inputs_for_generation"):
         return None
@@ -134,14 +135,14 @@ def _safe_task(
 
 
 def layer_keys(name: str, layer_class: type[AdapterLinear]) -> dict[str, str]:
-    """Return the parameters of the layer called ``name`` and their keys in the file."""
+    """Return the parameters of the layer ``name`` and their keys in the file."""
     return {param: f"{PREFIX}{name}.{key}" for param, key in layer_class.peft_names.items()}
 
 
 def layer_shapes(
     tree: Mapping[str, nn.Module], names: Collection[str], config: AdapterConfig
 ) -> dict[str, tuple[int, ...]]:
-    """Return the shapes that a file must have for the layers called ``names``, by key."""
+    """Return the shapes of the tensors that a file must have for these layers, by key."""
     shapes: dict[str, tuple[int, ...]] = {}
     for name in names:
         base = linear_shape(tree[name])
@@ -153,7 +154,7 @@ def layer_shapes(
 
 
 def head_tensors(tree: Mapping[str, nn.Module], trainable: Names) -> dict[str, Tensor]:
-    """Return the parameters and buffers of the modules that peft saves whole, by key."""
+    """Return all parameters and buffers of the modules to save, by key."""
     return {
         f"{PREFIX}{name}.{key}": tensor
         for name in head_names(tree, trainable)
@@ -162,9 +163,9 @@ def head_tensors(tree: Mapping[str, nn.Module], trainable: Names) -> dict[str, T
 
 
 def known_names(config: AdapterConfig, tree: Mapping[str, nn.Module]) -> AdapterConfig:
-    """Drop names that mean no module here: peft writes and accepts such entries.
+    """Drop names that match no module of this model. peft writes and accepts such entries.
 
-    Of the targets at least one is kept, so that a foreign file is still named as such.
+    If no target matches, all are kept, so that the error names them.
     """
 
     def known(names: Names) -> Names:

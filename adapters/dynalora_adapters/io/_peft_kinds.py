@@ -1,4 +1,4 @@
-"""The kinds of adapter in peft's files, and what peft calls their options."""
+"""The kinds of adapter in peft's files, and peft's names for their options."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from dynalora_adapters._vera import VeRAConfig
 
 @dataclass(frozen=True)
 class Kind:
-    """How one kind of adapter is written.
+    """How one kind of adapter is written to a file.
 
     Attributes:
         config_class: Our configuration.
-        required: peft's options that a file cannot lack.
-        options: What peft calls our options, beside those that every kind has.
-        ignored: peft's options that do not change the forward of a saved adapter.
-        accepted: Values that mean what we do, for options that are neither of ours nor ignored.
-            Any other option must be off: None, False, zero or empty.
-        excludes: Whether peft knows ``exclude_modules`` for this kind.
+        required: peft's options that must be in a file.
+        options: peft's names for our options, without those that all kinds share.
+        ignored: peft's options that do not change the forward pass of a saved adapter.
+        accepted: For some of peft's other options, the values with which peft computes what we do.
+            All options that are named nowhere here must be off: None, False, zero or empty.
+        excludes: Whether peft has ``exclude_modules`` for this kind.
     """
 
     config_class: type[AdapterConfig]
@@ -39,7 +39,7 @@ SHARED = {
 IGNORED = {
     *("peft_type", "task_type", "auto_mapping", "peft_version", "revision"),
     *("base_model_name_or_path", "inference_mode", "runtime_config"),
-    "fan_in_fan_out",  # the base module itself shows how its weight is laid out
+    "fan_in_fan_out",  # the base module shows the layout of its weight
 }
 KINDS = {
     "LORA": Kind(
@@ -53,13 +53,13 @@ KINDS = {
             "rank_pattern": "rank_pattern",
             "alpha_pattern": "alpha_pattern",
         },
-        # Without the option they belong to (use_qalora, megatron_config, init_lora_weights),
-        # these have no effect.
+        # These have an effect only with another option (use_qalora, megatron_config,
+        # init_lora_weights), which must be off.
         ignored={
             *("qalora_group_size", "megatron_core"),
             *("loftq_config", "eva_config", "corda_config", "lora_ga_config"),
         },
-        # Initialisations that leave the base weights alone; pissa, olora, loftq and others do not.
+        # Initialisations that do not change the base weights. pissa, olora, loftq and others do.
         accepted={
             "init_lora_weights": (True, False, "gaussian", "eva", "orthogonal"),
             "bias": ("none",),

@@ -1,4 +1,4 @@
-"""The two files of an adapter on disk: written whole or not at all, read without executing."""
+"""The two files of an adapter on disk. They are written together, or not at all."""
 
 from __future__ import annotations
 
@@ -21,13 +21,14 @@ WEIGHTS_NAME = "adapter_model.safetensors"
 
 
 def write_adapter(folder: Path, config: Mapping[str, Any], tensors: dict[str, Tensor]) -> None:
-    """Write both files into ``folder``, which is created if need be.
+    """Write both files into ``folder``, which is created if it does not exist.
 
-    Both are complete on the same disk before either takes its place, so that an error such as a
-    full disk leaves the old pair whole. Of processes that write at once, the last one's pair stays.
+    Both are first written completely to a temporary folder on the same disk, then moved. So an
+    error such as a full disk does not damage an older pair. If several processes write at the same
+    time, the pair of the last one stays.
 
     Raises:
-        OSError: If the disk does not take them.
+        OSError: If they cannot be written.
     """
     text = json.dumps(config, indent=2, sort_keys=True) + "\n"
     folder.mkdir(parents=True, exist_ok=True)
@@ -45,19 +46,19 @@ def write_adapter(folder: Path, config: Mapping[str, Any], tensors: dict[str, Te
 
 
 def _flush(path: Path) -> None:
-    """Wait until the disk has the file; a network disk that is full says so only now."""
+    """Wait until the file is on the disk. A full network disk reports its error only here."""
     with path.open("rb+") as file:
         os.fsync(file.fileno())
 
 
 @contextmanager
 def _locked(folder: Path, *, writing: bool) -> Iterator[None]:
-    """Let no other process put its pair in place meanwhile, where the system can lock a folder."""
+    """Keep other processes from replacing the files meanwhile, if the folder can be locked."""
     with ExitStack() as stack:
         if sys.platform != "win32":
             import fcntl
 
-            with suppress(OSError):  # a folder that may not be listed, a disk without locks
+            with suppress(OSError):  # no permission to open the folder, or a disk without locks
                 handle = os.open(folder, os.O_RDONLY)
                 stack.callback(os.close, handle)
                 fcntl.flock(handle, fcntl.LOCK_EX if writing else fcntl.LOCK_SH)
@@ -65,7 +66,7 @@ def _locked(folder: Path, *, writing: bool) -> Iterator[None]:
 
 
 def _put_in_place(scratch: Path, folder: Path) -> None:
-    """Move both files from ``scratch``, taking the first back if the second cannot be moved."""
+    """Move both files from ``scratch``. If the second move fails, undo the first."""
     config, old = folder / CONFIG_NAME, scratch / "old.json"
     if config.exists():
         shutil.copy2(config, old)
@@ -81,12 +82,12 @@ def _put_in_place(scratch: Path, folder: Path) -> None:
 
 
 def read_adapter(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Read both files, which belong together even where another process replaces them.
+    """Read both files. They belong together, even if another process replaces them meanwhile.
 
     Raises:
-        FileNotFoundError: If one is not there.
-        ValueError: If the configuration is no JSON object, or the weights are truncated or not a
-            safetensors file.
+        FileNotFoundError: If a file is missing.
+        ValueError: If the configuration is not a JSON object, or the weights are truncated or not
+            a safetensors file.
     """
     _existing(folder / CONFIG_NAME)
     with _locked(folder, writing=False):
@@ -98,7 +99,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
     try:
         raw = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not JSON ({error}); save the adapter anew.") from error
+        raise ValueError(f"{path} is not JSON ({error}); save the adapter again.") from error
     if not isinstance(raw, dict):
         raise ValueError(f"{path} must hold a JSON object, got {type(raw).__name__}.")
     return raw
@@ -110,7 +111,7 @@ def _read_tensors(folder: Path) -> dict[str, Tensor]:
         tensors: dict[str, Tensor] = load_file(path)
     except (SafetensorError, KeyError, RuntimeError, TypeError, ValueError, OverflowError) as error:
         raise ValueError(
-            f"{path} is truncated or not a safetensors file ({error}); save the adapter anew."
+            f"{path} is truncated or not a safetensors file ({error}); save the adapter again."
         ) from error
     return tensors
 
@@ -119,6 +120,6 @@ def _existing(path: Path) -> Path:
     if not path.is_file():
         raise FileNotFoundError(
             f"{path} does not exist; pass the folder that holds {CONFIG_NAME} and {WEIGHTS_NAME} "
-            f"(files ending in .bin are pickles, and never read)."
+            f"(files that end in .bin are pickles, which are never read)."
         )
     return path
