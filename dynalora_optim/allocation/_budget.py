@@ -151,7 +151,8 @@ class Budget:
             self._plans(costs, [0.0] * len(costs.blocks))
         for lowest in sorted(costs.blocks_of(chosen)):
             kept = [m for m in chosen if (block := blocks[m]) is None or block >= lowest]
-            if cheapest_plan(costs, costs.blocks_of(kept), self.limit(costs)):
+            active = costs.blocks_of(kept)
+            if least_peak(costs, min(active), active) <= self.limit(costs):
                 return kept
         highest = max(costs.blocks_of(chosen))
         least = least_peak(costs, highest, costs.blocks_of([]) | {highest})
@@ -185,6 +186,8 @@ class Budget:
             flops = _share_of(costs.flops(costs.all_active), self.compute)
         found = (best_plan(costs, values, limit, low, flops) for low in costs.lowest_blocks())
         plans = [plan for plan in found if plan]
+        if not plans:  # a search that must leave out plans can miss the few that are cheap enough
+            plans = [p for p in self._fewest(costs) if flops is None or costs.flops(p) <= flops]
         if not plans:
             raise ValueError(self._top_too_small(costs))
 
@@ -192,6 +195,12 @@ class Budget:
             return sum(values[block] for block in plan.active), -costs.flops(plan)
 
         return max(plans, key=worth)
+
+    def _fewest(self, costs: Costs) -> list[Plan]:
+        """The cheapest plan for each lowest block in which no other trains that need not."""
+        limit = self.limit(costs)
+        found = (cheapest_plan(costs, costs.pinned | {b}, limit) for b in costs.lowest_blocks())
+        return [plan for plan in found if plan]
 
     def _values(self, context: AllocationContext) -> list[float]:
         """Return the importance y~ of each block: the sum over its modules."""
@@ -237,8 +246,7 @@ class Budget:
         least = min(least_peak(costs, low) for low in lowest)
         if least > self.limit(costs):
             return self._too_small(costs, least, "any block")
-        fitting = (cheapest_plan(costs, costs.pinned | {low}, self.limit(costs)) for low in lowest)
-        share = min(map(costs.flops, filter(None, fitting))) / costs.flops(costs.all_active)
+        share = min(map(costs.flops, self._fewest(costs))) / costs.flops(costs.all_active)
         return (
             f"Budget(compute={self.compute}) is too small for every choice that fits the memory; "
             f"pass at least {math.ceil(share * 1000) / 1000}."
