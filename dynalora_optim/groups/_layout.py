@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from dynalora_optim.groups._blocks import Block
@@ -44,13 +44,19 @@ class BlockLayout:
         return BlockLayout(len(blocks), found, frozenset(pinned))
 
 
-def block_of(group: ModuleGroup, blocks: Sequence[Block]) -> int | None:
-    """Return the position of the block that holds all modules of ``group``; None if no block does.
+def blocks_of(groups: Iterable[ModuleGroup], blocks: Sequence[Block]) -> list[int | None]:
+    """Return, for each group, the position of the block that holds all its modules.
+
+    It is None for a group whose modules lie in no block.
 
     Raises:
-        ValueError: The group lies partly in one block and partly elsewhere.
+        ValueError: A group lies partly in one block and partly elsewhere.
     """
     owner = {id(module): i for i, block in enumerate(blocks) for module in block.module.modules()}
+    return [_one_place(group, owner) for group in groups]
+
+
+def _one_place(group: ModuleGroup, owner: Mapping[int, int]) -> int | None:
     places = {owner.get(id(module)) for module in group.modules}
     if len(places) > 1:
         raise ValueError(

@@ -13,7 +13,7 @@ from dynalora_optim._base.collectives import is_fully_sharded
 from dynalora_optim._base.torch_private import is_wrapped_by_compile
 from dynalora_optim.allocation._costs import Costs
 from dynalora_optim.groups._blocks import Block, model_blocks
-from dynalora_optim.groups._layout import block_of
+from dynalora_optim.groups._layout import blocks_of
 from dynalora_optim.groups._module_group import ModuleGroup
 from dynalora_optim.memory._block_profiler import Profiler
 from dynalora_optim.switching._module_switch import ModuleSwitch
@@ -41,8 +41,7 @@ class BlockMeter:
             )
         if not self.blocks:
             model_blocks(self.model, must=True)
-        for group in groups:
-            block_of(group, self.blocks)
+        blocks_of(groups, self.blocks)
         for block in self.blocks:
             if is_wrapped_by_compile(block.module):
                 raise ValueError(
@@ -71,7 +70,7 @@ class BlockMeter:
             ValueError: The model has no blocks, or blocks that cannot be measured one by one.
         """
         self.check(groups)
-        places = [block_of(group, self.blocks) for group in groups]
+        places = blocks_of(groups, self.blocks)
         members = [
             [group for group, place in zip(groups, places, strict=True) if place == position]
             for position in range(len(self.blocks))

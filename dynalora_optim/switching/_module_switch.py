@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from dynalora_optim.allocation._choice import Choice
 from dynalora_optim.groups._blocks import Block
-from dynalora_optim.groups._layout import block_of
+from dynalora_optim.groups._layout import blocks_of
 from dynalora_optim.groups._module_group import ModuleGroup
 from dynalora_optim.switching._detach import DetachedForward, has_flag
 from dynalora_optim.switching._recompute import Recomputer, is_compiled
@@ -86,7 +86,7 @@ class ModuleSwitch:
 
 
 def gated_groups(
-    groups: Iterable[ModuleGroup], choice: Choice, blocks: Sequence[Block]
+    groups: Sequence[ModuleGroup], choice: Choice, blocks: Sequence[Block]
 ) -> set[str]:
     """Return the groups for which compiled code always computes a gradient, also while inactive.
 
@@ -94,7 +94,8 @@ def gated_groups(
     So at most four versions of code are compiled, and an idle block costs what it costs in eager
     mode.
     """
-    places = {group.name: block_of(group, blocks) for group in groups}
+    names = [group.name for group in groups]
+    places = dict(zip(names, blocks_of(groups, blocks), strict=True))
     compiled = {i for i, block in enumerate(blocks) if is_compiled(block.module)}
     idle = compiled - {places[name] for name in choice.active}
     return {name for name, block in places.items() if block not in idle}
