@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, MutableMapping
+from collections.abc import Iterable
 from typing import Any, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from dynalora_optim.update._param_groups import State
 from dynalora_optim.update._pause import Pause, PausedState
 
 # The keys of state that holds the weights themselves or their mean: in ASGD, in schedule-free
 # optimizers, and in Prodigy. If it were deleted, the progress in it would be lost.
 _ITERATES = ("ax", "z", "p0", "x0")
-
-State: TypeAlias = MutableMapping[Tensor, Any]
 
 
 class IdleState(Protocol):

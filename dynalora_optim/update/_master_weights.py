@@ -7,7 +7,7 @@ float32 copy is updated, and the model computes with the rounded copy (BAdam, ar
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal, TypeAlias, get_args
 
@@ -15,13 +15,12 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from dynalora_optim.update._param_groups import ParamGroup, flatten
+from dynalora_optim.update._param_groups import ParamGroup, State, flatten
 
 MASTER = "master_weight"  # the copy's key in a parameter's state
 LOW_PRECISION = (torch.bfloat16, torch.float16)
 
 Rounding: TypeAlias = Literal["nearest", "stochastic"]
-State: TypeAlias = "MutableMapping[Tensor, dict[str, Any]]"
 
 
 class MasterWeights:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, MutableMapping, Sequence
 from typing import Any, TypeAlias
 
 from torch import Tensor, nn
@@ -12,6 +12,7 @@ from dynalora_optim._base.torch_private import plain_name
 from dynalora_optim.groups._module_group import ModuleGroup
 
 ParamGroup: TypeAlias = "dict[str, Any]"
+State: TypeAlias = "MutableMapping[Tensor, dict[str, Any]]"  # of an optimizer, by parameter
 
 PACKED = "dynalora"  # a group's key for values saved in a state dict; "" in the optimizer
 OUTSIDE = "always_active"  # the name of a param group without a module group

@@ -18,7 +18,7 @@ from dynalora_optim.update._param_groups import ParamGroup
 Factor: TypeAlias = Callable[[int], float]
 
 
-class Clock(Protocol):
+class RateClock(Protocol):
     """The numbers from which learning rates are computed."""
 
     @property
@@ -153,7 +153,7 @@ class Rates:
             self.lr_time.factors(lines)
 
     def _current(
-        self, groups: Sequence[ParamGroup], lines: Sequence[int], clock: Clock
+        self, groups: Sequence[ParamGroup], lines: Sequence[int], clock: RateClock
     ) -> list[Any]:
         """Return the rate of each group at its next update."""
         ramps = [self._ramp(clock.age(group["name"])) for group in groups]
@@ -165,7 +165,7 @@ class Rates:
         return 1.0 if age is None or not self.warmup else min(1.0, (age + 1) / self.warmup)
 
     def _scheduled(
-        self, groups: Sequence[ParamGroup], lines: Sequence[int], clock: Clock
+        self, groups: Sequence[ParamGroup], lines: Sequence[int], clock: RateClock
     ) -> list[Any]:
         if self.lr_time == "global":
             return [group["lr"] for group in groups]
@@ -186,7 +186,7 @@ class Rates:
 
     @contextmanager
     def applied(
-        self, groups: Sequence[ParamGroup], lines: Sequence[int], clock: Clock
+        self, groups: Sequence[ParamGroup], lines: Sequence[int], clock: RateClock
     ) -> Iterator[None]:
         """Put the local rates into the groups for one update, then restore the scheduler's."""
         self._record(groups, lines, clock.steps)

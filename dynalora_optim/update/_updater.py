@@ -11,11 +11,11 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from dynalora_optim.update._fused import FusedBackward, Update, refusal
-from dynalora_optim.update._idle_state import State, idle_state
+from dynalora_optim.update._idle_state import idle_state
 from dynalora_optim.update._master_weights import MasterWeights
-from dynalora_optim.update._param_groups import ParamGroup, flatten
+from dynalora_optim.update._param_groups import ParamGroup, State, flatten
 from dynalora_optim.update._pause import Pause
-from dynalora_optim.update._rates import Clock, Rates
+from dynalora_optim.update._rates import RateClock, Rates
 from dynalora_optim.update._rule import UpdateRule
 
 
@@ -67,7 +67,7 @@ class Updater:
         lines: Sequence[int],
         *,
         state: State,
-        clock: Clock,
+        clock: RateClock,
         is_active: Callable[[ParamGroup], bool],
     ) -> set[str]:
         """Update the active groups; return the names of those that had a gradient."""
@@ -90,7 +90,7 @@ class Updater:
         lines: Sequence[int],
         *,
         state: State,
-        clock: Clock,
+        clock: RateClock,
     ) -> None:
         """Update one parameter of ``group``, one of ``groups``, within the backward pass."""
         with self.rates.applied(groups, lines, clock):
