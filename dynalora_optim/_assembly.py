@@ -95,7 +95,6 @@ class Assembly:
             self._grouping.allocated,
             self._grouping.frozen,
             self._tracker,
-            recomputes=self._recomputes,
             by_blocks=self.allocation.needs_costs,
         )
         return driver, StepCosting(self._meter, self.allocation, driver, self._tracker)

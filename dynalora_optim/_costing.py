@@ -1,23 +1,33 @@
-"""Measuring the costs of choices before the first step that needs them, and on all ranks."""
+"""Measuring the costs of choices before the step that needs them, and planning each forward."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable, Sequence
+from functools import reduce
+from typing import Any, TypeVar
 
 from torch.utils.hooks import RemovableHandle
 
-from dynalora_optim._base.collectives import agreed, largest, world_size
+from dynalora_optim._base.collectives import gathered, world_size
+from dynalora_optim._base.live_bytes import LiveBytes
 from dynalora_optim._base.trees import elements
 from dynalora_optim._driver import ModuleDriver
 from dynalora_optim.allocation._allocation import Allocation
 from dynalora_optim.allocation._costs import Costs, Plan
+from dynalora_optim.allocation._joined import joined
 from dynalora_optim.importance._tracker import ImportanceTracker
 from dynalora_optim.memory._announce import announce
 from dynalora_optim.memory._block_meter import BlockMeter
+from dynalora_optim.memory._habits import Habits
+from dynalora_optim.memory._passes import Graph, Passes
+from dynalora_optim.memory._shapes import MeasuredShapes, shape_of
+
+T = TypeVar("T")
+_WATCHED = 2  # optimizer steps whose temporary tensors are counted
 
 
 class StepCosting:
-    """Measures costs on training batches, for an allocator that decides by costs."""
+    """Measures training batches and plans each forward, for an allocator that decides by costs."""
 
     def __init__(
         self,
@@ -30,44 +40,179 @@ class StepCosting:
         self._allocation = allocation
         self._driver = driver
         self._tracker = tracker
-        self._handle: RemovableHandle | None = None
+        self._handles: list[RemovableHandle] = []
         self._is_measuring = False
-        self._largest = 0  # elements of the largest batch on this rank
-        self._largest_of_all = 0  # the same over all ranks, when they last shared it
+        self.restart()
+
+    def restart(self) -> None:
+        """Forget all costs, and what was learned about the loop."""
+        self._shapes = MeasuredShapes()
+        self._follow(Habits())
+
+    def _follow(self, habits: Habits) -> None:
+        self._habits = habits
+        self._passes = Passes(habits.see_backward)
+        self._now: tuple[Costs, Plan] | None = None  # of the forward that runs
+        self._version: object = None  # of the habits that the allocation knows
+        self._plans: dict[object, tuple[Costs, Plan]] = {}
+        self._watched = 0  # optimizer steps whose temporary tensors were counted
+
+    def state(self) -> dict[str, Any]:
+        """Return the values that a resumed run needs, as plain numbers, strings and lists."""
+        return {"shapes": self._shapes.state(), "habits": self._habits.state()}
+
+    def check_state(self, state: Any) -> None:
+        """Raise unless `load_state` can load ``state``.
+
+        Raises:
+            ValueError: It has another form, or is of other modules.
+        """
+        self._restored(state)
+
+    def load_state(self, state: Any) -> None:
+        """Load what `state` returned; None stands for a run that has measured nothing."""
+        self._shapes, habits = self._restored(state)
+        self._follow(habits)
+        if habits.is_known:
+            self._watched = _WATCHED
+
+    def _restored(self, state: Any) -> tuple[MeasuredShapes, Habits]:
+        if state is None:
+            return MeasuredShapes(), Habits()
+        if not isinstance(state, dict) or not {"shapes", "habits"} <= state.keys():
+            raise ValueError("state_dict has a 'loop' of another form.")
+        modules = len(self._allocation.names)
+        return (
+            MeasuredShapes.of(state["shapes"], modules=modules),
+            Habits.of(state["habits"], modules=modules),
+        )
 
     def attach(self) -> None:
         """Listen to each training forward, if the allocation needs costs."""
         self.close()
         if self._allocation.needs_costs:
-            self._handle = announce(self._meter.model, self)
+            self._handles = announce(self._meter.model, self)
 
     def close(self) -> None:
         """Stop listening to forwards."""
-        if self._handle:
-            self._handle.remove()
-        self._handle = None
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
 
     def before_forward(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Measure a training batch that is larger than all before, and fit the choice to it."""
+        """Measure a batch that no measured one covers, and plan this forward.
+
+        Raises:
+            ValueError: The forward cannot be held within the budget.
+        """
         if self._is_measuring:
             return
-        self._largest = max(self._largest, elements(args, kwargs))
-        # Several ranks measure together, so that all must know the size first: see `share_largest`.
-        outgrown = self._largest_of_all if world_size() > 1 else self._largest
-        if not self._allocation.is_unmeasured(outgrown):
+        self._now = None
+        costs = self._costs_of(args, kwargs)
+        if costs is None:
             return
+        self._habits.standing |= self._driver.has_gradients()
+        graphs = self._passes.alive()
+        self._habits.see_forward(costs, len(graphs))
+        self._take_costs()
+        self._now = self._planned(costs, graphs)
+        self._driver.recompute(self._now[1].checkpointed)
+
+    def after_forward(self, output: Any) -> None:
+        """Follow the graph of this forward, which takes memory until its backward."""
+        if self._now and not self._is_measuring:
+            costs, plan = self._now
+            self._allocation.count_forward(costs.flops(plan), costs.flops(costs.all_active))
+            self._passes.follow(output, costs.in_no_loop(), costs.left(plan))
+
+    def _costs_of(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Costs | None:
+        """Return costs that hold for this batch; None for a batch without rows, which has none."""
+        shape = shape_of(args, kwargs)
+        found = self._shapes.find(shape, elements(args, kwargs))
+        if found is None:
+            found = self._measured(args, kwargs)
+            if not found.flops(found.all_active):
+                return None
+            if not self._shapes.entries:  # all ranks run their first forward together
+                found = reduce(joined, gathered(found))
+            self._shapes.add(shape, found)
+            self._plans.clear()
+        return found
+
+    def _measured(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Costs:
         is_probing = self._driver.is_probing
         try:
-            costs = agreed(self.measure(args, kwargs), key=lambda costs: costs.batch)
-            if costs.flops(costs.all_active):  # a batch without rows has no costs
-                self._allocation.take_costs(costs)
+            return self.measure(args, kwargs)
         finally:
             self._resume(is_probing)
 
-    def share_largest(self) -> None:
-        """Share the size of the largest batch with all ranks, if the allocation needs costs."""
-        if self._allocation.needs_costs:
-            self._largest_of_all = largest(self._largest, self._driver.device)
+    def _take_costs(self) -> None:
+        """Let the allocation know what a step takes now; groups that do not fit become inactive."""
+        known = self._allocation.costs
+        if known is not None and (world_size() > 1 or self._version == self._habits.version):
+            return
+        expected, before = self._habits.expected(), self._allocation.chosen
+        self._version = self._habits.version
+        if expected != known:
+            is_probing = self._driver.is_probing and not self._allocation.is_trial
+            self._allocation.take_costs(expected)
+            self._resume(is_probing)
+            self._driver.drop_gradients(before - self._allocation.chosen)
+
+    def _planned(self, costs: Costs, graphs: Sequence[Graph]) -> tuple[Costs, Plan]:
+        """Return the costs of this forward in the loop, and its plan.
+
+        Raises:
+            ValueError: The forward cannot be held within the budget. Then the next step will be
+                planned for as many forwards as this one has.
+        """
+        everyone = self._driver.is_probing
+        names = self._allocation.names if everyone else self._allocation.chosen
+        before = [graph.costs for graph in graphs]
+        carried, stale = sum(graph.held for graph in graphs), self._passes.stale()
+        key = (id(costs), *map(id, before), carried, stale, frozenset(names), self._habits.version)
+        if key not in self._plans:
+            here = self._habits.in_loop(costs, before, carried=carried, stale=stale)
+            try:
+                self._plans[key] = here, self._allocation.plan_at(here, names)
+            except ValueError:
+                self._habits.see_together([*before, costs])
+                raise
+        return self._plans[key]
+
+    def end_step(self) -> None:
+        """Learn from a step that is over; after the first one, let the allocation select."""
+        if self._allocation.needs_costs and not self._habits.is_known:
+            self._habits.is_known = True
+            if self._allocation.is_trial:
+                self._allocation.end_trial()
+        self._plans.clear()
+
+    def watched(self, update: Callable[[], T], largest: Callable[[], int]) -> T:
+        """Run an optimizer's ``update``; in the first steps, count its temporary tensors.
+
+        Args:
+            update: Updates the parameters.
+            largest: Returns the bytes of the largest gradient of a group.
+        """
+        if not self._allocation.needs_costs or self._watched >= _WATCHED:
+            return update()
+        self._watched += 1
+        with LiveBytes() as memory:
+            updated = update()
+            temporary = memory.peak - memory.live  # what is still alive is state
+        if size := largest():
+            self._habits.update = max(self._habits.update, temporary / size)
+        return updated
+
+    def share(self) -> None:
+        """Share with all ranks what each has measured and seen, and take the costs of all."""
+        if not self._allocation.needs_costs:
+            return
+        for other in gathered(self._habits):
+            self._habits.merge(other)
+        if self._habits.pattern:
+            self._allocation.take_costs(self._habits.expected())
 
     def measure(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Costs:
         """Return the costs of every choice for this batch; the caller then applies the choice."""
@@ -90,17 +235,15 @@ class StepCosting:
         if args or kwargs:
             if not self._meter.model.training:
                 raise RuntimeError("memory_report() measures training: call model.train() first.")
-            is_probing = self._driver.is_probing
-            try:
-                costs = self.measure(args, kwargs)
-            finally:
-                self._resume(is_probing)
+            costs = self._measured(args, kwargs)
+            if self._allocation.needs_costs:
+                costs = self._habits.in_loop(costs, [], carried=0, stale=0)
         if costs is None:
             raise RuntimeError(
                 "memory_report() has no batch, and none was measured so far. Pass a batch as you "
                 "pass it to the model, such as memory_report(**batch)."
             )
-        return costs, self._allocation.current_plan(costs)
+        return costs, self._allocation.plan_at(costs, self._allocation.chosen)
 
     @property
     def block_names(self) -> list[str]:

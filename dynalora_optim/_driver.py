@@ -18,6 +18,7 @@ from dynalora_optim.groups._module_group import ModuleGroup
 from dynalora_optim.importance._tracker import ImportanceTracker
 from dynalora_optim.switching._anchor import Anchor
 from dynalora_optim.switching._detach import drop_copied_hooks
+from dynalora_optim.switching._gradients import drop_gradients
 from dynalora_optim.switching._model_hooks import ModelHooks
 from dynalora_optim.switching._module_switch import ModuleSwitch, gated_groups
 from dynalora_optim.switching._probe import GradientProbe
@@ -34,7 +35,6 @@ class ModuleDriver:
         groups: The allocated groups.
         frozen: Groups that are never active.
         tracker: Measures the allocated groups.
-        recomputes: Whether some blocks will be recomputed.
         by_blocks: Whether each group lies in one block, so that a compiled block can be idle as a
             whole.
     """
@@ -47,7 +47,6 @@ class ModuleDriver:
         frozen: Sequence[ModuleGroup],
         tracker: ImportanceTracker,
         *,
-        recomputes: bool,
         by_blocks: bool,
     ) -> None:
         self.is_closed = False
@@ -58,7 +57,7 @@ class ModuleDriver:
         self._frozen = frozen
         self._tracker = tracker
         self._by_blocks = by_blocks
-        self._hooks = ModelHooks(model, blocks, recomputes=recomputes)
+        self._hooks = ModelHooks(model, blocks)
         self._probe = GradientProbe(model, self.switch, tracker)
         self._anchor = Anchor()
         self._choice = Choice(frozenset())
@@ -141,6 +140,19 @@ class ModuleDriver:
             )
         if probe:
             self._probe.open(groups, probe, choice)
+
+    def recompute(self, blocks: Collection[int]) -> None:
+        """Recompute these blocks in the backward of the next forward, and no others."""
+        self.switch.recompute(blocks)
+
+    def has_gradients(self) -> bool:
+        """Return whether a parameter of the model has a gradient now."""
+        return any(parameter.grad is not None for parameter in self._model.parameters())
+
+    def drop_gradients(self, names: Collection[str]) -> None:
+        """Delete the gradients of the groups of these names, which have become inactive."""
+        for name in names:
+            drop_gradients(self._groups[name].parameters())
 
     def close_probe(self) -> None:
         """Apply the choice, even if the probe's backward pass has not run yet."""

@@ -14,6 +14,7 @@ from dynalora_optim._allocated import AllocatedOptimizer
 from dynalora_optim._assembly import Assembly, Choosing
 from dynalora_optim._base.claims import claim, release
 from dynalora_optim._base.collectives import check_agreement
+from dynalora_optim._base.live_bytes import tensor_bytes
 from dynalora_optim._costing import StepCosting
 from dynalora_optim._driver import ModuleDriver
 from dynalora_optim._grouping import Grouping, owners_to_replace, replace_owners
@@ -137,7 +138,7 @@ class DynamicAllocationOptimizer(AllocatedOptimizer):
         self._begin()
 
     def _begin(self) -> None:
-        self._run = RunState(self._allocation, self.tracker, self._updater.rates)
+        self._run = RunState(self._allocation, self._costing, self.tracker, self._updater.rates)
         self._has_agreed = False  # with the other ranks, in this process
         self._take_charge()
         self._apply_allocation(probe=self.tracker.probe)
@@ -172,7 +173,9 @@ class DynamicAllocationOptimizer(AllocatedOptimizer):
         self._check_in_order()
         self._driver.before_update()
         self._drop_idle_gradients()  # idle parameters may have a gradient, but must not move
-        due = self._allocation.advance(self._update())
+        updated = self._costing.watched(self._update, self._largest_gradient)
+        self._costing.end_step()
+        due = self._allocation.advance(updated)
         if self._allocation.may_differ_between_ranks:
             check_agreement("whether to reallocate now", due, self._driver.device)
         self.tracker.end_step(self._allocation.steps)
@@ -190,11 +193,19 @@ class DynamicAllocationOptimizer(AllocatedOptimizer):
             is_active=self._is_active,
         )
 
+    def _largest_gradient(self) -> int:
+        """Return the bytes of the gradients of the group that has the most."""
+        sizes = (
+            sum(tensor_bytes(p.grad) for p in group["params"] if p.grad is not None)
+            for group in self.param_groups
+        )
+        return max(sizes, default=0)
+
     def _check_in_order(self) -> None:
         if not self._has_agreed:
             self._agree()
             self._has_agreed = True
-        if self._allocation.is_unmeasured(0):
+        if self._allocation.needs_costs and self._allocation.costs is None:
             raise RuntimeError(
                 "Budget has measured nothing: before step(), there was no training forward with a "
                 "non-empty batch of the model given to DynamicAllocationOptimizer. Call that model "
@@ -203,10 +214,10 @@ class DynamicAllocationOptimizer(AllocatedOptimizer):
 
     def _agree(self) -> None:
         self._driver.agree(self._allocation.settings())
-        self._costing.share_largest()
 
     def _reallocate(self) -> None:
         self._driver.watch_synchronization()
+        self._costing.share()
         activated = self._allocation.select(self.tracker.roll())
         self._agree()
         self._apply_allocation(probe=self.tracker.probe)

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from dynalora_optim._costing import StepCosting
 from dynalora_optim.allocation._allocation import Allocation
+from dynalora_optim.allocation._saved_costs import saved_costs
 from dynalora_optim.importance._tracker import ImportanceTracker
 from dynalora_optim.state._validate import check_values
 from dynalora_optim.update._rates import Rates
@@ -14,8 +16,15 @@ from dynalora_optim.update._rates import Rates
 class RunState:
     """The values that a resumed run needs in addition to torch's own state, per param group."""
 
-    def __init__(self, allocation: Allocation, tracker: ImportanceTracker, rates: Rates) -> None:
+    def __init__(
+        self,
+        allocation: Allocation,
+        costing: StepCosting,
+        tracker: ImportanceTracker,
+        rates: Rates,
+    ) -> None:
         self._allocation = allocation
+        self._costing = costing
         self._tracker = tracker
         self._rates = rates
 
@@ -30,7 +39,9 @@ class RunState:
         }
         scores = self._tracker.state_dict()
         costs = self._allocation.costs
-        once = {"costs": costs.state_dict() if costs else None}  # large: in the first group only
+        once: dict[str, Any] = {"costs": None, "loop": None}  # large: in the first group only
+        if costs:
+            once = {"costs": saved_costs(costs), "loop": self._costing.state()}
         return [
             {
                 **clock,
@@ -59,6 +70,7 @@ class RunState:
         self._tracker.check_description(values[0]["importance"])
         self._tracker.check_state(by_name)
         self._allocation.check_state(values[0], by_name)
+        self._costing.check_state(values[0].get("loop"))
         self._rates.check_state(lines, values)
 
     def load(
@@ -71,11 +83,13 @@ class RunState:
         """Load values and a record that `check` has accepted."""
         by_name = dict(zip(names, values, strict=True))
         self._allocation.load_state(values[0], by_name, record)
+        self._costing.load_state(values[0].get("loop"))
         self._tracker.load_state_dict(by_name, step=self._allocation.steps)
         self._rates.load_state(lines, values)
 
     def restart(self) -> None:
         """Start again from the first step, without scores and rates."""
         self._allocation.restart()
+        self._costing.restart()
         self._tracker.restart()
         self._rates.restart()

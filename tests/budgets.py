@@ -50,14 +50,15 @@ def on_budget(tiny: TinyModel, budget: Budget | None = None, **options: Any) -> 
 
 
 def costs_of(optimizer: DynamicAllocationOptimizer) -> Costs:
-    """What the first training forward measured."""
+    """What the first training forward measured, for a forward and backward alone."""
     costs = optimizer._allocation.costs
     assert costs is not None
-    return costs
+    return costs.in_no_loop()
 
 
 def shape(optimizer: DynamicAllocationOptimizer, plan: Plan) -> None:
-    """Put a plan of the test's own choice into force."""
+    """Put a plan of the test's own choice into force, for all forwards from now on."""
+    optimizer._costing.close()
     driver, costs = optimizer._driver, costs_of(optimizer)
     groups = list(driver._groups.values())
     chosen = {

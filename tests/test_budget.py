@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 
 from dynalora_optim import AllocationContext, Bounded, Budget
 from dynalora_optim.allocation._costs import BlockCost, BlockUses, Costs, Plan, Use
+from dynalora_optim.allocation._loop import Loop
 from dynalora_optim.allocation._search import best_plan, cheapest_plan, least_peak
 from dynalora_optim.allocation._tilt import tilt
 
@@ -53,6 +54,23 @@ def any_costs(draw: Any) -> Costs:
         head_gradients=draw(sizes),
         prefix=draw(st.none() | uses()),
         batch=1,
+        before=draw(sizes),
+        prefix_gradients=draw(sizes),
+        output=draw(sizes),
+        output_alone=draw(sizes),
+        loop=draw(st.just(Loop()) | loops(len(blocks))),
+    )
+
+
+@st.composite
+def loops(draw: Any, blocks: int) -> Loop:
+    later = draw(st.lists(sizes, min_size=blocks, max_size=blocks) | st.just([]))
+    return Loop(
+        carried=draw(sizes),
+        standing=draw(st.booleans()),
+        keeps_output=draw(st.booleans()),
+        update=draw(st.integers(0, 100)),
+        later=tuple(later),
     )
 
 

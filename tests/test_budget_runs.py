@@ -113,7 +113,7 @@ def test_a_larger_batch_is_measured_and_the_choice_shrinks_until_it_fits():
     memory = least_peak(costs_of(other), 0, range(10))
     other.close()
     optimizer = on_budget(tiny, Budget(memory=memory, base="topk"), period=100)
-    run(tiny, optimizer, 1)
+    run(tiny, optimizer, 2)
     assert optimizer.active_groups == optimizer.groups
     usual, elements = tiny.batch, costs_of(optimizer).batch
     tiny.batch = {key: torch.cat([value, value[:1]]) for key, value in usual.items()}
@@ -132,12 +132,12 @@ def test_a_larger_batch_is_measured_and_the_choice_shrinks_until_it_fits():
 def test_a_larger_batch_that_can_never_fit_is_refused_and_changes_nothing():
     tiny = adapted("bert", sizes=SMALL)
     optimizer = on_budget(tiny, Budget(memory=400_000))
-    run(tiny, optimizer, 1)
+    run(tiny, optimizer, 2)
     costs, chosen, small = costs_of(optimizer), optimizer.active_groups, tiny.batch
     tiny.batch = {key: torch.cat([value] * 64) for key, value in small.items()}
     with pytest.raises(ValueError, match=r"Budget\(memory=400000\) cannot hold"):
         tiny.loss()
-    assert costs_of(optimizer) is costs
+    assert costs_of(optimizer) == costs
     assert optimizer.active_groups == chosen
     tiny.batch = small
     run(tiny, optimizer, 1)
@@ -162,7 +162,7 @@ def test_evaluation_measures_nothing():
     costs = costs_of(optimizer)
     with torch.no_grad():
         model(batch(rows=64))
-    assert costs_of(optimizer) is costs
+    assert costs_of(optimizer) == costs
 
 
 def test_accumulation_neither_measures_nor_moves_the_clock_between_steps():
@@ -173,7 +173,7 @@ def test_accumulation_neither_measures_nor_moves_the_clock_between_steps():
     once = gradients(tiny)
     for _ in range(2):
         tiny.loss().backward()
-    assert costs_of(optimizer) is costs
+    assert costs_of(optimizer) == costs
     assert optimizer.active_groups == chosen
     for name, gradient in gradients(tiny).items():
         torch.testing.assert_close(gradient, 3 * once[name])
@@ -211,7 +211,8 @@ def test_all_modules_warm_up_within_the_budget():
     tiny.loss()
     limit = budget.limit(costs_of(optimizer))
     for step in range(6):
-        assert (optimizer.active_groups == optimizer.groups) or step >= 3
+        # The first step shows how the loop works; for that the least that can train does.
+        assert (optimizer.active_groups == optimizer.groups) == (0 < step < 3) or step > 3
         peak, _ = measured(tiny.loss)
         assert peak <= limit
         optimizer.step()

@@ -209,8 +209,7 @@ def test_measuring_leaves_no_trace(make):
     before, traced = snapshot(model), trace(model)
     grads = {n: p.grad for n, p in model.named_parameters()}
     scores = optimizer.tracker.scores()
-    optimizer._costing.before_forward(args, kwargs)
-    assert costs_of(optimizer)
+    assert optimizer.memory_report(*args, **kwargs).all_active.peak
     assert optimizer.tracker.scores() == scores
     assert same_model(before, snapshot(model))
     assert trace(model) == traced

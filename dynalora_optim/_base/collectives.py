@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
@@ -94,13 +93,13 @@ def differs(value: Tensor) -> bool:
     return math.isfinite(high) and math.isfinite(low) and high != -low
 
 
-def agreed(value: T, key: Callable[[T], Any]) -> T:
-    """Return the ``value`` with the largest ``key`` of all ranks; if equal, the first rank's."""
+def gathered(value: T) -> list[T]:
+    """Return the ``value`` of each rank, in the order of the ranks."""
     if world_size() == 1:
-        return value
+        return [value]
     values: list[Any] = [None] * world_size()
     distributed.all_gather_object(values, value)
-    return max(values, key=key)  # type: ignore[no-any-return]
+    return values
 
 
 def check_agreement(what: str, value: object, device: torch.device) -> None:

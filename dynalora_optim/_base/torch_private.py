@@ -7,8 +7,7 @@ that says what it is for. If a name is missing, there are two cases:
 * There is none: the function raises a RuntimeError that names the torch version found, and its
   docstring does not mention the case.
 
-``docs/versions.md`` lists the versions that are tested. A test checks that no other file of the
-package reads a private name of torch.
+``docs/versions.md`` lists the tested versions. A test finds private names in any other file.
 """
 
 from __future__ import annotations
@@ -149,6 +148,13 @@ def in_backward() -> bool:
     """Return whether this thread runs a backward pass; recomputation by a checkpoint counts."""
     task = _private(torch._C, "_current_graph_task_id", feature="scoring a forward pass")
     return bool(task() != -1)
+
+
+def keeps_graph() -> bool:
+    """Return whether the backward pass that runs now keeps its graph; False if torch lacks this."""
+    ask = getattr(torch._C, "_autograd", None)
+    ask = getattr(ask, "_get_current_graph_task_keep_graph", None)
+    return bool(ask and ask())
 
 
 def version_of(tensor: Tensor) -> int:

@@ -2,33 +2,68 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import copy
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping
+from dataclasses import fields, is_dataclass
 from typing import Any
 
 from torch import Tensor, nn
 
 
 def tensors(tree: Any) -> Iterator[Tensor]:
-    """Yield the tensors in nested tuples, lists and mappings."""
+    """Yield the tensors in nested tuples, lists, mappings and dataclasses."""
     if isinstance(tree, Tensor):
         yield tree
-    elif isinstance(tree, Mapping):
-        for item in tree.values():
+    else:
+        for item in _items(tree):
             yield from tensors(item)
-    elif isinstance(tree, (list, tuple)):
-        for item in tree:
-            yield from tensors(item)
+
+
+def _items(tree: Any) -> Iterable[Any]:
+    if isinstance(tree, Mapping):
+        return tree.values()
+    if isinstance(tree, (list, tuple)):
+        return tree
+    if is_dataclass(tree) and not isinstance(tree, type):
+        return [getattr(tree, field.name) for field in fields(tree)]
+    return ()
 
 
 def replaced(tree: Any, old: Tensor, new: Tensor) -> Any:
-    """Return ``tree`` with the tensor ``old`` replaced by ``new``."""
+    """Return ``tree`` with the tensor ``old`` replaced by ``new``; ``tree`` itself is unchanged."""
     if tree is old:
         return new
-    if type(tree) is dict:
-        return {key: replaced(item, old, new) for key, item in tree.items()}
-    if type(tree) in (list, tuple):
-        return type(tree)(replaced(item, old, new) for item in tree)
-    return tree
+    if not any(tensor is old for tensor in tensors(tree)):
+        return tree
+    if isinstance(tree, MutableMapping):
+        changed = copy.copy(tree)  # also of a class of its own, such as a ModelOutput
+        for key, item in tree.items():
+            changed[key] = replaced(item, old, new)
+        return changed
+    items = [replaced(item, old, new) for item in _items(tree)]
+    if hasattr(tree, "_fields"):  # a named tuple
+        return type(tree)(*items)
+    if isinstance(tree, (list, tuple)):
+        return type(tree)(items)
+    changed = copy.copy(tree)
+    for field, item in zip(fields(tree), items, strict=True):
+        object.__setattr__(changed, field.name, item)  # also of a frozen dataclass
+    return changed
+
+
+def first_tensor(output: Any) -> Tensor:
+    """Return the first floating-point tensor in a module's output, which may be nested.
+
+    Raises:
+        ValueError: There is none.
+    """
+    found = [tensor for tensor in tensors(output) if tensor.is_floating_point()]
+    if not found:
+        raise ValueError(
+            f"a module returned {type(output).__name__} without a floating-point tensor, so that "
+            "it can be neither scored nor measured; leave it out of the groups."
+        )
+    return found[0]
 
 
 def hidden_states(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
+from functools import partial
 from typing import Any
 
 from dynalora_optim.allocation._allocation_state import AllocationState
@@ -10,6 +11,7 @@ from dynalora_optim.allocation._choice import Choice
 from dynalora_optim.allocation._costs import Costs, Plan
 from dynalora_optim.allocation._counters import GroupCounters
 from dynalora_optim.allocation._record import Reallocation
+from dynalora_optim.allocation._search import least_peak_of_one
 from dynalora_optim.groups._layout import BlockLayout
 from dynalora_optim.importance._normalise import usable_scores
 
@@ -73,38 +75,59 @@ class Allocation(AllocationState):
         idle = self._layout.idle(names) if self._layout else frozenset[int]()
         return Choice(frozenset(names), idle)
 
-    def is_unmeasured(self, elements: int) -> bool:
-        """Return whether a batch of this many elements must be measured before it is used."""
-        return self._spending.is_unmeasured(elements)
+    @property
+    def is_trial(self) -> bool:
+        """Whether nothing was selected so far, because the costs of a whole step are not known."""
+        return self.needs_costs and not self._selector.selections and not self._is_held
 
     def take_costs(self, costs: Costs) -> None:
-        """Use these costs: for the first selection, or to fit the current choice to them.
+        """Use these costs: for the first choice, or to fit the current choice to them.
+
+        Until a whole step is known, the groups that take the least memory are active.
 
         Raises:
             ValueError: The allocator cannot make any choice. Then nothing is changed.
         """
         former, self._spending.costs = self.costs, costs
         try:
-            if not self._selector.selections and not self._is_held:
-                self.select(dict.fromkeys(self.names, 0.0))
+            if self.is_trial:
+                self._try_out(costs)
             else:
-                self._fit()
+                self._keep(self._spending.fitting(self._positions(self.chosen)))
         except ValueError:
             self._spending.costs = former
             raise
 
-    def current_plan(self, costs: Costs) -> Plan:
-        """Return the current plan at these ``costs``; without a budget no block is recomputed."""
-        return self._spending.plan_at(costs, self._positions(self.chosen))
+    def plan_at(self, costs: Costs, names: Collection[str]) -> Plan:
+        """Return the plan with these groups active at ``costs``; without a budget it keeps all.
 
-    def _fit(self) -> None:
-        """Make groups inactive that do not fit with a batch larger than all before."""
-        kept = self._spending.fitting(self._positions(self.chosen))
-        if len(kept) < len(self.chosen):
-            self.chosen = self._selector.named(self.names, kept)
-            self.record.append(
-                Reallocation(self.steps, self.record[-1].scores, self.active_names())
-            )
+        Raises:
+            ValueError: The allocator does not allow these groups to be active together.
+        """
+        return self._spending.plan_at(costs, self._positions(names))
+
+    def count_forward(self, flops: int, of_all: int) -> None:
+        """Count the FLOPs of the backward of a forward, and what they are with all active."""
+        self._spending.count_forward(flops, of_all)
+
+    def end_trial(self) -> None:
+        """Select after the next step: from then on the costs are those of a whole step."""
+        self._clock.demand()
+
+    def _try_out(self, costs: Costs) -> None:
+        least = min(costs.lowest_blocks(), key=partial(least_peak_of_one, costs))
+        active = costs.blocks_of([]) | {least}
+        chosen = [g for g, block in enumerate(costs.group_blocks) if block in {None, *active}]
+        self._spending.fitting(chosen)
+        self._keep(chosen)
+
+    def _keep(self, kept: Collection[int]) -> None:
+        """Make these groups active and no others, and record it."""
+        chosen = self._selector.named(self.names, kept)
+        if chosen != self.chosen or not self.record:
+            self.chosen = chosen
+            scores = self.record[-1].scores if self.record else dict.fromkeys(self.names, 0.0)
+            self.record.append(Reallocation(self.steps, scores, self.active_names()))
 
     def extend(
         self, names: Collection[str], order: Iterable[str], layout: BlockLayout | None = None

@@ -165,7 +165,7 @@ class AllocationState:
         self._clock.load(clock)
         self._selector.load(clock)
         self._active.restore(clock["active_setting"])
-        self._spending.load(clock)
+        self._spending.load(clock, len(self.names))
         self._counters.load(groups)
         self.chosen = frozenset(name for name in self.names if groups[name]["active"])
         self.record.load_state_dict(record)

@@ -49,8 +49,8 @@ class Budget:
 
     Attributes:
         memory: The most bytes alive in forward and backward, in addition to weights, optimizer
-            state and batch: a share (float in (0, 1]) of the peak with all modules active and
-            nothing checkpointed, or bytes (int).
+            state and batch: a share (float in (0, 1]) of the peak of the whole step with all
+            modules active and nothing checkpointed, or bytes (int).
         compute: The most FLOPs of the mean backward pass, recomputation included, as a share of the
             backward pass with all modules active; None for no bound. If one selection exceeds it,
             the next ones take less.
@@ -102,7 +102,7 @@ class Budget:
         """Return the peak, in bytes, that no step exceeds."""
         if isinstance(self.memory, int):
             return self.memory
-        return _share_of(costs.peak(costs.all_active), self.memory)
+        return _share_of(costs.whole_peak, self.memory)
 
     def select(self, context: AllocationContext) -> list[int]:
         """Return the modules of the plan that is drawn.
@@ -134,7 +134,11 @@ class Budget:
             ValueError: Training these modules exceeds the budget.
         """
         active = costs.blocks_of(chosen)
-        plan = cheapest_plan(costs, active, self.limit(costs))
+        limit = self.limit(costs)
+        sparing = costs.sparing(active)
+        if not costs.loop.is_known and costs.peak(sparing) <= limit:
+            return sparing
+        plan = cheapest_plan(costs, active, limit)
         if plan is None:
             least = least_peak(costs, min(active), active)
             raise ValueError(self._too_small(costs, least, f"blocks {sorted(active)}"))
@@ -253,7 +257,7 @@ class Budget:
         )
 
     def _too_small(self, costs: Costs, least: int, what: str) -> str:
-        whole = costs.peak(costs.all_active)
+        whole = costs.whole_peak
         return (
             f"Budget(memory={self.memory}) cannot hold a step that trains {what}, even with every "
             f"block checkpointed; pass at least memory={math.ceil(least / whole * 1000) / 1000} or "

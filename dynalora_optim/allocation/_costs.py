@@ -9,14 +9,17 @@ forward and the backward of block b. Then
                                    base + sum_{j<b} h_j + w_b + gradients above b }
 
 and the same for the part after the blocks (the head and the loss). All these numbers are measured,
-in ``memory/_block_profiler.py``. This file computes with numbers only.
+in ``memory/_block_profiler.py``. What the loop keeps alive beside them (gradients, the output,
+other forwards) is in a `Loop`. This file computes with numbers only.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
-from dataclasses import asdict, dataclass, fields, is_dataclass
+from dataclasses import dataclass, replace
 from typing import Any
+
+from dynalora_optim.allocation._loop import ALONE, Loop
 
 
 @dataclass(frozen=True)
@@ -94,7 +97,13 @@ class Costs:
             may hold too.
         head_gradients: The bytes of the gradients of parameters after the blocks.
         prefix: The costs of the part before the blocks (embeddings) if it trains.
-        batch: The number of elements of the largest batch that was measured.
+        batch: The number of elements of the batch that was measured.
+        before: The most bytes alive before the blocks, such as in a frozen tower for images.
+        prefix_gradients: The bytes of the gradients of parameters before the blocks.
+        output: The bytes of what the model returns, without the loss.
+        output_alone: The part of ``output`` that the graph does not hold.
+        outside: What a loss that the model does not compute itself is assumed to take.
+        loop: What the loop keeps alive beside a forward and its backward.
     """
 
     blocks: tuple[BlockCost, ...]
@@ -107,6 +116,12 @@ class Costs:
     head_gradients: int
     prefix: Use | None
     batch: int
+    before: int = 0
+    prefix_gradients: int = 0
+    output: int = 0
+    output_alone: int = 0
+    outside: int = 0
+    loop: Loop = ALONE
 
     @property
     def all_active(self) -> Plan:
@@ -135,35 +150,75 @@ class Costs:
 
     def base(self, lowest: int) -> int:
         """Return the bytes that stay alive after the blocks' forward and that no block holds."""
+        base = self.forward_base + self.loop.stale
         if lowest or self.prefix:
-            return self.forward_base
+            return base
         lowest_role = self.blocks[0].lowest
         held_in_any_case = min(lowest_role.full.input, lowest_role.checkpointed.input)
-        return self.forward_base - min(self.entry, held_in_any_case)
+        return base - min(self.entry, held_in_any_case)
 
     def peak(self, plan: Plan) -> int:
         """Return the most bytes alive at any time of a step, in addition to weights and batch."""
-        uses = dict(self.uses(plan))
+        lowest = plan.lowest(len(self.blocks))
+        base, back = self.base(lowest), self.backward_base
         held = self.prefix.held if self.prefix else 0
-        below = self.blocks[: plan.lowest(len(self.blocks))]
-        base = self.base(plan.lowest(len(self.blocks)))
-        moments = [base + held + block.below for block in below]
-        above = self.head_gradients + sum(self.blocks[b].gradients for b in plan.active)
-        for block, use in uses.items():
+        trained = self.outer_gradients + self.gradients(plan)
+        standing = trained if self.loop.standing else 0
+        below = [base + held + block.below for block in self.blocks[:lowest]]
+        moments = [moment + standing for moment in (self.before + self.loop.stale, *below)]
+        above = self.head_gradients + self.gradients(plan)
+        for block, use in self.uses(plan):
             above -= self.blocks[block].gradients * (block in plan.active)
-            moments.append(base + held + use.forward)
-            moments.append(self.backward_base + held + use.backward + above)
+            moments.append(base + held + use.forward + standing)
+            moments.append(back + held + use.backward + (standing or above) + self.kept)
             held += use.held
-        moments.append(base + held + self.head.forward)
-        moments.append(self.backward_base + held + self.head.backward)
+        moments.append(held + self.after_blocks(base, lowest) + standing)
         if self.prefix:
-            gradients = self.head_gradients + self.gradients(plan)
-            moments.append(self.backward_base + self.prefix.backward + gradients)
+            gradients = standing or self.head_gradients + self.gradients(plan)
+            moments.append(back + self.prefix.backward + gradients + self.kept)
+        moments.append(trained + self.loop.update)
+        return self.loop.carried + max(moments)
+
+    def after_blocks(self, base: int, lowest: int) -> int:
+        """Return the most bytes alive after the blocks' forward, besides what the blocks hold."""
+        alone = self.output_alone if self.loop.keeps_output else 0
+        left = base + self.head.held + self.output_alone
+        moments = [
+            base + self.head.forward,
+            left + self.outside,
+            self.backward_base + self.head.backward + alone + self.outside,
+        ]
+        if self.loop.later:
+            moments.append(left + self.loop.later[lowest])
         return max(moments)
+
+    @property
+    def kept(self) -> int:
+        """The bytes of the model's output that may be alive while the blocks run backward."""
+        return self.output if self.loop.keeps_output else 0
+
+    @property
+    def whole_peak(self) -> int:
+        """The peak of the whole step with all modules active and nothing checkpointed."""
+        return self.loop.reference or self.peak(self.all_active)
+
+    def sparing(self, active: Collection[int]) -> Plan:
+        """Return the plan in which these blocks train and the forward leaves the least alive."""
+        plan = Plan(frozenset(active))
+        lowest = min(active, default=0)
+        roles = {b: self.role(b, lowest, active=b in plan.active) for b, _ in self.uses(plan)}
+        smaller = [b for b, role in roles.items() if role.checkpointed.held < role.full.held]
+        return Plan(plan.active, frozenset(smaller))
+
+    def left(self, plan: Plan) -> int:
+        """Return the bytes that a forward leaves alive for its backward, its output included."""
+        base = self.base(plan.lowest(len(self.blocks))) - self.loop.stale
+        return base + self.held(plan) + self.output_alone + self.outside
 
     def held(self, plan: Plan) -> int:
         """Return the bytes that autograd keeps at the end of the forward pass."""
-        return sum(use.held for _, use in self.uses(plan)) + self.head.held
+        before = self.prefix.held if self.prefix else 0
+        return before + sum(use.held for _, use in self.uses(plan)) + self.head.held
 
     def flops(self, plan: Plan) -> int:
         """Return the FLOPs of the backward pass, recomputation included."""
@@ -187,67 +242,12 @@ class Costs:
     @property
     def outer_gradients(self) -> int:
         """The bytes of the gradients of the parameters outside the blocks."""
-        return self.head_gradients + (self.prefix.backward if self.prefix else 0)
+        return self.head_gradients + self.prefix_gradients
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return the numbers as plain dicts and lists."""
-        return {**asdict(self), "pinned": sorted(self.pinned)}
+    def in_loop(self, **changes: Any) -> Costs:
+        """Return the same costs in a loop with these values."""
+        return replace(self, loop=replace(self.loop, **changes))
 
-    def check(self, modules: int) -> None:
-        """Raise unless these can be the costs of this many modules.
-
-        Raises:
-            ValueError: They are the costs of other modules, or not numbers of bytes and FLOPs.
-        """
-        may_lack = {"group_blocks", "prefix"}
-        parts = [getattr(self, f.name) for f in fields(self) if f.name not in may_lack]
-        parts += [part for part in (*self.group_blocks, self.prefix) if part is not None]
-        if (
-            not all(
-                type(number) is int and 0 <= number < 2**63 for number in _numbers(tuple(parts))
-            )
-            or len(self.group_blocks) != modules
-            or not {*self.group_blocks, *self.pinned} <= {None, *range(len(self.blocks))}
-            or not self.flops(self.all_active)
-        ):
-            raise ValueError("state_dict has costs of other modules, or no costs at all.")
-
-    @staticmethod
-    def from_state_dict(state: dict[str, Any]) -> Costs:
-        """Return the costs from which `state_dict` made ``state``.
-
-        Raises:
-            ValueError: ``state`` has another form.
-        """
-        try:
-            return Costs(
-                **{
-                    **state,
-                    "blocks": tuple(map(_block_cost, state["blocks"])),
-                    "group_blocks": tuple(state["group_blocks"]),
-                    "pinned": frozenset(state["pinned"]),
-                    "head": Use(**state["head"]),
-                    "prefix": Use(**state["prefix"]) if state["prefix"] else None,
-                }
-            )
-        except (AttributeError, KeyError, TypeError) as error:
-            raise ValueError(f"state_dict has costs of another form: {error!r}.") from error
-
-
-def _numbers(tree: Any) -> Iterator[Any]:
-    """Yield the values in nested dataclasses, tuples and sets; they should all be numbers."""
-    if is_dataclass(tree):
-        tree = tuple(getattr(tree, field.name) for field in fields(tree))
-    if isinstance(tree, (tuple, frozenset)):  # not a list: it is yielded, so that `check` fails
-        for item in tree:
-            yield from _numbers(item)
-    else:
-        yield tree
-
-
-def _block_cost(state: dict[str, Any]) -> BlockCost:
-    roles = {
-        name: BlockUses(Use(**state[name]["full"]), Use(**state[name]["checkpointed"]))
-        for name in ("lowest", "active", "idle")
-    }
-    return BlockCost(**{**state, **roles})
+    def in_no_loop(self) -> Costs:
+        """Return the same costs for a forward and backward alone."""
+        return replace(self, loop=ALONE)

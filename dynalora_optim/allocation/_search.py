@@ -6,7 +6,8 @@ numbers matter to what is still to come:
 
 - its *slack*: the most bytes that the blocks below may hold, so that nothing above exceeds the
   limit. One number stands for all moments above, for they all grow with what is held below;
-- the *gradients* above, which are alive while the blocks below run backward;
+- the *gradients* above, which are alive while the blocks below run backward. (If all gradients are
+  alive from the forward on, what the blocks below may hold includes their gradients.);
 - its *value* and its *FLOPs* so far.
 
 Of two partial plans one is dropped if the other is no worse in all four: whatever completes the one
@@ -79,7 +80,7 @@ def best_plan(
     blocks = range(len(costs.blocks))
     # If every block can train, no choice has a higher value. This search does not need the values.
     everyone = _Problem(costs, _one_choice(costs, blocks), (0.0,) * len(blocks), limit, flops)
-    shared = costs.base(lowest), min(lowest, 1)  # by all lowest blocks but block 0
+    shared = costs.base(lowest), _down_to(costs, lowest)
     plan = _best_plans(everyone, *shared).get(lowest)
     if plan:
         return plan
@@ -100,7 +101,20 @@ def least_peak(costs: Costs, lowest: int, active: Collection[int] | None = None)
     If ``active`` is given, only plans in which exactly these blocks train are considered.
     """
     choices = _all_choices(costs) if active is None else _one_choice(costs, active)
-    return _least_peaks(costs, choices, costs.base(lowest), min(lowest, 1))[lowest]
+    return _least_peaks(costs, choices, costs.base(lowest), _down_to(costs, lowest))[lowest]
+
+
+def least_peak_of_one(costs: Costs, block: int) -> int:
+    """Return the smallest peak if only this block trains, and those that always do."""
+    return least_peak(costs, block, costs.pinned | {block})
+
+
+def _down_to(costs: Costs, lowest: int) -> int:
+    """Return the lowest of the lowest blocks that share one search: all but block 0.
+
+    What further forwards need is not the same for any two, so that each has a search of its own.
+    """
+    return lowest if costs.loop.later else min(lowest, 1)
 
 
 def _all_choices(costs: Costs) -> Choices:
@@ -117,8 +131,7 @@ def _best_plans(problem: _Problem, base: int, down_to: int) -> dict[int, Plan]:
     """Return the best plan for each lowest block from ``down_to`` up, if they have this base."""
     costs, plans = problem.costs, {}
     for lowest, partials in _whole(problem, base, down_to):
-        below = _below(costs, base, lowest)
-        fit = (p for p in partials if max(below, _at_prefix(costs, p)) <= problem.limit)
+        fit = (p for p in partials if _elsewhere(costs, base, lowest, p) <= problem.limit)
         best = min(fit, key=lambda p: (-p[2], p[3], -p[0], p[4]), default=None)
         if best:
             plans[lowest] = _plan(costs, lowest, best[-1])
@@ -132,27 +145,36 @@ def _least_peaks(costs: Costs, choices: Choices, base: int, down_to: int) -> dic
     problem, peaks = _Problem(costs, choices, None, 0), {}
     bottom = costs.prefix.held if costs.prefix else 0
     for lowest, partials in _whole(problem, base, down_to):
-        below = _below(costs, base, lowest)
-        peaks[lowest] = min(max(bottom - p[0], below, _at_prefix(costs, p)) for p in partials)
+        peaks[lowest] = min(
+            max(bottom - p[0], _elsewhere(costs, base, lowest, p)) for p in partials
+        )
     return peaks
 
 
-def _below(costs: Costs, base: int, lowest: int) -> int:
-    """Return the most bytes alive while the blocks below the lowest run."""
+def _elsewhere(costs: Costs, base: int, lowest: int, partial: Partial) -> int:
+    """Return the most bytes alive at the moments that its slack does not stand for.
+
+    They are the forward of what is below the lowest block, the backward of what trains before the
+    blocks, and the optimizer's step.
+    """
+    trained = partial[1] + costs.prefix_gradients
+    standing = trained if costs.loop.standing else 0
     bottom = costs.prefix.held if costs.prefix else 0
-    return max((base + bottom + block.below for block in costs.blocks[:lowest]), default=0)
-
-
-def _at_prefix(costs: Costs, partial: Partial) -> int:
-    """Return the bytes alive in the backward pass of what trains before the blocks."""
-    return costs.backward_base + costs.prefix.backward + partial[1] if costs.prefix else 0
+    below = [base + bottom + block.below for block in costs.blocks[:lowest]]
+    moments = [moment + standing for moment in (costs.before + costs.loop.stale, *below)]
+    if costs.prefix:
+        gradients = standing or partial[1]
+        moments.append(costs.backward_base + costs.prefix.backward + gradients + costs.kept)
+    return costs.loop.carried + max([*moments, trained + costs.loop.update])
 
 
 def _whole(problem: _Problem, base: int, down_to: int) -> Iterator[tuple[int, list[Partial]]]:
     """Yield each block down to ``down_to``, from the last one on, and the plans that end there."""
-    costs, head = problem.costs, problem.costs.head
-    slack = problem.limit - max(base + head.forward, costs.backward_base + head.backward)
-    partials = [(slack, costs.head_gradients, 0.0, costs.flops(Plan(frozenset())), 0)]
+    costs = problem.costs
+    standing = costs.outer_gradients if costs.loop.standing else 0
+    alive = costs.loop.carried + costs.after_blocks(base, down_to) + standing
+    flops = costs.flops(Plan(frozenset()))
+    partials = [(problem.limit - alive, costs.head_gradients, 0.0, flops, 0)]
     for block in reversed(range(down_to, len(costs.blocks))):
         yield block, _longer(problem, base, partials, block, lowest=block)
         longer = _longer(problem, base, partials, block)
@@ -164,23 +186,25 @@ def _longer(
 ) -> list[Partial]:
     """Return the ``partials`` that fit with ``block`` below them, in each of its ways."""
     costs, limit, values = problem.costs, problem.limit, problem.values
-    bottom = costs.prefix.held if costs.prefix else 0
-    least = -math.inf if values is None else bottom
+    least = -math.inf if values is None else costs.prefix.held if costs.prefix else 0
+    stands, limit = costs.loop.standing, limit - costs.loop.carried
+    before = costs.prefix_gradients if stands else 0
     most = math.inf if problem.flops is None else problem.flops
     longer: list[Partial] = []
     for active in (True,) if block == lowest else problem.choices[block]:
         role = costs.role(block, lowest, active=active)
         gradients = costs.blocks[block].gradients if active else 0
         value = values[block] if values and active else 0.0
+        own = gradients + before if stands else 0  # alive beside those above, in this block too
         for use, checkpointed in ((role.full, 0), (role.checkpointed, _CHECKPOINTED)):
             bits = (checkpointed if active else checkpointed + _IDLE) << 2 * block
-            held, flops = use.held, use.flops if values else 0
-            forward = limit - base - use.forward
-            backward = limit - costs.backward_base - use.backward
+            held, flops = use.held + gradients * stands, use.flops if values else 0
+            forward = limit - base - use.forward - own
+            backward = limit - costs.backward_base - use.backward - costs.kept - own
             longer += [
                 (slack, above + gradients, worth + value, work + flops, choice | bits)
                 for room, above, worth, work, choice in partials
-                if (slack := min(room - held, forward, backward - above)) >= least
+                if (slack := min(room - held, forward - above * stands, backward - above)) >= least
                 and work + flops <= most
             ]
     return longer

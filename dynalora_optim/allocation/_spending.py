@@ -7,6 +7,7 @@ from typing import Any
 
 from dynalora_optim.allocation._context import Allocator, CostAware
 from dynalora_optim.allocation._costs import Costs, Plan
+from dynalora_optim.allocation._saved_costs import restored_costs
 
 
 class Spending:
@@ -26,17 +27,12 @@ class Spending:
         """Delete the costs and the compute used so far."""
         self.costs: Costs | None = None
         self._compute = 0.0  # backward passes so far, in units of one with all modules active
+        self._step = 0, 0  # FLOPs of this step's backward passes: planned, with all modules active
 
     @property
     def is_asked_for(self) -> bool:
         """Whether the allocator decides from measured costs."""
         return self._allocator is not None
-
-    def is_unmeasured(self, elements: int) -> bool:
-        """Return whether a batch of this many elements must be measured before it is used."""
-        if not self.is_asked_for:
-            return False
-        return self.costs is None or elements > self.costs.batch
 
     def plan(self, chosen: Collection[int]) -> Plan | None:
         """Return the plan in which the ``chosen`` modules are active; None without costs.
@@ -64,11 +60,19 @@ class Spending:
         assert self.costs is not None
         return self._allocator.fitting(self.costs, chosen)
 
+    def count_forward(self, flops: int, of_all: int) -> None:
+        """Count the FLOPs of the backward of a forward, and what they are with all active."""
+        self._step = self._step[0] + flops, self._step[1] + of_all
+
     def advance(self, chosen: Collection[int]) -> None:
-        """Count one backward pass with the ``chosen`` modules active."""
-        plan = self.plan(chosen)
-        if plan is not None and self.costs is not None:
-            self._compute += self.costs.flops(plan) / self.costs.flops(self.costs.all_active)
+        """Count one step, in which the ``chosen`` modules were active."""
+        flops, of_all = self._step
+        if not of_all and self.costs is not None:  # its forwards were not seen
+            plan = self.plan(chosen)
+            flops = self.costs.flops(plan) if plan else 0
+            of_all = self.costs.flops(self.costs.all_active)
+        self._compute += flops / of_all if of_all else 0.0
+        self._step = 0, 0
 
     def mean_compute(self, steps: int) -> float:
         """Return the FLOPs of the mean backward pass, as a share of one with all active."""
@@ -76,7 +80,7 @@ class Spending:
 
     def state(self) -> dict[str, Any]:
         """Return the values that a resumed run needs, without the costs."""
-        return {"compute": self._compute}
+        return {"compute": self._compute, "step_flops": list(self._step)}
 
     def check(self, state: Mapping[str, Any], chosen: Collection[int], modules: int) -> None:
         """Raise unless `load` can load the saved ``state``, and the choice fits its costs.
@@ -85,12 +89,14 @@ class Spending:
             ValueError: The costs are of other modules, or the choice exceeds the budget.
         """
         if state.get("costs") and self._allocator is not None:
-            costs = Costs.from_state_dict(state["costs"])
-            costs.check(modules=modules)
+            costs = restored_costs(state["costs"], modules=modules)
             self._allocator.fitting(costs, chosen)
             self._allocator.plan(costs, chosen)
 
-    def load(self, state: Mapping[str, Any]) -> None:
+    def load(self, state: Mapping[str, Any], modules: int) -> None:
         """Load what `state` returned, and the costs."""
         self._compute = state["compute"]
-        self.costs = Costs.from_state_dict(state["costs"]) if state.get("costs") else None
+        flops, of_all = state["step_flops"]
+        self._step = flops, of_all
+        costs = state.get("costs")
+        self.costs = restored_costs(costs, modules=modules) if costs else None

@@ -7,6 +7,9 @@ from dataclasses import dataclass
 
 from torch import nn
 
+_ENOUGH = 0.3  # the share of the list with the most trained tensors, for it to be much
+_List = (nn.ModuleList, nn.Sequential)
+
 
 @dataclass(frozen=True)
 class Block:
@@ -19,25 +22,30 @@ class Block:
 def find_blocks(model: nn.Module) -> list[Block]:
     """Return the model's repeated blocks in forward order; an empty list if it has none.
 
-    The blocks are the items of one ``ModuleList`` of two or more modules of one class: the longest
-    such list that is not inside another one (so that the experts of a block are not blocks).
+    The blocks are the items of one ``ModuleList`` or ``Sequential`` of two or more modules of one
+    class that is not inside another one (so that the experts of a block are not blocks). If the
+    model has several, such as an encoder and a decoder, or a tower for images and one for text,
+    they are those of the first one in which much trains (tensors are counted).
 
     Raises:
         ValueError: The list holds one module twice.
     """
-    lists: dict[str, nn.ModuleList] = {}
+    lists: dict[str, nn.ModuleList | nn.Sequential] = {}
     for name, module in model.named_modules():
-        inner = any(name.startswith(f"{outer}.") for outer in lists)
-        if not inner and _repeats(module):
+        is_inner = any(not outer or name.startswith(f"{outer}.") for outer in lists)
+        if not is_inner and isinstance(module, _List) and _repeats(module):
             lists[name] = module
     if not lists:
         return []
-    name = max(lists, key=lambda name: len(lists[name]))
-    blocks = [Block(f"{name}.{i}", module) for i, module in enumerate(lists[name])]
-    if len({id(block.module) for block in blocks}) < len(blocks):
+    trained = {name: _trained(found) or 0.001 * len(found) for name, found in lists.items()}
+    enough = _ENOUGH * max(trained.values())
+    name = next(name for name, count in trained.items() if count >= enough)
+    prefix = f"{name}." if name else ""
+    blocks = [Block(prefix + key, module) for key, module in lists[name].named_children()]
+    if len(blocks) < len(lists[name]):
         raise ValueError(
-            f"{name} holds one block several times, so its passes cannot be distinguished. Use "
-            "neither a Budget nor groups='blocks' with this model."
+            f"{name or type(model).__name__} holds one block several times, so its passes cannot "
+            "be distinguished. Use neither a Budget nor groups='blocks' with this model."
         )
     return blocks
 
@@ -61,14 +69,19 @@ def model_blocks(model: nn.Module, *, must: bool) -> list[Block]:
     if must and not blocks:
         raise ValueError(
             f"found no repeated blocks in {type(model).__name__}, which a Budget and "
-            "checkpoint_idle=True need: no ModuleList of two or more modules of one class. Use an "
-            "allocator without a memory budget, such as 'discounted'."
+            "checkpoint_idle=True need: no ModuleList or Sequential of two or more modules of one "
+            "class. Use an allocator without a memory budget, such as 'discounted'."
         )
     return blocks
 
 
-def _repeats(module: nn.Module) -> bool:
-    return isinstance(module, nn.ModuleList) and len(module) > 1 and len({*map(type, module)}) == 1
+def _repeats(module: nn.ModuleList | nn.Sequential) -> bool:
+    has_parameters = any(True for _ in module.parameters())
+    return len(module) > 1 and len({*map(type, module)}) == 1 and has_parameters
+
+
+def _trained(module: nn.Module) -> int:
+    return sum(parameter.requires_grad for parameter in module.parameters())
 
 
 def outside(model: nn.Module, blocks: Sequence[Block]) -> Iterator[nn.Module]:

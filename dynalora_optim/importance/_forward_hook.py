@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import itertools
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from dynalora_optim._base.torch_private import in_backward
+from dynalora_optim._base.trees import first_tensor
 from dynalora_optim.importance._measures import ForwardMeasure, ForwardPass
 from dynalora_optim.importance._windows import Passes, Window
 
@@ -118,11 +119,3 @@ def observe(
     hook = _hooks.get(int(ticket))
     if hook is not None:
         hook.observe(tuple(inputs), output, base_output)
-
-
-def first_tensor(output: object) -> Tensor:
-    """Return a module's output, or its first item if it is a tuple or dict (as in transformers)."""
-    if isinstance(output, Tensor):
-        return output
-    items = output.values() if isinstance(output, Mapping) else output
-    return first_tensor(next(iter(items)))  # type: ignore[call-overload]

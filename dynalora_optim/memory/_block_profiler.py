@@ -20,16 +20,32 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from dynalora_optim._base.live_bytes import LiveBytes, tensor_bytes
-from dynalora_optim._base.trees import elements, hidden_states, replaced, tensors, trainable_leaves
+from dynalora_optim._base.trees import (
+    elements,
+    first_tensor,
+    hidden_states,
+    replaced,
+    tensors,
+    trainable_leaves,
+)
 from dynalora_optim.allocation._costs import BlockCost, BlockUses, Costs, Use
 from dynalora_optim.groups._blocks import Block, outside
 from dynalora_optim.groups._module_group import ModuleGroup
-from dynalora_optim.importance._forward_hook import first_tensor
-from dynalora_optim.memory._stand_ins import enter, leave, loss_of, no_autocast, undisturbed
+from dynalora_optim.memory._stand_ins import (
+    enter,
+    leave,
+    loss_of,
+    no_autocast,
+    own_loss,
+    undisturbed,
+)
 from dynalora_optim.switching._module_switch import ModuleSwitch
 from dynalora_optim.switching._recompute import Recomputer, checkpoints_itself
 
 _SCALARS = 1024  # bytes that no block shows: the loss, its gradient, data of a checkpoint
+# What a loss outside of the model may take, in sizes of the output: a cross entropy makes as many
+# logarithms as there are logits, and as many gradients.
+_LOSS = 2
 
 
 class Profiler:
@@ -76,7 +92,7 @@ class Profiler:
             for handle in self._hooks():
                 stack.callback(handle.remove)
             stack.enter_context(self._memory)
-            output = self._model(*args, **kwargs)
+            output = [self._model(*args, **kwargs)]
             self._check_complete()
             head = self._head(output)
         return Costs(
@@ -90,6 +106,11 @@ class Profiler:
             head_gradients=sum(map(tensor_bytes, self._head_parameters())),
             prefix=self._prefix,
             batch=elements(args, kwargs),
+            before=self._before_blocks,
+            prefix_gradients=sum(map(tensor_bytes, self.prefix_parameters)),
+            output=self._output,
+            output_alone=self._output_alone,
+            outside=self._outside,
         )
 
     def _hooks(self) -> Iterator[RemovableHandle]:
@@ -142,6 +163,7 @@ class Profiler:
 
     def _enter_blocks(self, x: Tensor) -> None:
         """Measure the part before the blocks if it trains; then continue without a graph."""
+        self._before_blocks = self._memory.peak
         self._entry = self._memory.size([x])
         self._first_input = weakref.ref(x.untyped_storage())
         self.prefix_parameters = trainable_leaves(x)
@@ -167,11 +189,16 @@ class Profiler:
         self._memory.peak = 0  # not the bytes alive now: the last block's input will be freed
         return replaced(output, y, enter(self._anchor, y))
 
-    def _head(self, output: Any) -> Use:
-        """Measure the part after the blocks; ``output`` is the model's output."""
+    def _head(self, outputs: list[Any]) -> Use:
+        """Measure the part after the blocks; the model's output is taken out of ``outputs``."""
         forward = self._memory.peak - self._forward_base
-        loss = loss_of(output)
+        output = outputs.pop()
+        loss, own = loss_of(output), own_loss(output)
+        self._output = self._memory.size(t for t in tensors(output) if t is not own)
+        self._outside = 0 if own is not None else _LOSS * self._output
+        alive = self._memory.live
         del output
+        self._output_alone = alive - self._memory.live
         leaves = [self._anchor, *self._head_parameters()]
         return self._backward(loss, leaves, forward, self._backward_base)
 

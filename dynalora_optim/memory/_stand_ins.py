@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any, cast
 
@@ -44,10 +44,23 @@ def leave(y: Tensor) -> Tensor:
     return cast(Tensor, _Leave.apply(y))  # type: ignore[no-untyped-call]
 
 
+def own_loss(output: Any) -> Tensor | None:
+    """Return the loss that the model has computed itself; None if it has none."""
+    loss = getattr(output, "loss", output)
+    if isinstance(loss, Mapping):
+        loss = loss.get("loss")
+    if isinstance(loss, (tuple, list)) and loss:  # such as (loss, logits)
+        loss = loss[0]
+    is_named = loss is not output and not isinstance(output, (tuple, list))
+    if isinstance(loss, Tensor) and loss.requires_grad and (is_named or loss.numel() == 1):
+        return loss
+    return None
+
+
 def loss_of(output: Any) -> Tensor:
     """Return the model's loss; if it has none, a scalar with a gradient for every output."""
-    loss = getattr(output, "loss", None)
-    if isinstance(loss, Tensor):
+    loss = own_loss(output)
+    if loss is not None:
         return loss.sum()
     outputs = [tensor for tensor in tensors(output) if tensor.requires_grad]
     return sum((leave(tensor) for tensor in outputs), torch.zeros(()))

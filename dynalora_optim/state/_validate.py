@@ -8,7 +8,7 @@ from typing import Any
 
 from dynalora_optim.state._placeholders import MARK
 
-_OPTIONAL = ("lr_history", "costs")  # in some groups only; checked when they are used
+_OPTIONAL = ("lr_history", "costs", "loop")  # in some groups only; checked when they are used
 
 
 def damaged(why: str) -> ValueError:
@@ -130,6 +130,7 @@ _KINDS: dict[str, Callable[[Any], bool]] = {
     "active": _is_bool,
     "probing": _is_bool,
     "compute": _is_number,
+    "step_flops": lambda value: _are_numbers(value) and len(value) == 2,
     "closed": _is_number,
     "window": _are_numbers,
     "lr_history": _are_numbers,

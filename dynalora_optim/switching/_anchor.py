@@ -18,9 +18,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.hooks import RemovableHandle
 
 from dynalora_optim._base.torch_private import active_ddp, in_backward, parameters_reduced
-from dynalora_optim._base.trees import replaced
+from dynalora_optim._base.trees import first_tensor, replaced
 from dynalora_optim.groups._module_group import ModuleGroup
-from dynalora_optim.importance._forward_hook import first_tensor
 
 
 class _Tie(torch.autograd.Function):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
@@ -13,45 +15,52 @@ from dynalora_optim.switching._input_cut import InputCut
 
 
 class ModelHooks:
-    """Ends the graph before the first block, and turns off the model's key-value cache.
+    """Ends the graph before the first block, and keeps training from filling a key-value cache.
+
+    Training never reads the cache, which would hold the keys and values of every block.
 
     Args:
         model: The adapted model.
         blocks: Its blocks; there may be none.
-        recomputes: Whether some blocks will be recomputed; the cache is turned off only then.
     """
 
-    def __init__(self, model: nn.Module, blocks: Sequence[Block], *, recomputes: bool) -> None:
+    def __init__(self, model: nn.Module, blocks: Sequence[Block]) -> None:
         self._model = model
         self._blocks = blocks
-        self._recomputes = recomputes
         self._handles: list[RemovableHandle] = []
-        self._caching: list[Any] = []
 
     def attach(self) -> None:
-        """Set the hooks and settings; a copy of the model contains them too."""
+        """Set the hooks; a copy of the model contains them too."""
         self.close()
         if self._blocks:
             rest = list(outside(self._model, self._blocks))
             cut = InputCut([block.module for block in self._blocks], rest)
             first = self._blocks[0].module
             self._handles.append(first.register_forward_pre_hook(cut, with_kwargs=True))
-        if self._recomputes:
-            self._caching = _caching_configs(self._model)
-            for config in self._caching:
-                config.use_cache = False
+        for module in filter(_fills_cache, self._model.modules()):
+            self._handles.append(module.register_forward_pre_hook(_without_cache, with_kwargs=True))
 
     def close(self) -> None:
-        """Remove the hooks, and turn the cache on again."""
+        """Remove the hooks."""
         for handle in self._handles:
             handle.remove()
-        for config in self._caching:
-            config.use_cache = True
-        self._handles, self._caching = [], []
+        self._handles = []
 
 
-def _caching_configs(model: nn.Module) -> list[Any]:
-    """Return the configs that make a training forward hold every block's keys and values."""
-    configs = (getattr(module, "config", None) for module in model.modules())
-    caching = {id(c): c for c in configs if getattr(c, "use_cache", False) is True}
-    return list(caching.values())
+def _without_cache(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """Ask a transformers model for no cache in training; this is its forward pre-hook."""
+    is_unasked = kwargs.get("use_cache") is None
+    if torch.compiler.is_compiling() or not (
+        module.training and torch.is_grad_enabled() and is_unasked
+    ):
+        return None
+    return args, {**kwargs, "use_cache": False}
+
+
+def _fills_cache(module: nn.Module) -> bool:
+    """Return whether a forward of ``module`` fills a key-value cache unless it is told not to."""
+    if getattr(getattr(module, "config", None), "use_cache", False) is not True:
+        return False
+    return "use_cache" in inspect.signature(type(module).forward).parameters

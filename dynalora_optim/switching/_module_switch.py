@@ -34,7 +34,11 @@ class ModuleSwitch:
     def apply(self, groups: Iterable[ModuleGroup], choice: Choice) -> None:
         """Make the chosen ``groups`` active, the others inactive; recompute the chosen blocks."""
         self.set_flags(groups, choice.active)
-        self._recomputer.recompute([self._blocks[b] for b in sorted(choice.recomputed)])
+        self.recompute(choice.recomputed)
+
+    def recompute(self, blocks: Collection[int]) -> None:
+        """Recompute the blocks at these positions, and no others."""
+        self._recomputer.recompute([self._blocks[block] for block in sorted(blocks)])
 
     def restore(self) -> None:
         """Put back the parameters that an interrupted forward has replaced."""

@@ -1,0 +1,75 @@
+"""Costs as plain dicts and lists, as a state dict holds them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, fields, is_dataclass
+from typing import Any
+
+from dynalora_optim.allocation._costs import BlockCost, BlockUses, Costs, Use
+from dynalora_optim.allocation._loop import Loop
+
+
+def saved_costs(costs: Costs) -> dict[str, Any]:
+    """Return the numbers as plain dicts and lists."""
+    loop = {**asdict(costs.loop), "later": list(costs.loop.later)}
+    return {**asdict(costs), "pinned": sorted(costs.pinned), "loop": loop}
+
+
+def restored_costs(state: Mapping[str, Any], *, modules: int) -> Costs:
+    """Return the costs from which `saved_costs` made ``state``, if they are of so many modules.
+
+    Raises:
+        ValueError: ``state`` has another form, is of other modules, or has values that are not
+            numbers of bytes and FLOPs.
+    """
+    try:
+        costs = Costs(
+            **{
+                **state,
+                "blocks": tuple(map(_block_cost, state["blocks"])),
+                "group_blocks": tuple(state["group_blocks"]),
+                "pinned": frozenset(state["pinned"]),
+                "head": Use(**state["head"]),
+                "prefix": Use(**state["prefix"]) if state["prefix"] else None,
+                "loop": Loop(**{**state["loop"], "later": tuple(state["loop"]["later"])}),
+            }
+        )
+    except (AttributeError, KeyError, TypeError) as error:
+        raise ValueError(f"state_dict has costs of another form: {error!r}.") from error
+    _check(costs, modules)
+    return costs
+
+
+def _check(costs: Costs, modules: int) -> None:
+    may_lack = {"group_blocks", "prefix"}
+    parts = [getattr(costs, f.name) for f in fields(costs) if f.name not in may_lack]
+    parts += [part for part in (*costs.group_blocks, costs.prefix) if part is not None]
+    numbers = _numbers(tuple(parts))
+    if (
+        not all(type(n) in (bool, int) and 0 <= n < 2**63 for n in numbers)
+        or len(costs.group_blocks) != modules
+        or not {*costs.group_blocks, *costs.pinned} <= {None, *range(len(costs.blocks))}
+        or len(costs.loop.later) not in (0, len(costs.blocks))
+        or not costs.flops(costs.all_active)
+    ):
+        raise ValueError("state_dict has costs of other modules, or no costs at all.")
+
+
+def _numbers(tree: Any) -> Iterator[Any]:
+    """Yield the values in nested dataclasses, tuples and sets; they should all be numbers."""
+    if is_dataclass(tree):
+        tree = tuple(getattr(tree, field.name) for field in fields(tree))
+    if isinstance(tree, (tuple, frozenset)):  # not a list: it is yielded, so that the check fails
+        for item in tree:
+            yield from _numbers(item)
+    else:
+        yield tree
+
+
+def _block_cost(state: Mapping[str, Any]) -> BlockCost:
+    roles = {
+        name: BlockUses(Use(**state[name]["full"]), Use(**state[name]["checkpointed"]))
+        for name in ("lowest", "active", "idle")
+    }
+    return BlockCost(**{**state, **roles})

@@ -1,0 +1,112 @@
+"""Which training forwards still hold what their backward needs, and what else of them is alive."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+from dynalora_optim._base.torch_private import keeps_graph
+from dynalora_optim._base.trees import tensors
+from dynalora_optim.allocation._costs import Costs
+
+
+class Graph:
+    """The graph of one forward; it exists as long as nodes of the graph refer to it.
+
+    Attributes:
+        costs: The costs of the forward.
+        held: The bytes that it leaves alive.
+        is_used: Whether its backward has run, so that nothing is held any more.
+    """
+
+    def __init__(self, costs: Costs, held: int) -> None:
+        self.costs = costs
+        self.held = held
+        self.is_used = False
+
+
+class _BeforeBackward:
+    """The hook on the nodes of a forward's output, called when a backward begins there."""
+
+    def __init__(self, graph: Graph, passes: Passes) -> None:
+        self._graph = graph
+        self._passes = weakref.ref(passes)
+
+    def __call__(self, gradients: Any) -> None:
+        passes = self._passes()
+        if passes and not self._graph.is_used:
+            passes.begin_backward()
+        self._graph.is_used = self._graph.is_used or not keeps_graph()
+
+
+class Passes:
+    """Follows the forwards of a model until their graphs are used or dropped.
+
+    Args:
+        at_backward: Called when a backward begins, with the costs of the forwards that are alive,
+            in their order, and whether an output of one of them is still alive.
+    """
+
+    def __init__(self, at_backward: Callable[[list[Costs], bool], None]) -> None:
+        self._at_backward = at_backward
+        self._graphs: list[weakref.ref[Graph]] = []
+        self._outputs: list[tuple[weakref.ref[Any], weakref.ref[Graph], int]] = []
+
+    def follow(self, output: Any, costs: Costs, held: int) -> None:
+        """Follow the forward that has returned ``output`` and leaves ``held`` bytes alive."""
+        graph = Graph(costs, held)
+        found = list(tensors(output))
+        nodes = {id(node): node for tensor in found if (node := tensor.grad_fn) is not None}
+        if not nodes:
+            return
+        hook = _BeforeBackward(graph, self)
+        for node in nodes.values():
+            node.register_prehook(hook)
+        alive = weakref.ref(graph)
+        self._graphs = [other for other in self._graphs if other()] + [alive]
+        self._outputs = [entry for entry in self._outputs if entry[0]() is not None]
+        for holder in _holders(output, found):
+            self._outputs.append((weakref.ref(holder), alive, costs.output))
+
+    def alive(self) -> list[Graph]:
+        """Return the graphs that a backward may still use, in the order of their forwards."""
+        graphs = (alive() for alive in self._graphs)
+        return [graph for graph in graphs if graph and not graph.is_used]
+
+    def stale(self) -> int:
+        """Return the bytes of outputs whose backward is over, but which are still alive."""
+        sizes = {
+            id(graph): size  # the same reference for all outputs of a forward
+            for holder, graph, size in self._outputs
+            if holder() is not None and not _is_waiting(graph())
+        }
+        return sum(sizes.values())
+
+    def begin_backward(self) -> None:
+        """Tell the listener what is alive when a backward begins."""
+        keeps = any(h() is not None and _is_waiting(graph()) for h, graph, _ in self._outputs)
+        self._at_backward([graph.costs for graph in self.alive()], keeps)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_at_backward": self._at_backward}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(state["_at_backward"])  # type: ignore[misc]
+
+
+def _is_waiting(graph: Graph | None) -> bool:
+    return graph is not None and not graph.is_used
+
+
+def _holders(output: Any, found: list[Tensor]) -> list[Any]:
+    """Return the objects that are alive as long as the user keeps the output."""
+    try:
+        weakref.ref(output)
+    except TypeError:  # a tuple or dict: its tensors, except the loss
+        return [tensor for tensor in found if tensor.numel() > 1]
+    if isinstance(output, Tensor) and output.numel() == 1:
+        return []
+    return [output]

@@ -1,0 +1,118 @@
+"""The costs of batches of several shapes, and which of them hold for another batch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from operator import ge
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from dynalora_optim.allocation._costs import Costs
+from dynalora_optim.allocation._saved_costs import restored_costs, saved_costs
+
+# For each leaf of a call's arguments: its place, its kind, and its sizes if it is a tensor.
+Shape: TypeAlias = "tuple[tuple[str, str, tuple[int, ...]], ...]"
+
+_KEPT = 32  # shapes whose costs are kept
+_LOOSE = 2  # a batch this many times smaller than each measured one is worth a measurement
+_FREE, _PER = 4, 100  # how many such measurements there may be, and one more per so many forwards
+
+
+def shape_of(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Shape:
+    """Return the shape of a call; other calls of this shape take the same memory."""
+    casts = [
+        f"{kind}:{torch.get_autocast_dtype(kind)}"
+        for kind in ("cpu", "cuda")
+        if torch.is_autocast_enabled(kind)
+    ]
+    return (("", ",".join(casts), ()), *_leaves("", args), *_leaves("", kwargs))
+
+
+def _leaves(path: str, tree: Any) -> Iterator[tuple[str, str, tuple[int, ...]]]:
+    if isinstance(tree, Tensor):
+        yield path, f"{tree.dtype}{'+' * tree.requires_grad}", tuple(tree.shape)
+    elif isinstance(tree, Mapping):
+        for key in sorted(tree, key=str):
+            yield from _leaves(f"{path}.{key}", tree[key])
+    elif isinstance(tree, (list, tuple)):
+        for number, item in enumerate(tree):
+            yield from _leaves(f"{path}.{number}", item)
+    else:  # a flag may change what is computed; a number, such as the count of items, does not
+        is_flag = tree is None or isinstance(tree, (bool, str))
+        yield path, repr(tree) if is_flag else type(tree).__name__, ()
+
+
+def covers(large: Shape, small: Shape) -> bool:
+    """Return whether ``large`` is at least as large as ``small`` in each dimension of each tensor.
+
+    Sizes cannot be compared if the two calls have other arguments; then the result is False.
+    """
+    if len(large) != len(small):
+        return False
+    return all(
+        a[:2] == b[:2] and len(a[2]) == len(b[2]) and all(map(ge, a[2], b[2]))
+        for a, b in zip(large, small, strict=True)
+    )
+
+
+@dataclass
+class MeasuredShapes:
+    """The costs of the batches measured so far, each with its shape."""
+
+    entries: list[tuple[Shape, Costs]] = field(default_factory=list)
+    forwards: int = 0
+    _extra: int = 0
+
+    def find(self, shape: Shape, elements: int) -> Costs | None:
+        """Return the costs of the smallest measured batch that covers this one.
+
+        It is None if there is none. It is also None, now and then, if the batch is so much smaller
+        that its own costs are worth a measurement: with them less is recomputed.
+        """
+        self.forwards += 1
+        known = [costs for other, costs in self.entries if covers(other, shape)]
+        found = min(known, key=lambda costs: costs.batch, default=None)
+        is_loose = found is not None and found.batch >= _LOOSE * elements > 0
+        if is_loose and self._extra < _FREE + self.forwards // _PER:
+            self._extra += 1
+            return None
+        return found
+
+    def add(self, shape: Shape, costs: Costs) -> None:
+        """Keep the costs of a batch of this shape; drop the smallest if there are too many."""
+        self.entries = [entry for entry in self.entries if entry[0] != shape]
+        self.entries.append((shape, costs))
+        if len(self.entries) > _KEPT:
+            self.entries.remove(min(self.entries, key=lambda entry: entry[1].batch))
+
+    def state(self) -> dict[str, Any]:
+        """Return the values that a resumed run needs."""
+        entries = [[_plain(shape), saved_costs(costs)] for shape, costs in self.entries]
+        return {"entries": entries, "forwards": self.forwards, "extra": self._extra}
+
+    @staticmethod
+    def of(state: Mapping[str, Any], *, modules: int) -> MeasuredShapes:
+        """Return what `state` was made from.
+
+        Raises:
+            ValueError: ``state`` has another form.
+        """
+        try:
+            entries = [
+                (_shape(shape), restored_costs(costs, modules=modules))
+                for shape, costs in state["entries"]
+            ]
+            return MeasuredShapes(entries, int(state["forwards"]), int(state["extra"]))
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"state_dict has shapes of another form: {error!r}.") from error
+
+
+def _plain(shape: Shape) -> list[list[Any]]:
+    return [[path, kind, list(sizes)] for path, kind, sizes in shape]
+
+
+def _shape(plain: Sequence[Sequence[Any]]) -> Shape:
+    return tuple((str(path), str(kind), tuple(map(int, sizes))) for path, kind, sizes in plain)

@@ -1,0 +1,217 @@
+"""The budget in the loops that users have: accumulation, several forwards, ragged rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from budgets import adapted, clear, gradients, on_budget
+from tiny_models import ROOMY, TinyModel, build
+from torch import Tensor
+
+from dynalora_optim import Blocks, Budget, DynamicAllocationOptimizer, LiveBytes
+
+WIDE = replace(ROOMY, rows=8)
+Loop = Callable[[TinyModel, DynamicAllocationOptimizer | None], None]
+
+
+def rows(tiny: TinyModel, count: int, length: int, seed: int = 0) -> dict[str, Tensor]:
+    """A batch of this shape."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(2, 60, (count, length), generator=generator)
+    labels = torch.zeros(count, dtype=torch.long)
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+
+
+def step(optimizer: DynamicAllocationOptimizer | None, tiny: TinyModel) -> None:
+    if optimizer:
+        optimizer.step()
+        optimizer.zero_grad()
+    else:
+        clear(tiny)
+
+
+def plain(tiny: TinyModel, optimizer: Any) -> None:
+    tiny.loss().backward()
+    step(optimizer, tiny)
+
+
+def accumulated(tiny: TinyModel, optimizer: Any) -> None:
+    for _ in range(3):
+        (tiny.loss() / 3).backward()
+    step(optimizer, tiny)
+
+
+def output_kept(tiny: TinyModel, optimizer: Any) -> None:
+    output = tiny.model(**tiny.batch)
+    output.loss.backward()
+    step(optimizer, tiny)
+    assert output.logits is not None
+
+
+def zeroed_late(tiny: TinyModel, optimizer: Any) -> None:
+    loss = tiny.loss()
+    clear(tiny)
+    loss.backward()
+    if optimizer:
+        optimizer.step()
+
+
+def two_towers(tiny: TinyModel, optimizer: Any) -> None:
+    one, other = tiny.model(**tiny.batch).logits, tiny.model(**tiny.batch).logits
+    (one - 2 * other).square().mean().backward()
+    step(optimizer, tiny)
+
+
+def triplet(tiny: TinyModel, optimizer: Any) -> None:
+    a, b, c = (tiny.model(**tiny.batch).logits for _ in range(3))
+    ((a - 2 * b).square() - (a - 3 * c).square()).mean().backward()
+    step(optimizer, tiny)
+
+
+def kept_for_a_metric(tiny: TinyModel, optimizer: Any) -> None:
+    seen = []
+    for _ in range(2):
+        output = tiny.model(**tiny.batch)
+        output.loss.backward()
+        seen.append(output.logits.detach())
+    step(optimizer, tiny)
+    assert torch.cat(seen).isfinite().all()
+
+
+LOOPS = [plain, accumulated, output_kept, zeroed_late, two_towers, triplet, kept_for_a_metric]
+
+
+def peak_of(loop: Loop, tiny: TinyModel, optimizer: Any, steps: int) -> Iterator[int]:
+    """The most bytes alive in each step of a loop, in addition to what was there before it."""
+    with LiveBytes() as memory:
+        for _ in range(steps):
+            memory.restart()
+            loop(tiny, optimizer)
+            yield memory.peak
+
+
+def made(name: str, how: str) -> TinyModel:
+    if how == "blocks":
+        tiny = build(name, sizes=WIDE)
+        tiny.model.train()
+        return tiny
+    return adapted(name, how, sizes=WIDE)
+
+
+def unshaped_peak(loop: Loop, name: str, how: str) -> int:
+    return max(peak_of(loop, made(name, how), None, 3))
+
+
+@pytest.mark.parametrize("memory", [0.75, 0.45])
+@pytest.mark.parametrize("how", ["ours", "blocks"])
+@pytest.mark.parametrize("name", ["bert", "llama"])
+@pytest.mark.parametrize("loop", LOOPS, ids=lambda loop: loop.__name__)
+def test_no_step_of_any_loop_exceeds_the_budget(loop, name, how, memory):
+    limit = round(memory * unshaped_peak(loop, name, how))
+    tiny = made(name, how)
+    options = {"groups": Blocks(outside="frozen")} if how == "blocks" else {}
+    optimizer = on_budget(tiny, Budget(memory=limit, base="random"), period=1, **options)
+    peaks = list(peak_of(loop, tiny, optimizer, 12))
+    assert max(peaks) <= limit
+    assert len({entry.chosen for entry in optimizer.record}) > 2
+
+
+@pytest.mark.parametrize("name", ["bert", "llama"])
+@pytest.mark.parametrize("loop", LOOPS, ids=lambda loop: loop.__name__)
+def test_a_share_is_of_the_whole_step_with_all_active(loop, name):
+    tiny = made(name, "ours")
+    optimizer = on_budget(tiny, Budget(memory=0.6), period=1)
+    peaks = list(peak_of(loop, tiny, optimizer, 8))
+    limit = optimizer.allocator.limit(optimizer._allocation.costs)
+    whole = unshaped_peak(loop, name, "ours")
+    assert max(peaks) <= 0.6 * whole
+    assert 0.55 * whole <= limit <= 0.66 * whole
+
+
+class Stopped:
+    """In the place of an optimizer: it leaves the gradients of a step to be compared."""
+
+    def step(self) -> None: ...
+
+    def zero_grad(self) -> None: ...
+
+
+@pytest.mark.parametrize("loop", [LOOPS[0], *LOOPS[4:6]], ids=lambda loop: loop.__name__)
+def test_gradients_of_what_is_active_are_those_of_the_unshaped_model(loop):
+    tiny, unshaped = made("bert", "ours"), made("bert", "ours")
+    for one in (tiny, unshaped):
+        one.model.double()
+    optimizer = on_budget(tiny, Budget(memory=0.5), period=1)
+    for _ in range(4):
+        loop(tiny, optimizer)
+    unshaped.model.load_state_dict(tiny.model.state_dict())
+    loop(tiny, Stopped())
+    loop(unshaped, Stopped())
+    found, want = gradients(tiny), gradients(unshaped)
+    assert 0 < len(found) < len(want)
+    for name, gradient in found.items():
+        torch.testing.assert_close(gradient, want[name], rtol=1e-12, atol=1e-12)
+
+
+def eager(name: str) -> TinyModel:
+    tiny = adapted(name, sizes=replace(ROOMY, length=32))
+    tiny.model.set_attn_implementation("eager")
+    return tiny
+
+
+@pytest.mark.parametrize("name", ["bert", "llama"])
+def test_longer_rows_with_fewer_elements_are_measured_too(name):
+    shapes = [(64, 8), (6, 60), (32, 12), (2, 64), (64, 8), (6, 60)]
+    whole = eager(name)
+    with LiveBytes() as memory:
+        for shape in shapes:
+            whole.model(**rows(whole, *shape)).loss.backward()
+            clear(whole)
+    tiny, limit = eager(name), round(0.5 * memory.peak)
+    optimizer = on_budget(tiny, Budget(memory=limit), period=1)
+    with LiveBytes() as memory:
+        for shape in shapes * 3:
+            memory.restart()
+            tiny.model(**rows(tiny, *shape)).loss.backward()
+            step(optimizer, tiny)
+            assert memory.peak <= limit, shape
+
+
+def test_a_batch_is_planned_by_its_own_shape(monkeypatch):
+    """A small batch recomputes nothing that a large one must recompute, and the same trains."""
+    tiny = adapted("bert", sizes=WIDE)
+    optimizer = on_budget(tiny, Budget(memory=0.6), period=100)
+    tiny.loss()
+    optimizer.hold(optimizer.groups)
+    plans = []
+    recompute = optimizer._driver.recompute
+    monkeypatch.setattr(
+        optimizer._driver, "recompute", lambda blocks: (plans.append(blocks), recompute(blocks))
+    )
+    for number, length in enumerate([32, 32, 32, 8, 32]):
+        tiny.model(**rows(tiny, 8, length, number)).loss.backward()
+        chosen = optimizer.active_groups
+        step(optimizer, tiny)
+    assert plans[2], "a large batch needs it"
+    assert plans[4] == plans[2]
+    assert not plans[3]
+    assert optimizer.active_groups == chosen
+
+
+def test_measuring_ragged_rows_is_rare():
+    tiny = adapted("bert")
+    optimizer = on_budget(tiny, Budget(memory=0.5), period=50)
+    measured = []
+    measure = optimizer._costing.measure
+    optimizer._costing.measure = lambda *batch: (measured.append(at), measure(*batch))[1]
+    generator = torch.Generator().manual_seed(0)
+    for at in range(300):
+        length = int(torch.randint(4, 64, (), generator=generator))
+        tiny.model(**rows(tiny, 4, length, at)).loss.backward()
+        step(optimizer, tiny)
+    assert len(measured) <= 12
+    assert sum(at >= 100 for at in measured) <= 4
