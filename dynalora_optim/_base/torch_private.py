@@ -71,6 +71,11 @@ def parameter_slots(module: nn.Module) -> dict[str, nn.Parameter | None]:
     return slots
 
 
+def set_parameter_slots(module: nn.Module, slots: dict[str, Any]) -> None:
+    """Make ``slots`` the dict that holds the parameters of ``module``; see `parameter_slots`."""
+    vars(module)["_parameters"] = slots
+
+
 def has_child(module: nn.Module, name: str) -> bool:
     """Return whether ``module`` has a submodule of this name; a second name for one counts too.
 

@@ -1,14 +1,12 @@
 """Recomputing blocks in the backward pass; only this file switches gradient checkpointing.
 
 How it is switched on depends on the block: the block's own ``forward`` is replaced; or the code
-that ``block.compile()`` made is wrapped; or the switch of a transformers layer is used. In a
-transformers layer, the function that it checkpoints with is also replaced during each forward in
-which the layer is idle.
+that ``block.compile()`` made is wrapped; or the switch of a transformers layer is used.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from functools import partial
 from typing import Any, TypeAlias
 
@@ -16,7 +14,6 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from dynalora_optim._base.torch_private import COMPILED_CALL
-from dynalora_optim.switching._replacement import in_place, replaced_parameters
 
 
 class _CheckpointedForward:
@@ -33,54 +30,13 @@ class _CheckpointedForward:
         forward = self._previous or partial(type(self._block).forward, self._block)
         if not self._block.training:
             return forward(*args, **kwargs)
-        # The recomputation calls only `run`, not the hooks that detached the block's parameters.
-        replacements = replaced_parameters(self._block)
-
-        def run(*args: Any, **kwargs: Any) -> Any:
-            with in_place(replacements):
-                return forward(*args, **kwargs)
-
-        return checkpoint(run, *args, use_reentrant=False, **kwargs)
+        return checkpoint(forward, *args, use_reentrant=False, **kwargs)
 
     def remove(self) -> None:
         if self._previous is None:
             del self._block.__dict__["forward"]
         else:
             self._block.__dict__["forward"] = self._previous
-
-
-class LayerCheckpoint:
-    """Replaces a transformers layer's checkpoint function during one forward.
-
-    In new releases of transformers (5.23, not yet 5.17) the recomputation calls the layer's forward
-    without its hooks, which replace the layer's parameters while it is idle. This object does it
-    instead.
-    """
-
-    _NAME = "_gradient_checkpointing_func"
-
-    def __init__(self, layer: nn.Module) -> None:
-        self._layer = layer
-        self._function = layer.__dict__[self._NAME]
-        self._replacements = replaced_parameters(layer)
-        layer.__dict__[self._NAME] = self
-
-    @classmethod
-    def over(cls, module: nn.Module) -> LayerCheckpoint | None:
-        """Replace the checkpoint function of ``module``; return None if it has none."""
-        return cls(module) if cls._NAME in module.__dict__ else None
-
-    def __call__(self, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        replacements = self._replacements
-
-        def run_again(*args: Any, **kwargs: Any) -> Any:
-            with in_place(replacements):
-                return run(*args, **kwargs)
-
-        return self._function(run_again, *args, **kwargs)
-
-    def remove(self) -> None:
-        self._layer.__dict__[self._NAME] = self._function
 
 
 class _LayerSwitch:
