@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from dynalora_optim._base.torch_private import (
+from dynalora_optim._base.torch_private_hooks import (
     forward_hooks,
     forward_pre_hooks,
     prepend_forward_hook,

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from dynalora_optim.groups._blocks import Block, outside
-from dynalora_optim.switching._input_cut import InputCut
+from dynalora_optim.switching._input_cut import CallersTensors, InputCut
 
 
 class ModelHooks:
-    """Ends the graph before the first block, and turns off the model's key-value cache.
+    """Ends the graph before the first block of each list, and turns off the key-value cache.
 
     Args:
         model: The adapted model.
@@ -32,14 +32,22 @@ class ModelHooks:
         """Set the hooks and settings; a copy of the model contains them too."""
         self.close()
         if self._blocks:
-            rest = list(outside(self._model, self._blocks))
-            cut = InputCut([block.module for block in self._blocks], rest)
-            first = self._blocks[0].module
-            self._handles.append(first.register_forward_pre_hook(cut, with_kwargs=True))
+            self._handles += self._cuts()
         if self._recomputes:
             self._caching = _caching_configs(self._model)
             for config in self._caching:
                 config.use_cache = False
+
+    def _cuts(self) -> Iterator[RemovableHandle]:
+        """Register the hooks that end the graph."""
+        rest, callers = list(outside(self._model, self._blocks)), CallersTensors()
+        yield self._model.register_forward_pre_hook(callers.enter, with_kwargs=True)
+        yield self._model.register_forward_hook(callers.leave, always_call=True)
+        for blocks in in_lists(self._blocks):
+            cut = InputCut([block.module for block in blocks], rest, callers)
+            first = blocks[0].module
+            yield first.register_forward_pre_hook(cut.enter, with_kwargs=True)
+            yield first.register_forward_hook(cut.leave)
 
     def close(self) -> None:
         """Remove the hooks, and turn the cache on again."""
@@ -48,6 +56,14 @@ class ModelHooks:
         for config in self._caching:
             config.use_cache = True
         self._handles, self._caching = [], []
+
+
+def in_lists(blocks: Sequence[Block]) -> list[list[Block]]:
+    """Return the blocks of each list, such as an encoder's and a decoder's, by their parents."""
+    lists: dict[str, list[Block]] = {}
+    for block in blocks:
+        lists.setdefault(block.name.rpartition(".")[0], []).append(block)
+    return list(lists.values())
 
 
 def _caching_configs(model: nn.Module) -> list[Any]:
