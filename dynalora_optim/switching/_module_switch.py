@@ -24,17 +24,21 @@ class ModuleSwitch:
 
     Args:
         blocks: The model's blocks, in the order by which a choice numbers them.
+        holds: Whether a choice decides for every block, so that the user's own checkpoints of
+            blocks are held off or on; else these stay as they are.
     """
 
-    def __init__(self, blocks: Sequence[Block]) -> None:
+    def __init__(self, blocks: Sequence[Block], *, holds: bool = False) -> None:
         self._blocks = [block.module for block in blocks]
         self._detached: dict[str, list[DetachedForward]] = {}
         self._recomputer = Recomputer()
+        self._held = self._blocks if holds else []
 
     def apply(self, groups: Iterable[ModuleGroup], choice: Choice) -> None:
         """Make the chosen ``groups`` active, the others inactive; recompute the chosen blocks."""
         self.set_flags(groups, choice.active)
-        self._recomputer.recompute([self._blocks[b] for b in sorted(choice.recomputed)])
+        recomputed = [self._blocks[b] for b in sorted(choice.recomputed)]
+        self._recomputer.recompute(recomputed, among=self._held)
 
     def restore(self) -> None:
         """Put back the parameters that an interrupted forward has replaced."""
