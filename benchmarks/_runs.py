@@ -72,7 +72,7 @@ class Run:
         switched = [
             name
             for name, module in self.model.named_modules()
-            if getattr(module, "gradient_checkpointing", False) is True
+            if getattr(module, "gradient_checkpointing", False)
         ]
         return tuple(active), tuple(trains), tuple(switched)
 

@@ -71,7 +71,7 @@ class Assembly:
         self._grouping = grouping
         self._recomputes = needs_costs or backward.checkpoint_idle
         self._blocks = model_blocks(self._model, must=self._recomputes)
-        self._meter = BlockMeter(self._model, self._blocks)
+        self._meter = BlockMeter(self._model, self._blocks, holds=needs_costs)
         if needs_costs:
             self._meter.check(groups)
         self._tracker = tracker

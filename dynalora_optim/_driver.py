@@ -35,8 +35,8 @@ class ModuleDriver:
         groups: The allocated groups.
         frozen: Groups that are never active.
         tracker: Measures the allocated groups.
-        by_blocks: Whether each group lies in one block, so that a compiled block can be idle as a
-            whole.
+        by_blocks: Whether each group lies in one block, and a choice decides what every block
+            recomputes. Then a compiled block can be idle as a whole.
     """
 
     def __init__(
@@ -50,7 +50,7 @@ class ModuleDriver:
         by_blocks: bool,
     ) -> None:
         self.is_closed = False
-        self.switch = ModuleSwitch(blocks)
+        self.switch = ModuleSwitch(blocks, holds=by_blocks)
         self._model = model
         self._blocks = blocks
         self._groups: dict[str, ModuleGroup] = {}

@@ -67,8 +67,7 @@ def shape(optimizer: DynamicAllocationOptimizer, plan: Plan) -> None:
         if block is None or block in plan.active
     }
     driver.switch.set_flags(groups, chosen)
-    blocks = [driver._blocks[b].module for b in plan.checkpointed]
-    driver.switch._recomputer.recompute(blocks)
+    driver.recompute(plan.checkpointed)
 
 
 def some_plans(costs: Costs, count: int, seed: int = 0) -> list[Plan]:

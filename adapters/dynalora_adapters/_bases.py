@@ -53,23 +53,20 @@ def is_conv1d(module: nn.Module) -> bool:
     return named and isinstance(getattr(module, "nf", None), int)
 
 
-def frozen_weight(module: nn.Module) -> Tensor | None:
-    """Return W, (out, in), of a module that computes x W^T + b with W and b frozen, or None.
+def is_plain_and_frozen(module: nn.Module) -> bool:
+    """Whether a module computes x W^T + b with W and b frozen, and surely nothing else.
 
-    The result is None as well if the module may do anything else. So it is None for subclasses, for
-    parametrized and quantised layers, for modules with a replaced forward, and for modules with a
-    hook.
+    So not subclasses, parametrized and quantised layers, modules with a replaced forward, and
+    modules with a hook.
     """
     if type(module) is not nn.Linear and not _is_transformers_conv1d(module):
-        return None
+        return False
     if is_watched(module) or "forward" in module.__dict__:
-        return None
+        return False
     weight, bias = module.weight, module.bias
     if not (is_dense(weight) and weight.is_floating_point()) or weight.requires_grad:
-        return None
-    if bias is not None and (not is_dense(bias) or bias.requires_grad):
-        return None
-    return weight if type(module) is nn.Linear else weight.t()
+        return False
+    return bias is None or (is_dense(bias) and not bias.requires_grad)
 
 
 def is_dense(tensor: object) -> TypeGuard[Tensor]:

@@ -10,11 +10,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
-from dynalora_adapters._bases import adapter_dtype, frozen_weight, is_dense, linear_shape
+from dynalora_adapters._bases import adapter_dtype, is_dense, is_plain_and_frozen, linear_shape
 from dynalora_adapters._checks import positive_int, positive_number, probability_below_one
 from dynalora_adapters._gate import gated, needs_gate, new_gate, set_gate
 from dynalora_adapters._lora_function import lora_linear
 from dynalora_adapters._torch_private import runs_eagerly
+from dynalora_adapters._way import Way
 
 
 class AdapterLinear(nn.Module, ABC):
@@ -170,6 +171,7 @@ class LoRALinear(AdapterLinear):
         weight = self.weight
         self.lora_A = nn.Parameter(A.to(weight.device, adapter_dtype(weight)))
         self.lora_B = nn.Parameter(B.to(weight.device, adapter_dtype(weight)))
+        self._one_step = Way()
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Return the output of the base module plus the delta, as one autograd node if possible.
@@ -183,14 +185,20 @@ class LoRALinear(AdapterLinear):
             (..., out), in the dtype of the base's output.
         """
         A, B = self.adapter_param("lora_A"), self.adapter_param("lora_B")
-        weight = None if args or kwargs or self.merged else self._weight_for_one_step(x, A, B)
-        if weight is None:
+        if args or kwargs or self.merged or not self._takes_one_step(x, A, B):
             return super().forward(x, *args, **kwargs)
-        return lora_linear(self.base_layer, weight, x, A, B, scaling=self.scaling)
+        W = self.weight.t() if self.shape.transposed else self.weight
+        return lora_linear(self.base_layer, W, x, A, B, scaling=self.scaling)
 
-    def _weight_for_one_step(self, x: Tensor, A: Tensor, B: Tensor) -> Tensor | None:
-        """Return the base weight if ``lora_linear`` computes the same as base plus ``delta``."""
-        serves = (
+    def _takes_one_step(self, x: Tensor, A: Tensor, B: Tensor) -> bool:
+        """Whether to use ``lora_linear``; the same in a forward and in its recomputation."""
+        if torch.compiler.is_compiling():
+            return False
+        return self._one_step.once(lambda: self._serves_one_step(x, A, B))
+
+    def _serves_one_step(self, x: Tensor, A: Tensor, B: Tensor) -> bool:
+        """Whether ``lora_linear`` computes the same as base plus ``delta``."""
+        return (
             runs_eagerly()
             and getattr(self.delta, "__func__", None) is LoRALinear.delta  # not overridden
             and _keeps_all(self.dropout)
@@ -198,11 +206,10 @@ class LoRALinear(AdapterLinear):
             and is_dense(A)
             and is_dense(B)
             and (A.requires_grad or not B.requires_grad)
+            and is_plain_and_frozen(self.base_layer)
+            # The sum must have the base's dtype, not the adapter's.
+            and A.dtype in (self.weight.dtype, adapter_dtype(self.weight))
         )
-        weight = frozen_weight(self.base_layer) if serves else None
-        if weight is None or A.dtype not in (weight.dtype, adapter_dtype(weight)):
-            return None  # the sum must have the base's dtype, not the adapter's
-        return weight
 
     def delta(self, x: Tensor) -> Tensor:
         """Return scaling B A dropout(x), (..., out), computed in the same order as in peft."""

@@ -49,6 +49,7 @@ class LoRAFunction(torch.autograd.Function):
         x_needed, A_needed, B_needed = ctx.needs_input_grad[:3]
         low = _autocast_dtype(x)
         dtype = low or A.dtype
+        ctx.hides_nothing = True  # unlike a reentrant checkpoint, it reaches its inputs only
         ctx.constants = scaling, dtype, x.shape, x.dtype, x.device.type
         seen = _cast(x, low or x.dtype)  # one cast, which the base and the adapter share
         rows = _rows(seen)

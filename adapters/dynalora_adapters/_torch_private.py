@@ -34,6 +34,26 @@ def runs_eagerly() -> bool:
         return False
 
 
+def next_node() -> int:
+    """Return the number that autograd gives to the next node that this thread makes.
+
+    If torch lacks ``_get_sequence_nr``: 0; `node_in_backward` then returns None.
+    """
+    ask = getattr(torch._C._autograd, "_get_sequence_nr", None)
+    return 0 if ask is None else int(ask())
+
+
+def node_in_backward() -> int | None:
+    """Return the number of the node whose backward runs now; None outside a backward pass.
+
+    If torch lacks one of these names: None.
+    """
+    ask = getattr(torch._C, "_current_autograd_node", None)
+    node = ask() if ask and hasattr(torch._C._autograd, "_get_sequence_nr") else None
+    number = getattr(node, "_sequence_nr", None)
+    return None if number is None else int(number())
+
+
 def is_watched(module: nn.Module) -> bool:
     """Whether the module has a hook, or a global hook for all modules exists.
 

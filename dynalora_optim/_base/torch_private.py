@@ -1,7 +1,8 @@
 """Every private name of torch that this package uses, and what happens if one is missing.
 
-torch may rename or remove a private name in any release. Each name is used here once, in a function
-that says what it is for. If a name is missing, there are two cases:
+torch may rename or remove a private name in any release. Each name is used here once (names of
+hooks: in ``torch_private_hooks.py``), in a function that says what it is for. If a name is missing,
+there are two cases:
 
 * There is a replacement: the function uses it, and its docstring says what is then different.
 * There is none: the function raises a RuntimeError that names the torch version found, and its
@@ -12,13 +13,12 @@ that says what it is for. If a name is missing, there are two cases:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.hooks import RemovableHandle
 
 if TYPE_CHECKING:
     from torch.utils._python_dispatch import TorchDispatchMode
@@ -70,6 +70,11 @@ def parameter_slots(module: nn.Module) -> dict[str, nn.Parameter | None]:
     return slots
 
 
+def set_parameter_slots(module: nn.Module, slots: dict[str, Any]) -> None:
+    """Make ``slots`` the dict that holds the parameters of ``module``; see `parameter_slots`."""
+    vars(module)["_parameters"] = slots
+
+
 def has_child(module: nn.Module, name: str) -> bool:
     """Return whether ``module`` has a submodule of this name; a second name for one counts too.
 
@@ -79,36 +84,6 @@ def has_child(module: nn.Module, name: str) -> bool:
     if children is None:
         return isinstance(getattr(module, name, None), nn.Module)
     return name in children
-
-
-def forward_hooks(module: nn.Module) -> MutableMapping[int, Callable[..., Any]]:
-    """Return the mapping of the forward hooks of ``module``; hooks may be removed from it.
-
-    If torch lacks it: an empty one. Hooks of other code are then not found, and a copy of a model
-    keeps the hooks of the original.
-    """
-    return getattr(module, "_forward_hooks", {})
-
-
-def forward_pre_hooks(module: nn.Module) -> MutableMapping[int, Callable[..., Any]]:
-    """Return the mapping of the forward pre-hooks of ``module``, as `forward_hooks` does."""
-    return getattr(module, "_forward_pre_hooks", {})
-
-
-def prepend_forward_hook(
-    module: nn.Module, hook: Callable[..., Any], *, always_call: bool = False
-) -> RemovableHandle:
-    """Register a forward hook that runs before the existing ones of ``module``.
-
-    The mapping is then filled again in this order: torch.compile finds hooks by insertion order,
-    which ``prepend=True`` does not change, so torch 2.11 and older confuse one hook with another.
-    """
-    handle = module.register_forward_hook(hook, prepend=True, always_call=always_call)
-    hooks = forward_hooks(module)
-    in_order = list(hooks.items())
-    hooks.clear()
-    hooks.update(in_order)
-    return handle
 
 
 def is_batch_norm(module: nn.Module) -> bool:

@@ -79,7 +79,19 @@ def elements(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
 
 def trainable_leaves(x: Tensor) -> list[Tensor]:
     """Return the parameters that a gradient of ``x`` would reach."""
-    found: list[Tensor] = []
+    return [leaf for leaf in leaves(x) if isinstance(leaf, nn.Parameter)]
+
+
+def leaves(x: Tensor) -> list[Tensor]:
+    """Return the leaves that a gradient of ``x`` would reach; ``x`` itself if it is one."""
+    if x.is_leaf:
+        return [x] if x.requires_grad else []
+    found = (getattr(node, "variable", None) for node in nodes(x))
+    return [leaf for leaf in found if leaf is not None]
+
+
+def nodes(x: Tensor) -> Iterator[Any]:
+    """Yield the nodes of the graph of ``x``, from the last one on."""
     seen: set[Any] = set()
     waiting = [x.grad_fn]
     while waiting:
@@ -87,8 +99,5 @@ def trainable_leaves(x: Tensor) -> list[Tensor]:
         if node is None or node in seen:
             continue
         seen.add(node)
-        leaf = getattr(node, "variable", None)
-        if isinstance(leaf, nn.Parameter):
-            found.append(leaf)
+        yield node
         waiting += [parent for parent, _ in node.next_functions]
-    return found

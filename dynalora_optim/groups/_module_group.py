@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal, Protocol, TypeAlias, runtime_checkable
 
-from torch import nn
+from torch import Tensor, nn
 
 from dynalora_optim._base.torch_private import parameter_slots
 
@@ -41,9 +41,20 @@ class Slot:
     @property
     def parameter(self) -> nn.Parameter:
         """The parameter that is in this place now."""
-        parameter = parameter_slots(self.owner)[self.attribute]
+        parameter = self.tensor
         assert isinstance(parameter, nn.Parameter)
         return parameter
+
+    @property
+    def tensor(self) -> Tensor | None:
+        """What is in this place now: a parameter, or a tensor that replaces it for a forward."""
+        # By dict: a recomputation reads an idle module's parameters detached.
+        return dict.__getitem__(parameter_slots(self.owner), self.attribute)
+
+    def put(self, tensor: Tensor | None) -> None:
+        """Put a parameter into this place, or a tensor that replaces it for a forward."""
+        # setattr accepts only a Parameter.
+        parameter_slots(self.owner)[self.attribute] = tensor  # type: ignore[assignment]
 
 
 @dataclass(frozen=True)

@@ -21,11 +21,18 @@ from dynalora_optim.switching._recompute import checkpoints_itself, is_compiled,
 
 
 class BlockMeter:
-    """Measures the costs of the blocks of ``model``; it decides nothing itself."""
+    """Measures the costs of the blocks of ``model``; it decides nothing itself.
 
-    def __init__(self, model: nn.Module, blocks: Sequence[Block]) -> None:
+    Args:
+        model: The adapted model.
+        blocks: Its blocks.
+        holds: Whether the user's own checkpoints of blocks are held off; see `ModuleSwitch`.
+    """
+
+    def __init__(self, model: nn.Module, blocks: Sequence[Block], *, holds: bool = False) -> None:
         self.model = model
         self.blocks = blocks
+        self._holds = holds
 
     def check(self, groups: Sequence[ModuleGroup]) -> None:
         """Raise unless every block can be measured, and every group lies in one.
@@ -48,7 +55,8 @@ class BlockMeter:
                     f"Budget: {block.name} is wrapped by torch.compile, so that it cannot be "
                     "measured; compile the block itself, in place: block.compile()."
                 )
-            if checkpoints_itself(block.module) and is_reentrant(block.module):
+            checkpoints = checkpoints_itself(block.module) and not self._holds
+            if checkpoints and is_reentrant(block.module):
                 raise ValueError(
                     f"Budget: {block.name} is checkpointed with use_reentrant=True, which keeps "
                     "the backward pass from ending at a block; enable gradient checkpointing with "

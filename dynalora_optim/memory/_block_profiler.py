@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any
 
@@ -89,6 +89,7 @@ class Profiler:
             stack.enter_context(undisturbed(self._model))
             stack.enter_context(torch.enable_grad())
             stack.callback(self._recomputer.recompute, ())  # also after an error within a block
+            self._recompute([])
             for handle in self._hooks():
                 stack.callback(handle.remove)
             stack.enter_context(self._memory)
@@ -212,9 +213,9 @@ class Profiler:
             self._switch.set_flags(groups, [g.name for g in groups] if trains else [])
             uses = []
             for checkpointed in (False, True):
-                self._recomputer.recompute([block] if checkpointed else [])
+                self._recompute([block] if checkpointed else [])
                 uses.append(self._run(block, args, kwargs, passes=passes))
-            self._recomputer.recompute([])
+            self._recompute([])
             return BlockUses(*uses)
 
         idle = role(trains=False, passes=True)
@@ -227,6 +228,9 @@ class Profiler:
             gradients=sum(tensor_bytes(p) for p in block.parameters() if p.requires_grad),
         )
 
+    def _recompute(self, blocks: Collection[nn.Module]) -> None:
+        self._recomputer.recompute(blocks, among=self._switch.held)
+
     def _run(
         self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, passes: bool
     ) -> Use:
@@ -234,6 +238,8 @@ class Profiler:
         self._memory.restart()
         start = self._memory.live
         anchor = torch.zeros((), requires_grad=True)
+        # Its gradient is wanted, so that nothing cuts the graph there.
+        anchor.register_hook(lambda gradient: None)  # type: ignore[no-untyped-call]
         leaves = [anchor] if passes else []
         leaves += [p for p in block.parameters() if p.requires_grad]
         with torch.enable_grad():

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from dynalora_optim._base.torch_private import (
+from dynalora_optim._base.torch_private_hooks import (
     forward_hooks,
     forward_pre_hooks,
-    parameter_slots,
     prepend_forward_hook,
 )
 from dynalora_optim.groups._module_group import AdapterModule, Slot
 from dynalora_optim.switching._gate import gated, needs_gate, new_gate, set_gate
-from dynalora_optim.switching._recompute import LayerCheckpoint
+from dynalora_optim.switching._idle_slots import stay_idle, wake
 
 
 class DetachedForward:
@@ -23,7 +23,7 @@ class DetachedForward:
 
     They are for modules without an ``active`` flag of their own, such as peft's layers. The hooks
     also stay while the module is active: adding and removing them would make torch.compile
-    recompile.
+    recompile. A recomputation does not need them (see `stay_idle`).
     """
 
     def __init__(self, module: nn.Module, slots: Sequence[Slot]) -> None:
@@ -31,8 +31,7 @@ class DetachedForward:
         self.gated = True
         self._active = True
         self._gate = new_gate()
-        self._held: list[nn.Parameter | None] = []
-        self._checkpoint: LayerCheckpoint | None = None
+        self._held: list[Tensor | None] = []
         self._handles: list[RemovableHandle] = [
             # Both run inside FSDP2's hooks, which put the full parameters into this module.
             module.register_forward_pre_hook(self._detach),
@@ -47,6 +46,7 @@ class DetachedForward:
     def active(self, active: bool) -> None:
         self.restore()
         self._active = active
+        wake(self.slots)
         set_gate(self._gate, active)
 
     def _detach(self, module: nn.Module, args: object) -> None:
@@ -54,13 +54,13 @@ class DetachedForward:
         if not is_gated and self._active:  # in this order: compiled code must not depend on it
             return
         self.restore()
-        self._held = [parameter_slots(slot.owner)[slot.attribute] for slot in self.slots]
+        self._held = [slot.tensor for slot in self.slots]
         for slot, parameter in zip(self.slots, self._held, strict=True):
             if parameter is not None:
-                replacement = gated(parameter, self._gate) if is_gated else parameter.detach()
-                # setattr accepts only a Parameter; the replacement is a Tensor.
-                parameter_slots(slot.owner)[slot.attribute] = replacement  # type: ignore[assignment]
-        self._checkpoint = LayerCheckpoint.over(module)
+                slot.put(gated(parameter, self._gate) if is_gated else parameter.detach())
+        if not torch.compiler.is_compiling() and (module.training or torch.is_grad_enabled()):
+            # Not before: compiled code must find ordinary dicts.
+            stay_idle(self.slots)
 
     def _restore(self, module: nn.Module, args: object, output: object) -> None:
         self.restore()
@@ -69,18 +69,15 @@ class DetachedForward:
         """Put the parameters back; also needed if an interrupt in the forward skipped the hook."""
         if self._held:
             for slot, parameter in zip(self.slots, self._held, strict=True):
-                parameter_slots(slot.owner)[slot.attribute] = parameter
+                slot.put(parameter)
             self._held = []
-        if self._checkpoint:
-            self._checkpoint.remove()
-            self._checkpoint = None
 
     def holds(self, parameter: Tensor) -> bool:
-        places = (parameter_slots(slot.owner)[slot.attribute] for slot in self.slots)
-        return any(held is parameter for held in (self._held or places))
+        return any(held is parameter for held in (self._held or [s.tensor for s in self.slots]))
 
     def remove(self) -> None:
         self.restore()
+        wake(self.slots)
         for handle in self._handles:
             handle.remove()
 
@@ -89,8 +86,10 @@ def drop_copied_hooks(module: nn.Module) -> None:
     """Remove the hooks that a copied model has from the optimizer of the original model."""
     for hooks in (forward_pre_hooks(module), forward_hooks(module)):
         for key, hook in list(hooks.items()):
-            if isinstance(getattr(hook, "__self__", None), DetachedForward):
+            owner = getattr(hook, "__self__", None)
+            if isinstance(owner, DetachedForward):
                 del hooks[key]
+                wake(owner.slots)
 
 
 def has_flag(module: nn.Module) -> bool:

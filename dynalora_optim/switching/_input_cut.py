@@ -1,4 +1,9 @@
-"""Ending the graph before the blocks if the embeddings' output requires an unneeded gradient."""
+"""Ending the graph before the blocks if nobody wants the gradient of their input.
+
+transformers and peft call ``enable_input_require_grads`` for gradient checkpointing, and some
+models (Wav2Vec2 and its relatives) set ``requires_grad`` on a tensor of their own. Both would make
+the backward pass run through every block, whichever blocks are active.
+"""
 
 from __future__ import annotations
 
@@ -7,30 +12,70 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.autograd.function import BackwardCFunction
 
-from dynalora_optim._base.torch_private import forward_hooks
-from dynalora_optim._base.trees import hidden_states, replaced, trainable_leaves
+from dynalora_optim._base.torch_private import in_backward
+from dynalora_optim._base.torch_private_hooks import has_backward_hooks
+from dynalora_optim._base.trees import hidden_states, leaves, nodes, replaced, tensors
+from dynalora_optim.switching._holders import Holders, is_wanted
 from dynalora_optim.switching._recompute import checkpoints_itself, is_reentrant
 
 logger = logging.getLogger(__name__)
 
-_ASKS_FOR_GRADIENTS = ("make_inputs_require_grads", "make_inputs_require_grad")
+
+class CallersTensors:
+    """Hooks of the model: know which leaves the arguments of the running forward reach."""
+
+    def __init__(self) -> None:
+        self._calls: list[list[Tensor]] = []
+
+    def enter(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if not torch.compiler.is_compiling():
+            needy = (tensor for tensor in tensors((args, kwargs)) if tensor.requires_grad)
+            self._calls.append([leaf for tensor in needy for leaf in leaves(tensor)])
+
+    def leave(self, model: nn.Module, args: Any, output: Any) -> None:
+        if self._calls and not torch.compiler.is_compiling():
+            self._calls.pop()
+
+    def may_include(self, leaf: Tensor) -> bool:
+        """Return whether the caller passed ``leaf``; also True if the model's forward is not seen.
+
+        So a part of the model that is called by itself keeps its graph.
+        """
+        return not self._calls or any(leaf is known for known in self._calls[-1])
 
 
 class InputCut:
-    """Pre-hook of the first block: detaches its input if the embeddings do not train.
+    """Hooks of the first block of a list: detach its input if nobody wants the gradient.
 
-    transformers and peft call ``enable_input_require_grads`` for gradient checkpointing. It would
-    make the backward pass run through every block, whichever blocks are active.
+    Somebody may want it if it reaches a parameter, a tensor that the caller passed or that anything
+    but the running forward holds, or a hook.
+
+    Args:
+        blocks: The blocks of the list.
+        rest: The modules of the model that lie in no block.
+        callers: Knows the tensors of the caller.
     """
 
-    def __init__(self, blocks: Sequence[nn.Module], rest: Sequence[nn.Module]) -> None:
+    def __init__(
+        self,
+        blocks: Sequence[nn.Module],
+        rest: Sequence[nn.Module],
+        callers: CallersTensors,
+    ) -> None:
         self._blocks = blocks
         self._rest = rest
-        self._has_warned = False
+        self._callers = callers
+        self._holders = Holders()
+        self._cuts = False  # in the last forward
+        # Whether the blocks need an input that requires a gradient: known of transformers' layers;
+        # of others, after their first forward.
+        self._is_reentrant = False if hasattr(blocks[0], "gradient_checkpointing") else None
+        self._told: set[str] = set()
 
-    def __call__(
+    def enter(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[Any, dict[str, Any]] | None:
         if torch.compiler.is_compiling():
@@ -38,25 +83,67 @@ class InputCut:
         x = hidden_states(args, kwargs)
         if x is None or not x.requires_grad:
             return None
-        if trainable_leaves(x) or not self._is_forced():
-            return None
-        if any(checkpoints_itself(b) and is_reentrant(b) for b in self._blocks):
-            self._warn(
-                "cannot be undone, because reentrant checkpoints need it: the backward pass runs "
-                'through every block. Pass {"use_reentrant": False} to avoid this.'
+        if not in_backward():  # a recomputation runs as its forward ran
+            # Without gradients it is the first pass of a reentrant checkpoint.
+            self._cuts = torch.is_grad_enabled() and not self._is_wanted(x) and self._may_cut()
+        return replaced((args, kwargs), x, x.detach()) if self._cuts else None
+
+    def leave(self, module: nn.Module, args: Any, output: Any) -> None:
+        """Look whether the block checkpoints itself in the reentrant way."""
+        if self._is_reentrant is not None or torch.compiler.is_compiling() or in_backward():
+            return
+        grown = [y for y in tensors(output) if y.requires_grad] if torch.is_grad_enabled() else []
+        if grown:
+            self._is_reentrant = any(_hides_graph(node) for y in grown for node in nodes(y))
+
+    def _is_wanted(self, x: Tensor) -> bool:
+        if any(map(has_backward_hooks, (*self._rest, self._blocks[0]))):
+            return True
+        reached = leaves(x)
+        if any(isinstance(leaf, nn.Parameter) or is_wanted(leaf) for leaf in reached):
+            return True
+        if is_wanted(x) or any(map(self._callers.may_include, reached)):
+            return True
+        if any(map(_hides_graph, nodes(x))) and self._trains_outside():
+            return True  # the graph does not show what a reentrant checkpoint reaches
+        return self._holders.hold(reached if x.is_leaf else [*reached, x])
+
+    def _trains_outside(self) -> bool:
+        own = (p for module in self._rest for p in module.parameters(recurse=False))
+        return any(parameter.requires_grad for parameter in own)
+
+    def _may_cut(self) -> bool:
+        """Return whether the blocks can do without the gradient; tell the user."""
+        reentrant = any(checkpoints_itself(b) and is_reentrant(b) for b in self._blocks)
+        if self._is_reentrant is None and not reentrant:
+            return False
+        if reentrant or self._is_reentrant:
+            self._tell(
+                "which cannot be undone, because reentrant checkpoints need it: the backward pass "
+                'runs through every block. Pass {"use_reentrant": False} to avoid this.'
             )
-            return None
-        self._warn(
-            "is undone: it would run the backward pass through every block, whichever blocks are "
-            "active. Non-reentrant checkpoints do not need it."
+            return False
+        self._tell(
+            "which is undone: the backward pass would run through every block, whichever blocks "
+            "are active. Non-reentrant checkpoints do not need it."
         )
-        return replaced((args, kwargs), x, x.detach())  # type: ignore[no-any-return]
+        return True
 
-    def _is_forced(self) -> bool:
-        hooks = (hook for module in self._rest for hook in forward_hooks(module).values())
-        return any(getattr(hook, "__name__", "") in _ASKS_FOR_GRADIENTS for hook in hooks)
+    def _tell(self, outcome: str) -> None:
+        if outcome not in self._told:
+            logger.warning(
+                "the first block's input requires a gradient that nothing uses "
+                "(enable_input_require_grads(), or the model itself asks for it), %s",
+                outcome,
+            )
+        self._told.add(outcome)
 
-    def _warn(self, outcome: str) -> None:
-        if not self._has_warned:
-            logger.warning("enable_input_require_grads() of the model %s", outcome)
-        self._has_warned = True
+
+def _hides_graph(node: Any) -> bool:
+    """Return whether ``node`` may reach more than the graph shows, as a reentrant checkpoint does.
+
+    A function that is written in Python hides nothing if it gets parameters as inputs, or says so.
+    """
+    if not isinstance(node, BackwardCFunction) or getattr(node, "hides_nothing", False):
+        return False
+    return not any(hasattr(parent, "variable") for parent, _ in node.next_functions)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -11,13 +11,13 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from dynalora_optim.groups._blocks import Block, outside
-from dynalora_optim.switching._input_cut import InputCut
+from dynalora_optim.switching._input_cut import CallersTensors, InputCut
 
 
 class ModelHooks:
-    """Ends the graph before the first block, and keeps training from filling a key-value cache.
+    """Ends the graph before the first block of each list; keeps training from filling a cache.
 
-    Training never reads the cache, which would hold the keys and values of every block.
+    Training never reads the key-value cache, which would hold the keys and values of every block.
 
     Args:
         model: The adapted model.
@@ -33,18 +33,34 @@ class ModelHooks:
         """Set the hooks; a copy of the model contains them too."""
         self.close()
         if self._blocks:
-            rest = list(outside(self._model, self._blocks))
-            cut = InputCut([block.module for block in self._blocks], rest)
-            first = self._blocks[0].module
-            self._handles.append(first.register_forward_pre_hook(cut, with_kwargs=True))
+            self._handles += self._cuts()
         for module in filter(_fills_cache, self._model.modules()):
             self._handles.append(module.register_forward_pre_hook(_without_cache, with_kwargs=True))
+
+    def _cuts(self) -> Iterator[RemovableHandle]:
+        """Register the hooks that end the graph."""
+        rest, callers = list(outside(self._model, self._blocks)), CallersTensors()
+        yield self._model.register_forward_pre_hook(callers.enter, with_kwargs=True)
+        yield self._model.register_forward_hook(callers.leave, always_call=True)
+        for blocks in in_lists(self._blocks):
+            cut = InputCut([block.module for block in blocks], rest, callers)
+            first = blocks[0].module
+            yield first.register_forward_pre_hook(cut.enter, with_kwargs=True)
+            yield first.register_forward_hook(cut.leave)
 
     def close(self) -> None:
         """Remove the hooks."""
         for handle in self._handles:
             handle.remove()
         self._handles = []
+
+
+def in_lists(blocks: Sequence[Block]) -> list[list[Block]]:
+    """Return the blocks of each list, such as an encoder's and a decoder's, by their parents."""
+    lists: dict[str, list[Block]] = {}
+    for block in blocks:
+        lists.setdefault(block.name.rpartition(".")[0], []).append(block)
+    return list(lists.values())
 
 
 def _without_cache(

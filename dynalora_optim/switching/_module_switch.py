@@ -24,12 +24,18 @@ class ModuleSwitch:
 
     Args:
         blocks: The model's blocks, in the order by which a choice numbers them.
+        holds: Whether a choice decides for every block, so that the user's own checkpoints of
+            blocks are held off or on; else these stay as they are.
+
+    Attributes:
+        held: The blocks whose own checkpoints are held.
     """
 
-    def __init__(self, blocks: Sequence[Block]) -> None:
+    def __init__(self, blocks: Sequence[Block], *, holds: bool = False) -> None:
         self._blocks = [block.module for block in blocks]
         self._detached: dict[str, list[DetachedForward]] = {}
         self._recomputer = Recomputer()
+        self.held = self._blocks if holds else []
 
     def apply(self, groups: Iterable[ModuleGroup], choice: Choice) -> None:
         """Make the chosen ``groups`` active, the others inactive; recompute the chosen blocks."""
@@ -38,7 +44,8 @@ class ModuleSwitch:
 
     def recompute(self, blocks: Collection[int]) -> None:
         """Recompute the blocks at these positions, and no others."""
-        self._recomputer.recompute([self._blocks[block] for block in sorted(blocks)])
+        chosen = [self._blocks[block] for block in sorted(blocks)]
+        self._recomputer.recompute(chosen, among=self.held)
 
     def restore(self) -> None:
         """Put back the parameters that an interrupted forward has replaced."""

@@ -1,22 +1,19 @@
 """Recomputing blocks in the backward pass; only this file switches gradient checkpointing.
 
 How it is switched on depends on the block: the block's own ``forward`` is replaced; or the code
-that ``block.compile()`` made is wrapped; or the switch of a transformers layer is used. In a
-transformers layer, the function that it checkpoints with is also replaced during each forward in
-which the layer is idle.
+that ``block.compile()`` made is wrapped; or the switch of a transformers layer is used.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from functools import partial
-from typing import Any, TypeAlias
+from typing import Any
 
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from dynalora_optim._base.torch_private import COMPILED_CALL
-from dynalora_optim.switching._replacement import in_place, replaced_parameters
 
 
 class _CheckpointedForward:
@@ -28,19 +25,13 @@ class _CheckpointedForward:
     def __init__(self, block: nn.Module) -> None:
         self._block = block
         self._previous = block.__dict__.get("forward")
+        block.__dict__["forward"] = self
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         forward = self._previous or partial(type(self._block).forward, self._block)
         if not self._block.training:
             return forward(*args, **kwargs)
-        # The recomputation calls only `run`, not the hooks that detached the block's parameters.
-        replacements = replaced_parameters(self._block)
-
-        def run(*args: Any, **kwargs: Any) -> Any:
-            with in_place(replacements):
-                return forward(*args, **kwargs)
-
-        return checkpoint(run, *args, use_reentrant=False, **kwargs)
+        return checkpoint(forward, *args, use_reentrant=False, **kwargs)
 
     def remove(self) -> None:
         if self._previous is None:
@@ -49,61 +40,59 @@ class _CheckpointedForward:
             self._block.__dict__["forward"] = self._previous
 
 
-class LayerCheckpoint:
-    """Replaces a transformers layer's checkpoint function during one forward.
+class _Function(partial[Any]):
+    """The checkpoint function of a transformers layer while a switch of ours holds the layer.
 
-    In new releases of transformers (5.23, not yet 5.17) the recomputation calls the layer's forward
-    without its hooks, which replace the layer's parameters while it is idle. This object does it
-    instead.
+    It is an attribute of the layer, so that a copy of the model knows what the user had set.
     """
 
-    _NAME = "_gradient_checkpointing_func"
-
-    def __init__(self, layer: nn.Module) -> None:
-        self._layer = layer
-        self._function = layer.__dict__[self._NAME]
-        self._replacements = replaced_parameters(layer)
-        layer.__dict__[self._NAME] = self
-
-    @classmethod
-    def over(cls, module: nn.Module) -> LayerCheckpoint | None:
-        """Replace the checkpoint function of ``module``; return None if it has none."""
-        return cls(module) if cls._NAME in module.__dict__ else None
-
-    def __call__(self, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        replacements = self._replacements
-
-        def run_again(*args: Any, **kwargs: Any) -> Any:
-            with in_place(replacements):
-                return run(*args, **kwargs)
-
-        return self._function(run_again, *args, **kwargs)
-
-    def remove(self) -> None:
-        self._layer.__dict__[self._NAME] = self._function
+    users: dict[str, Any]
 
 
 class _LayerSwitch:
-    """The switch that transformers' own layers have (``GradientCheckpointingLayer``)."""
+    """Holds the switch that transformers' own layers have (``GradientCheckpointingLayer``)."""
 
     _FLAG, _FUNCTION = "gradient_checkpointing", "_gradient_checkpointing_func"
+    # Equal to True and False, but not the same objects: so what the user sets is told from these.
+    _ON, _OFF = 1, 0
 
     def __init__(self, block: nn.Module) -> None:
-        self._own = block.__dict__
-        names = (self._FLAG, self._FUNCTION)
-        self._previous = {name: self._own[name] for name in names if name in self._own}
-        self._function = partial(checkpoint, use_reentrant=False)
-        self._own.update({self._FLAG: True, self._FUNCTION: self._function})
+        self._block = block
+        self._ours: dict[str, Any] = {}
+        found = vars(block).get(self._FUNCTION)
+        if isinstance(found, _Function):  # this is a copy of a block that is held
+            self._ours = {self._FLAG: vars(block)[self._FLAG], self._FUNCTION: found}
+            self._function = found
+        else:
+            self._function = _Function(checkpoint, use_reentrant=False)
+            self._function.users = {}
+
+    def hold(self, *, on: bool) -> None:
+        """Switch checkpointing on or off, whatever the user has set."""
+        self._note()
+        self._ours = {self._FLAG: self._ON if on else self._OFF, self._FUNCTION: self._function}
+        vars(self._block).update(self._ours)
+
+    def is_users(self) -> bool:
+        """Return whether the user has switched checkpointing on."""
+        self._note()
+        return self._function.users.get(self._FLAG) is True
 
     def remove(self) -> None:
-        """Switch checkpointing off again, except what the user has switched since."""
-        if self._own.get(self._FUNCTION) is not self._function:
-            return  # the user has switched checkpointing on, with another function
-        names = [self._FUNCTION] if self._own.get(self._FLAG) is not True else []
-        for name in names or (self._FLAG, self._FUNCTION):
-            self._own.pop(name, None)
-            if name in self._previous:
-                self._own[name] = self._previous[name]
+        """Leave what the user has set last."""
+        self._note()
+        for name in self._ours:
+            vars(self._block).pop(name, None)
+        vars(self._block).update(self._function.users)
+
+    def _note(self) -> None:
+        """Note what the user has set since this switch was set."""
+        own, users = vars(self._block), self._function.users
+        for name in (self._FLAG, self._FUNCTION):
+            if name not in own:
+                users.pop(name, None)
+            elif name not in self._ours or own[name] is not self._ours[name]:
+                users[name] = own[name]
 
 
 class _CheckpointedCode:
@@ -145,28 +134,49 @@ def is_reentrant(block: nn.Module) -> bool:
 
 
 class Recomputer:
-    """Switches checkpoints on and off, except for blocks that the user has checkpointed."""
+    """Switches checkpoints on and off."""
 
     def __init__(self) -> None:
-        self._switched: dict[nn.Module, _Switch] = {}
+        self._layers: dict[nn.Module, _LayerSwitch] = {}
+        self._wrapped: dict[nn.Module, _CheckpointedForward | _CheckpointedCode] = {}
 
-    def recompute(self, blocks: Collection[nn.Module]) -> None:
-        """Recompute these blocks and no others."""
-        for block in [block for block in self._switched if block not in blocks]:
-            self._switched.pop(block).remove()
+    def recompute(
+        self, blocks: Collection[nn.Module], *, among: Collection[nn.Module] = ()
+    ) -> None:
+        """Recompute these blocks and no others.
+
+        Blocks that the user has checkpointed are left alone, except those of ``among``.
+
+        Args:
+            blocks: The blocks to recompute.
+            among: Blocks whose own switch is held until a call without them: off unless they are
+                among ``blocks``. Then what the user has set last stands again, also if that was
+                while the switch was held.
+        """
+        blocks = [block for block in blocks if block in among or not self._is_users(block)]
+        layers = dict.fromkeys(filter(_has_switch, among), False)
+        layers |= {b: True for b in blocks if _has_switch(b) and not is_compiled(b)}
+        for block in self._layers.keys() - layers.keys():
+            self._layers.pop(block).remove()
+        for block, on in layers.items():
+            if block not in self._layers:
+                self._layers[block] = _LayerSwitch(block)
+            self._layers[block].hold(on=on)
+        self._wrap([block for block in blocks if not layers.get(block)])
+
+    def _wrap(self, blocks: Collection[nn.Module]) -> None:
+        """Recompute these blocks, whose switch cannot be used, and no others of this kind."""
+        for block in [block for block in self._wrapped if block not in blocks]:
+            self._wrapped.pop(block).remove()
         for block in blocks:
-            if block not in self._switched and not checkpoints_itself(block):
-                self._switched[block] = _switch(block)
+            if block not in self._wrapped:
+                wrap = _CheckpointedCode if is_compiled(block) else _CheckpointedForward
+                self._wrapped[block] = wrap(block)
+
+    def _is_users(self, block: nn.Module) -> bool:
+        held = self._layers.get(block)
+        return held.is_users() if held else checkpoints_itself(block)
 
 
-_Switch: TypeAlias = "_CheckpointedForward | _CheckpointedCode | _LayerSwitch"
-
-
-def _switch(block: nn.Module) -> _Switch:
-    if is_compiled(block):
-        return _CheckpointedCode(block)
-    if hasattr(block, "gradient_checkpointing"):
-        return _LayerSwitch(block)
-    switch = _CheckpointedForward(block)
-    block.__dict__["forward"] = switch
-    return switch
+def _has_switch(block: nn.Module) -> bool:
+    return hasattr(block, "gradient_checkpointing")

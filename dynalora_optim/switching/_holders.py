@@ -1,0 +1,64 @@
+"""Finding out whether anyone could ask for the gradient of a tensor of a running forward."""
+
+from __future__ import annotations
+
+import gc
+import sys
+from collections.abc import Sequence
+from types import CellType, FrameType, FunctionType, GeneratorType
+from typing import Any
+
+from torch import Tensor
+
+from dynalora_optim._base.torch_private_hooks import has_backward_hooks
+
+_RUNNING = (FrameType, GeneratorType)
+_CONTAINERS = (tuple, list, dict, CellType, FunctionType)
+_LEVELS = 8  # of containers within containers; deeper ones count as held
+
+
+def is_wanted(tensor: Tensor) -> bool:
+    """Return whether the gradient of ``tensor`` is kept, or given to a hook."""
+    kept = tensor.retains_grad or (tensor.is_leaf and tensor.grad is not None)
+    return kept or has_backward_hooks(tensor)
+
+
+class Holders:
+    """Tells whether an object holds a tensor, beyond the functions that run now and the graph.
+
+    Looking through all objects of the process takes time; so it is done only if the numbers of
+    references are not those of the last time.
+    """
+
+    def __init__(self) -> None:
+        self._free: list[int] = []  # the numbers of references without a holder
+
+    def hold(self, tensors: Sequence[Tensor]) -> bool:
+        """Return whether one of ``tensors`` is held."""
+        counts = [sys.getrefcount(tensor) for tensor in tensors]
+        if counts == self._free:
+            return False
+        if _is_held(tensors):
+            return True
+        self._free = counts
+        return False
+
+
+def _is_held(tensors: Sequence[Tensor]) -> bool:
+    """Return whether an object refers to one of ``tensors``, directly or through containers.
+
+    A container that leads to no object is a variable, or holds the arguments, of a function that
+    runs now.
+    """
+    found: list[Any] = list(tensors)
+    own: list[Any] = [tensors, found]  # kept, so that no new object gets one of their ids
+    for _ in range(_LEVELS):
+        holders = gc.get_referrers(*found)
+        seen = {id(own), *map(id, own)}
+        found = [h for h in holders if id(h) not in seen and not isinstance(h, _RUNNING)]
+        if not found:
+            return False
+        if not all(isinstance(holder, _CONTAINERS) for holder in found):
+            return True
+        own += [holders, found, *found]
+    return True
