@@ -132,9 +132,13 @@ def test_the_caching_of_keys_and_values_is_off_while_in_charge():
     tiny = adapted("llama", sizes=SMALL)
     assert tiny.model.config.use_cache
     optimizer = on_budget(tiny)
-    assert not tiny.model.config.use_cache
+    assert tiny.model(**tiny.batch).past_key_values is None
+    assert tiny.model.config.use_cache, "a checkpoint of the model says what it said"
+    tiny.model.eval()
+    assert tiny.model(**tiny.batch).past_key_values is not None
+    tiny.model.train()
     optimizer.close()
-    assert tiny.model.config.use_cache
+    assert tiny.model(**tiny.batch).past_key_values is not None
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
