@@ -24,8 +24,15 @@ from dynalora_optim.allocation._allocators import (
 )
 from dynalora_optim.allocation._context import AllocationContext, Weighted
 from dynalora_optim.allocation._costs import Costs, Plan
-from dynalora_optim.allocation._cover import covering_plans, fewest_plans, including, shares
-from dynalora_optim.allocation._mean_compute import MeanCompute, check_number, up
+from dynalora_optim.allocation._cover import (
+    covering_plans,
+    draw_shares,
+    fewest_plans,
+    holding,
+    including,
+    shares,
+)
+from dynalora_optim.allocation._mean_compute import MeanCompute, Turns, check_number, up
 from dynalora_optim.allocation._search import best_plan, cheapest_plan, least_peak
 from dynalora_optim.importance._normalise import normalised
 
@@ -153,15 +160,18 @@ class Budget:
         Raises:
             ValueError: They cannot take turns within this many ``selections``.
         """
-        draws = None if self._is_fixed else self._plans(costs, [1.0] * len(costs.blocks))
-        plans = covering_plans(costs, self.limit(costs), self._most_flops(costs))
-        whole = costs.all_active.active
-        for block in whole.difference(costs.pinned, *(plan.active for plan in plans)):
+        limit = self.limit(costs)
+        draws = draw_shares(costs, limit)
+        if not draws and not self._is_fixed:
+            self._plans(costs, [0.0] * len(costs.blocks))  # says what does not fit
+        plans = covering_plans(costs, limit, self._most_flops(costs))
+        for block in holding(costs).difference(*(plan.active for plan in plans)):
             having = including(costs, frozenset({block}))
             raise ValueError(self._none_fits(having, f"block {block}"))
-        MeanCompute(self.compute if draws else None, self.floor).turns(
-            shares(costs, plans), shares(costs, draws or plans)
-        ).check(selections, budget=f"Budget(memory={self.memory}, compute={self.compute})")
+        turns = Turns(len(plans))
+        if not self._is_fixed:
+            turns = MeanCompute(self.compute, self.floor).turns(shares(costs, plans), draws)
+        turns.check(selections, f"Budget(memory={self.memory}, compute={self.compute})")
         return [_groups(costs, plan) for plan in plans]
 
     def _distribution(self, context: AllocationContext) -> tuple[list[Plan], list[float]]:

@@ -15,9 +15,26 @@ def including(costs: Costs, blocks: frozenset[int]) -> Costs:
     return replace(costs, pinned=costs.pinned | blocks)
 
 
+def holding(costs: Costs) -> frozenset[int]:
+    """Return the blocks that hold groups and do not train in any case."""
+    return costs.blocks_of(range(len(costs.group_blocks))) - costs.pinned
+
+
 def shares(costs: Costs, plans: Sequence[Plan]) -> list[float]:
     """Return the FLOPs of each plan as a share of those with all modules active."""
     return [costs.flops(plan) / costs.flops(costs.all_active) for plan in plans]
+
+
+@lru_cache(maxsize=16)
+def draw_shares(costs: Costs, limit: int) -> tuple[float, ...]:
+    """Return the `shares` of the plans that are drawn if all blocks are equally important.
+
+    They are empty if the backward pass cannot go down to every block that may be the lowest.
+    """
+    equal = [1.0] * len(costs.blocks)
+    plans = [best_plan(costs, equal, limit, lowest) for lowest in costs.lowest_blocks()]
+    found = [plan for plan in plans if plan]
+    return tuple(shares(costs, found)) if len(found) == len(plans) else ()
 
 
 def fewest_plans(costs: Costs, limit: int) -> list[Plan]:
@@ -28,7 +45,7 @@ def fewest_plans(costs: Costs, limit: int) -> list[Plan]:
 
 @lru_cache(maxsize=16)
 def covering_plans(costs: Costs, limit: int, flops: float | None = None) -> tuple[Plan, ...]:
-    """Return plans that together train every block that can train, the cheapest first.
+    """Return plans that together train each block with groups that can train, the cheapest first.
 
     Each plan trains the lowest block that is still left, and as many others that are left as fit.
     The backward pass goes down to this block in any case. If blocks are alike, no fewer plans
@@ -39,7 +56,7 @@ def covering_plans(costs: Costs, limit: int, flops: float | None = None) -> tupl
         limit: The bytes that no peak may exceed.
         flops: The FLOPs that no backward pass may exceed; None for no limit.
     """
-    left = frozenset(range(len(costs.blocks))) - costs.pinned
+    left = holding(costs)
     plans: list[Plan] = []
     while left:
         plan = _widest(costs, left, limit, flops)

@@ -90,9 +90,13 @@ class MeanCompute:
         Args:
             turns: The cost of the cheapest plan of each turn.
             costs: The costs of the plans that are drawn without need.
+
+        Raises:
+            ValueError: The bound is too small for these plans.
         """
+        self.check(costs)
         # A turn is a draw too: with the probability of the floor it trains more than it must.
-        free, dearest = self.least(costs), max(*turns, *costs)
+        free, dearest = self.least(costs), max([*turns, *costs])
         drawn = (turn + self.floor / 10 * (dearest - turn) for turn in turns)
         return Turns(len(turns), free, sum(drawn) - free * len(turns), self.bound)
 
@@ -112,9 +116,9 @@ class Turns:
     """
 
     count: int
-    free: float
-    extra: float
-    bound: float | None
+    free: float = 0.0
+    extra: float = 0.0
+    bound: float | None = None
 
     @property
     def least(self) -> float:
