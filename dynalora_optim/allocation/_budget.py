@@ -52,7 +52,8 @@ class Budget:
     A selection draws the lowest block b that trains, with a probability in proportion to its
     importance per unit of cost, y~_b / FLOPs_b. The blocks that train with it are the exact best
     choice that fits; each block is kept in full or checkpointed. All costs are measured on the
-    first batch, and again on each larger one. The optimizer's ``active`` is not used.
+    first batch, and again on each larger one. The optimizer's ``active`` is not used. To limit how
+    long a module can wait, put the budget into a `Bounded`.
 
     Attributes:
         memory: The most bytes alive in forward and backward, in addition to weights, optimizer
