@@ -38,9 +38,14 @@ def draw_shares(costs: Costs, limit: int) -> tuple[float, ...]:
 
 
 def fewest_plans(costs: Costs, limit: int) -> list[Plan]:
-    """Return, for each lowest block, the cheapest plan in which no other trains that need not."""
-    found = (cheapest_plan(costs, costs.pinned | {b}, limit) for b in costs.lowest_blocks())
-    return [plan for plan in found if plan]
+    """Return, for each lowest block, the cheapest plan in which no other trains that need not.
+
+    If none of these fits, because blocks that train hold less than others, return any that fit.
+    """
+    lowest, nothing = costs.lowest_blocks(), [0.0] * len(costs.blocks)
+    fewest = [cheapest_plan(costs, costs.pinned | {block}, limit) for block in lowest]
+    plans = fewest if any(fewest) else [best_plan(costs, nothing, limit, b) for b in lowest]
+    return [plan for plan in plans if plan]
 
 
 @lru_cache(maxsize=16)
