@@ -435,9 +435,9 @@ def test_without_measured_costs_the_budget_says_where_they_come_from():
 
 
 def waits(optimizer: Any, blocks: int) -> Iterator[int]:
-    """For each selection of a run, the longest that a block has waited by then."""
+    """For each selection of a run but the first, the longest that a block has waited since then."""
     idle = [0] * blocks
-    for reallocation in optimizer.record:
+    for reallocation in [*optimizer.record][1:]:
         active = in_blocks(reallocation.chosen, optimizer)
         idle = [0 if block in active else n + 1 for block, n in enumerate(idle)]
         yield max(idle)
