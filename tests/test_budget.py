@@ -17,7 +17,7 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from dynalora_optim import AllocationContext, Bounded, Budget
+from dynalora_optim import AllocationContext, Budget
 from dynalora_optim.allocation._costs import BlockCost, BlockUses, Costs, Plan, Use
 from dynalora_optim.allocation._loop import Loop
 from dynalora_optim.allocation._search import best_plan, cheapest_plan, least_peak
@@ -401,11 +401,6 @@ def test_a_bad_argument_is_named_with_its_remedy(options, message):
 def test_a_budget_without_measured_costs_says_where_they_come_from():
     with pytest.raises(ValueError, match=r"measured costs.*DynamicAllocationOptimizer"):
         Budget(memory=0.5).select(context(None))
-
-
-def test_max_idle_periods_is_refused():
-    with pytest.raises(ValueError, match=r"Bounded\(Budget.*, 3\).*Budget\(floor="):
-        Bounded(Budget(memory=0.5), 3)
 
 
 @given(costs=any_costs())

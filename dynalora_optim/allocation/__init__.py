@@ -7,7 +7,7 @@ a `Choice`: which groups train, and which blocks are recomputed. All later parts
 
 A `CostAware` allocator, such as `Budget`, also receives the `Costs` of all choices (measured on a
 training batch) and returns a `Plan`. To write your own, wrap a `Budget`, or search the costs
-yourself.
+yourself. With a method ``cover`` (`Covering`) yours can be in a `Bounded`, too.
 """
 
 from dynalora_optim.allocation._allocators import (
@@ -21,7 +21,13 @@ from dynalora_optim.allocation._allocators import (
 from dynalora_optim.allocation._bounded import Bounded
 from dynalora_optim.allocation._budget import Budget
 from dynalora_optim.allocation._choice import Choice
-from dynalora_optim.allocation._context import AllocationContext, Allocator, CostAware, Weighted
+from dynalora_optim.allocation._context import (
+    AllocationContext,
+    Allocator,
+    CostAware,
+    Covering,
+    Weighted,
+)
 from dynalora_optim.allocation._costs import BlockCost, BlockUses, Costs, Plan, Use
 from dynalora_optim.allocation._record import AllocationRecord, Reallocation
 from dynalora_optim.allocation._schedules import Once, Periodic, Schedule
@@ -37,6 +43,7 @@ __all__ = [
     "Choice",
     "CostAware",
     "Costs",
+    "Covering",
     "DiscountedStochastic",
     "Once",
     "Periodic",

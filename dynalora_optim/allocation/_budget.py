@@ -24,8 +24,16 @@ from dynalora_optim.allocation._allocators import (
 )
 from dynalora_optim.allocation._context import AllocationContext, Weighted
 from dynalora_optim.allocation._costs import Costs, Plan
+from dynalora_optim.allocation._cover import (
+    covering_plans,
+    draw_shares,
+    fewest_plans,
+    holding,
+    including,
+    shares,
+)
+from dynalora_optim.allocation._mean_compute import MeanCompute, Turns, check_number, up
 from dynalora_optim.allocation._search import best_plan, cheapest_plan, least_peak
-from dynalora_optim.allocation._tilt import tilt
 from dynalora_optim.importance._normalise import normalised
 
 _BASES: dict[str, Callable[[], Weighted]] = {
@@ -34,7 +42,6 @@ _BASES: dict[str, Callable[[], Weighted]] = {
     "random": UniformRandom,
     "topk": TopK,
 }
-_SPREAD = 2  # the number of selections that compensate for too much compute
 _GIB = 2**30
 
 
@@ -45,7 +52,8 @@ class Budget:
     A selection draws the lowest block b that trains, with a probability in proportion to its
     importance per unit of cost, y~_b / FLOPs_b. The blocks that train with it are the exact best
     choice that fits; each block is kept in full or checkpointed. All costs are measured on the
-    first batch, and again on each larger one. The optimizer's ``active`` is not used.
+    first batch, and again on each larger one. The optimizer's ``active`` is not used. To limit how
+    long a module can wait, put the budget into a `Bounded`.
 
     Attributes:
         memory: The most bytes alive in forward and backward, in addition to weights, optimizer
@@ -76,13 +84,7 @@ class Budget:
 
     def __post_init__(self) -> None:
         _check_memory(self.memory)
-        _check_number("compute", self.compute or 0, "a share (float), or None for no bound")
-        _check_number("floor", self.floor, "a share (float) in (0, 1]")
-        if self.compute is not None and not 0 < self.compute < math.inf:
-            raise ValueError(
-                f"Budget(compute={self.compute!r}) is not a positive share of the backward pass "
-                "with all modules active; pass one such as 0.6, or None for no bound."
-            )
+        MeanCompute(self.compute, self.floor)  # checks both
         base = by_name(
             "base",
             self.base,
@@ -92,11 +94,6 @@ class Budget:
             method="weights(context)",
         )
         object.__setattr__(self, "base", base)
-        if not 0 < self.floor <= 1:
-            raise ValueError(
-                f"Budget(floor={self.floor!r}): every module needs a probability above 0; pass a "
-                "share in (0, 1]."
-            )
 
     def limit(self, costs: Costs) -> int:
         """Return the peak, in bytes, that no step exceeds."""
@@ -151,7 +148,7 @@ class Budget:
             ValueError: Not every block can train within the budget.
         """
         blocks = costs.group_blocks
-        if not isinstance(self.base, TopK):
+        if not self._is_fixed:
             self._plans(costs, [0.0] * len(costs.blocks))
         for lowest in sorted(costs.blocks_of(chosen)):
             kept = [m for m in chosen if (block := blocks[m]) is None or block >= lowest]
@@ -162,16 +159,37 @@ class Budget:
         least = least_peak(costs, highest, costs.blocks_of([]) | {highest})
         raise ValueError(self._too_small(costs, least, f"blocks down to {highest}"))
 
+    def cover(self, costs: Costs, selections: int) -> list[list[int]]:
+        """Return sets of modules that fit, the cheapest first; together they are all modules.
+
+        Raises:
+            ValueError: They cannot take turns within this many ``selections``.
+        """
+        limit = self.limit(costs)
+        draws = draw_shares(costs, limit)
+        if not draws and not self._is_fixed:
+            self._plans(costs, [0.0] * len(costs.blocks))  # says what does not fit
+        plans = covering_plans(costs, limit, self._most_flops(costs))
+        for block in holding(costs).difference(*(plan.active for plan in plans)):
+            having = including(costs, frozenset({block}))
+            raise ValueError(self._none_fits(having, f"block {block}"))
+        turns = Turns(len(plans))
+        if not self._is_fixed:
+            turns = MeanCompute(self.compute, self.floor).turns(shares(costs, plans), draws)
+        turns.check(selections, f"Budget(memory={self.memory}, compute={self.compute})")
+        return [_groups(costs, plan) for plan in plans]
+
     def _distribution(self, context: AllocationContext) -> tuple[list[Plan], list[float]]:
         """Return the plans, one for each lowest block, and the probability of each."""
         costs = _costs(context)
         values = self._values(context)
-        if isinstance(self.base, TopK):
+        if self._is_fixed:
             return [self._top(costs, values)], [1.0]
-        plans = self._plans(costs, values)
-        flops = [costs.flops(plan) / costs.flops(costs.all_active) for plan in plans]
-        weights = [values[low] / cost for low, cost in enumerate(flops)]
-        return plans, self._probabilities(normalised(weights), flops, context)
+        plans = self._found(costs, values) if context.must else self._plans(costs, values)
+        flops = shares(costs, plans)
+        weights = [values[min(plan.active)] / f for plan, f in zip(plans, flops, strict=True)]
+        mean_compute = MeanCompute(self.compute, self.floor)
+        return plans, mean_compute.probabilities(normalised(weights), flops, context)
 
     def _plans(self, costs: Costs, values: Sequence[float]) -> list[Plan]:
         limit = self.limit(costs)
@@ -184,27 +202,27 @@ class Budget:
             plans.append(plan)
         return plans
 
-    def _top(self, costs: Costs, values: Sequence[float]) -> Plan:
-        limit, flops = self.limit(costs), None
-        if self.compute is not None:
-            flops = _share_of(costs.flops(costs.all_active), self.compute)
+    def _found(self, costs: Costs, values: Sequence[float]) -> list[Plan]:
+        """Return the best plan for each lowest block for which one fits.
+
+        Raises:
+            ValueError: None fits.
+        """
+        limit, flops = self.limit(costs), self._most_flops(costs)
         found = (best_plan(costs, values, limit, low, flops) for low in costs.lowest_blocks())
         plans = [plan for plan in found if plan]
         if not plans:  # a search that must leave out plans can miss the few that are cheap enough
-            plans = [p for p in self._fewest(costs) if flops is None or costs.flops(p) <= flops]
+            fewest = fewest_plans(costs, limit)
+            plans = [plan for plan in fewest if flops is None or costs.flops(plan) <= flops]
         if not plans:
-            raise ValueError(self._top_too_small(costs))
+            raise ValueError(self._none_fits(costs, "any block"))
+        return plans
 
+    def _top(self, costs: Costs, values: Sequence[float]) -> Plan:
         def worth(plan: Plan) -> tuple[float, int]:
             return sum(values[block] for block in plan.active), -costs.flops(plan)
 
-        return max(plans, key=worth)
-
-    def _fewest(self, costs: Costs) -> list[Plan]:
-        """The cheapest plan for each lowest block in which no other trains that need not."""
-        limit = self.limit(costs)
-        found = (cheapest_plan(costs, costs.pinned | {b}, limit) for b in costs.lowest_blocks())
-        return [plan for plan in found if plan]
+        return max(self._found(costs, values), key=worth)
 
     def _values(self, context: AllocationContext) -> list[float]:
         """Return the importance y~ of each block: the sum over its modules."""
@@ -217,43 +235,26 @@ class Budget:
                 values[block] += y
         return values
 
-    def _probabilities(
-        self, weights: Sequence[float], flops: Sequence[float], context: AllocationContext
-    ) -> list[float]:
-        """Mix the uniform floor with the weights, which are tilted to the compute that is left."""
-        floor, count = self.floor, len(flops)
-        if self.compute is None:
-            return [floor / count + (1 - floor) * w for w in weights]
-        self._check_compute(flops)
-        debt = (context.mean_compute - self.compute) * context.reallocation
-        target = self.compute - debt / _SPREAD
-        mean, least = sum(flops) / count, min(flops)
-        if mean > least:  # lower the floor, at most to a tenth, before exceeding the bound
-            affordable = (target - least) / (mean - least)
-            floor = min(floor, max(affordable, floor / 10))
-        left = (target - floor * mean) / (1 - floor) if floor < 1 else target
-        tilted = tilt(weights, flops, left)
-        return [floor / count + (1 - floor) * p for p in tilted]
+    @property
+    def _is_fixed(self) -> bool:
+        """Whether nothing is drawn, and so each selection alone keeps to ``compute``."""
+        return isinstance(self.base, TopK)
 
-    def _check_compute(self, flops: Sequence[float]) -> None:
-        assert self.compute is not None
-        uniform = sum(flops) / len(flops)
-        least = min(flops) + self.floor / 10 * (uniform - min(flops))
-        if self.compute < least:
-            raise ValueError(
-                f"Budget(compute={self.compute}) is too small to give every module a probability "
-                f"above 0; pass at least {math.ceil(least * 1000) / 1000}."
-            )
+    def _most_flops(self, costs: Costs) -> int | None:
+        """Return the FLOPs that no single selection may exceed; None for no limit."""
+        if self.compute is None or not self._is_fixed:
+            return None
+        return _share_of(costs.flops(costs.all_active), self.compute)
 
-    def _top_too_small(self, costs: Costs) -> str:
+    def _none_fits(self, costs: Costs, what: str) -> str:
         lowest = costs.lowest_blocks()
         least = min(least_peak(costs, low) for low in lowest)
         if least > self.limit(costs):
-            return self._too_small(costs, least, "any block")
-        share = min(map(costs.flops, self._fewest(costs))) / costs.flops(costs.all_active)
+            return self._too_small(costs, least, what)
+        share = min(shares(costs, fewest_plans(costs, self.limit(costs))))
         return (
             f"Budget(compute={self.compute}) is too small for every choice that fits the memory; "
-            f"pass at least {math.ceil(share * 1000) / 1000}."
+            f"pass at least {up(share)}."
         )
 
     def _too_small(self, costs: Costs, least: int, what: str) -> str:
@@ -271,7 +272,8 @@ def _costs(context: AllocationContext) -> Costs:
         raise ValueError(
             "Budget needs measured costs; use it as the allocator of a DynamicAllocationOptimizer."
         )
-    return context.costs
+    costs = context.costs
+    return including(costs, costs.blocks_of(context.must)) if context.must else costs
 
 
 def _share_of(whole: int, share: float) -> int:
@@ -286,7 +288,7 @@ def _groups(costs: Costs, plan: Plan) -> list[int]:
 
 
 def _check_memory(memory: float) -> None:
-    _check_number("memory", memory, "a share (float) in (0, 1], or bytes (int)")
+    check_number("memory", memory, "a share (float) in (0, 1], or bytes (int)")
     if isinstance(memory, float) and not 0 < memory <= 1:
         raise ValueError(
             f"Budget(memory={memory}) is not a share in (0, 1]; pass one, or a number of bytes "
@@ -294,8 +296,3 @@ def _check_memory(memory: float) -> None:
         )
     if memory <= 0:
         raise ValueError(f"Budget(memory={memory}) is not positive; pass a number of bytes.")
-
-
-def _check_number(name: str, value: float, remedy: str) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"Budget({name}={value!r}) is not a number; pass {remedy}.")

@@ -11,6 +11,8 @@ An allocator may also have some of these:
   `Budget` can draw by the same weights.
 * ``plan`` and ``fitting``: it decides from measured costs, and decides which blocks are recomputed
   (`CostAware`).
+* ``cover``: it knows sets of modules that fit, and activates one of them on demand (`Covering`), so
+  that `Bounded` can limit how long a module waits.
 * ``uses_active = False``: it decides itself how many modules are active.
 * ``check(active, modules)``: raises ValueError if ``active`` of ``modules`` cannot be active.
 """
@@ -41,6 +43,7 @@ class AllocationContext:
         costs: The costs of all choices; None if they are not measured.
         mean_compute: The FLOPs of the mean backward pass so far, as a share of one with all modules
             active.
+        must: Modules that this selection must activate; only a `Covering` allocator gets any.
     """
 
     scores: tuple[float, ...]
@@ -51,6 +54,7 @@ class AllocationContext:
     idle: tuple[int, ...] = ()
     costs: Costs | None = None
     mean_compute: float = 0.0
+    must: tuple[int, ...] = ()
 
     @property
     def importance(self) -> tuple[float, ...]:
@@ -122,6 +126,24 @@ class CostAware(Allocator, Protocol):
 
         Raises:
             ValueError: No module can stay active.
+        """
+        ...
+
+
+@runtime_checkable
+class Covering(CostAware, Protocol):
+    """Also knows sets of modules that take turns, and activates one of them on demand.
+
+    ``select`` activates at least the modules of ``context.must``, which are one of these sets.
+    """
+
+    def cover(self, costs: Costs, selections: int) -> Sequence[Collection[int]]:
+        """Return sets of modules, each of which can be active at once; together they are all.
+
+        The result depends on the arguments only. The first sets are those of least compute.
+
+        Raises:
+            ValueError: Not every set can be active once in this many ``selections``.
         """
         ...
 

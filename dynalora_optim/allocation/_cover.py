@@ -1,0 +1,82 @@
+"""Few plans that together train every block, so that no block has to wait for long."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import lru_cache
+
+from dynalora_optim.allocation._costs import Costs, Plan
+from dynalora_optim.allocation._search import best_plan, cheapest_plan
+
+
+def including(costs: Costs, blocks: frozenset[int]) -> Costs:
+    """Return the same costs with these blocks among those that always train."""
+    return replace(costs, pinned=costs.pinned | blocks)
+
+
+def holding(costs: Costs) -> frozenset[int]:
+    """Return the blocks that hold groups and do not train in any case."""
+    return costs.blocks_of(range(len(costs.group_blocks))) - costs.pinned
+
+
+def shares(costs: Costs, plans: Sequence[Plan]) -> list[float]:
+    """Return the FLOPs of each plan as a share of those with all modules active."""
+    return [costs.flops(plan) / costs.flops(costs.all_active) for plan in plans]
+
+
+@lru_cache(maxsize=16)
+def draw_shares(costs: Costs, limit: int) -> tuple[float, ...]:
+    """Return the `shares` of the plans that are drawn if all blocks are equally important.
+
+    They are empty if the backward pass cannot go down to every block that may be the lowest.
+    """
+    equal = [1.0] * len(costs.blocks)
+    plans = [best_plan(costs, equal, limit, lowest) for lowest in costs.lowest_blocks()]
+    found = [plan for plan in plans if plan]
+    return tuple(shares(costs, found)) if len(found) == len(plans) else ()
+
+
+def fewest_plans(costs: Costs, limit: int) -> list[Plan]:
+    """Return, for each lowest block, the cheapest plan in which no other trains that need not.
+
+    If none of these fits, because blocks that train hold less than others, return any that fit.
+    """
+    lowest, nothing = costs.lowest_blocks(), [0.0] * len(costs.blocks)
+    fewest = [cheapest_plan(costs, costs.pinned | {block}, limit) for block in lowest]
+    plans = fewest if any(fewest) else [best_plan(costs, nothing, limit, b) for b in lowest]
+    return [plan for plan in plans if plan]
+
+
+@lru_cache(maxsize=16)
+def covering_plans(costs: Costs, limit: int, flops: float | None = None) -> tuple[Plan, ...]:
+    """Return plans that together train each block with groups that can train, the cheapest first.
+
+    Each plan trains the lowest block that is still left, and as many others that are left as fit.
+    The backward pass goes down to this block in any case. If blocks are alike, no fewer plans
+    would do: the higher the backward pass ends, the more blocks fit.
+
+    Args:
+        costs: The measured costs.
+        limit: The bytes that no peak may exceed.
+        flops: The FLOPs that no backward pass may exceed; None for no limit.
+    """
+    left = holding(costs)
+    plans: list[Plan] = []
+    while left:
+        plan = _widest(costs, left, limit, flops)
+        plans += [plan] if plan else []
+        left -= plan.active if plan else {min(left)}
+    return tuple(sorted(plans, key=costs.flops))
+
+
+def _widest(costs: Costs, left: frozenset[int], limit: int, flops: float | None) -> Plan | None:
+    """Return the plan of the highest lowest block that trains the first and most of ``left``."""
+    having, count = including(costs, frozenset({min(left)})), len(costs.blocks)
+    # Most blocks that are left; of these the lowest; and then as many others as fit. So nothing
+    # fits beside the plan's blocks, and the plan is the same for every importance.
+    values = [
+        1 + (count - block) / count**2 if block in left else 1 / count**4 for block in range(count)
+    ]
+    found = (best_plan(having, values, limit, b, flops) for b in reversed(having.lowest_blocks()))
+    return next((plan for plan in found if plan), None)
