@@ -136,7 +136,7 @@ class StepCosting:
             if not self._shapes.entries:  # all ranks run their first forward together
                 found = reduce(joined, gathered(found))
             self._shapes.add(shape, found)
-            self._plans.clear()
+            self._plans.clear()  # its keys hold for as long as the measured costs are kept
         return found
 
     def _measured(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Costs:
@@ -180,13 +180,23 @@ class StepCosting:
                 raise
         return self._plans[key]
 
-    def end_step(self) -> None:
-        """Learn from a step that is over; after the first one, let the allocation select."""
-        if self._allocation.needs_costs and not self._habits.is_known:
-            self._habits.is_known = True
-            if self._allocation.is_trial:
-                self._allocation.end_trial()
-        self._plans.clear()
+    def end_trial(self) -> None:
+        """After the passes of the first step, let the allocation select as the step ends.
+
+        Raises:
+            ValueError: The budget cannot hold a step of this loop. Then nothing is updated.
+        """
+        if not self._allocation.needs_costs or self._habits.is_known:
+            return
+        self._habits.is_known = True
+        if not self._allocation.is_trial:
+            return
+        try:
+            self._allocation.take_costs(self._habits.expected())
+        except ValueError:
+            self._habits.is_known = False
+            raise
+        self._allocation.end_trial()
 
     def watched(self, update: Callable[[], T], largest: Callable[[], int]) -> T:
         """Run an optimizer's ``update``; in the first steps, count its temporary tensors.

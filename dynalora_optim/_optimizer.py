@@ -173,8 +173,8 @@ class DynamicAllocationOptimizer(AllocatedOptimizer):
         self._check_in_order()
         self._driver.before_update()
         self._drop_idle_gradients()  # idle parameters may have a gradient, but must not move
+        self._costing.end_trial()
         updated = self._costing.watched(self._update, self._largest_gradient)
-        self._costing.end_step()
         due = self._allocation.advance(updated)
         if self._allocation.may_differ_between_ranks:
             check_agreement("whether to reallocate now", due, self._driver.device)

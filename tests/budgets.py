@@ -107,3 +107,14 @@ def in_blocks(names: Collection[str], optimizer: DynamicAllocationOptimizer) -> 
     """The positions of the blocks that hold these groups."""
     costs = costs_of(optimizer)
     return set(costs.blocks_of([optimizer.groups.index(name) for name in names]))
+
+
+def check_runs(tiny: TinyModel, budget: Budget, steps: int = 8) -> None:
+    """No step of a run with this budget, in bytes, exceeds it; several choices are made."""
+    optimizer = on_budget(tiny, budget, period=1)
+    for _ in range(steps):
+        clear(tiny)
+        peak, _ = measured(tiny.loss)
+        assert peak <= budget.memory
+        optimizer.step()
+    assert len({entry.chosen for entry in optimizer.record}) > 1

@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from dynalora_optim import AllocationContext, Budget
 from dynalora_optim.allocation._costs import BlockCost, BlockUses, Costs, Plan, Use
 from dynalora_optim.allocation._loop import Loop
+from dynalora_optim.allocation._saved_costs import restored_costs, saved_costs
 from dynalora_optim.allocation._search import best_plan, cheapest_plan, least_peak
 from dynalora_optim.allocation._tilt import tilt
 
@@ -405,4 +406,7 @@ def test_a_budget_without_measured_costs_says_where_they_come_from():
 
 @given(costs=any_costs())
 def test_costs_survive_a_state_dict(costs):
-    assert Costs.from_state_dict(costs.state_dict()) == costs
+    modules = len(costs.group_blocks)
+    assert restored_costs(saved_costs(costs), modules=modules) == costs
+    with pytest.raises(ValueError, match="costs of other modules"):
+        restored_costs(saved_costs(costs), modules=modules + 1)

@@ -160,9 +160,10 @@ class Allocation(AllocationState):
         """Choose by these scores and record it; return the chosen groups that were inactive."""
         usable = usable_scores(scores)
         before = self.chosen
+        if self._selector.selections:
+            self._counters.count_selection(before)  # without groups that had to leave since
         self.chosen = self._selection(usable)
         self.record.append(Reallocation(self.steps, usable, self.active_names()))
-        self._counters.count_selection(self.chosen)
         self._selector.selections += 1
         self._clock.settle()
         if self._selector.selections == 1:
