@@ -21,6 +21,7 @@ ROOT = Path(__file__).parent.parent
 # A folder imports only from those before it; what lies beside them may import from all.
 ORDER = (
     "_base",
+    "loss",
     "groups",
     "importance",
     "allocation",

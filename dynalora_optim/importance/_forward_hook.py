@@ -122,7 +122,7 @@ def observe(
 
 def first_tensor(output: object) -> Tensor:
     """Return a module's output, or its first item if it is a tuple or dict (as in transformers)."""
-    if isinstance(output, Tensor):
-        return output
+    if isinstance(output, Tensor) or hasattr(output, "__torch_function__"):  # or a LazyLogits
+        return output  # type: ignore[return-value]
     items = output.values() if isinstance(output, Mapping) else output
     return first_tensor(next(iter(items)))  # type: ignore[call-overload]
