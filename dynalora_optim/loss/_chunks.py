@@ -132,8 +132,8 @@ class ChunkedLoss(torch.autograd.Function):
         """Multiply the gradients with that of the loss; sums are rounded only after that."""
         if torch.is_grad_enabled():
             raise RuntimeError(
-                "create_graph=True asks for second derivatives, which linear_cross_entropy does not "
-                "have: its gradients are formed in the forward pass. Use cross_entropy instead."
+                "create_graph=True asks for second derivatives, and linear_cross_entropy has "
+                "none: its gradients are formed in the forward pass; use cross_entropy."
             )
         gradient, *sums = ctx.saved_tensors
         by_row = g.unsqueeze(-1) if ctx.each else g

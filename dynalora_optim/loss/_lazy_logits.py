@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast
 
 import torch
@@ -190,10 +191,11 @@ class LazyLogits:
                 return first._reduced(lambda logits: func(logits, *others, **kwargs))
         return func(*_real(args, name), **_real(dict(kwargs), name))
 
-    def _same_autocast(self) -> torch.autocast:
+    def _same_autocast(self) -> AbstractContextManager[object]:
         """Compute as the model's forward would have, also after it."""
-        device = self.hidden.device.type
-        return torch.autocast(device, self._autocast, enabled=self._autocast is not None)
+        if self._autocast is None:
+            return nullcontext()
+        return torch.autocast(self.hidden.device.type, self._autocast)
 
     def _computed(self, hidden: Tensor) -> Tensor:
         logits = self._stepped(self._head(hidden))
