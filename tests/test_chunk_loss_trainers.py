@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,9 @@ def adapted() -> Any:
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 def test_the_trainer_logs_and_learns_the_same(tmp_path, bf16, smoothing):
     """The loss is divided by the labels of the whole accumulated batch, as without chunks."""
+    smoother = transformers.trainer_pt_utils.LabelSmoother
+    if smoothing and "num_items_in_batch" not in inspect.signature(smoother.__call__).parameters:
+        pytest.skip("this version of transformers smooths by the mean of each micro-batch")
 
     def run(*, chunked: bool) -> Any:
         model = adapted()
@@ -171,12 +175,13 @@ def test_metrics_over_lazy_logits_are_those_of_logits():
 def test_a_compiled_model_keeps_its_own_way():
     model = build()
     inputs = batch()
-    theirs = step(model, inputs)
+    loss, gradients = step(model, inputs)
+    theirs = loss, {f"_orig_mod.{name}": gradient for name, gradient in gradients.items()}
     with chunk_loss(model):
         compiled = torch.compile(model, backend="eager")
-        output = compiled(**inputs)
-        assert type(output.logits) is torch.Tensor
-        torch.testing.assert_close(output.loss.detach(), theirs[0])
+        for _ in range(2):
+            assert_same(step(compiled, inputs), theirs, 1e-6)
+        assert type(compiled(**inputs).logits) is torch.Tensor
 
 
 @pytest.mark.distributed

@@ -1,4 +1,10 @@
-"""`linear_cross_entropy`: checks its arguments, and divides the sum of the rows."""
+"""`linear_cross_entropy`: checks its arguments, and divides the sum of the rows.
+
+The logits exist for one chunk of rows at a time. In float32 they take 4 x chunk x classes bytes,
+and twice that if the head is not a plain linear layer. The gradients are formed with them, in the
+forward pass, and only those that are needed: none under `torch.no_grad`. The loss and the gradients
+of parameters are summed in float32 (float64 for float64).
+"""
 
 from __future__ import annotations
 
@@ -27,63 +33,34 @@ def linear_cross_entropy(
     transform: Callable[[Tensor], Tensor] | None = None,
     chunk: int = 256,
 ) -> Tensor:
-    """Return ``cross_entropy(head(hidden), labels)`` without the logits of all rows at once.
-
-    The logits exist for ``chunk`` rows at a time, and the gradients are formed with them, in the
-    forward pass: without gradients (`torch.no_grad`) none are. The loss and the gradients of
-    parameters are summed in float32 (float64 for float64), and rounded once.
+    """Return ``cross_entropy(head(hidden), labels)`` in float32, or float64 for float64.
 
     Args:
         hidden: What the head gets, (..., features).
-        head: `nn.Linear`, or any module that maps each row by itself, such as a linear layer with
-            an adapter or a quantised one. Or its weight, (classes, features).
-        labels: The class of each row, (...), int64. They are not shifted: for a language model,
-            pass ``hidden[:, :-1]`` and ``labels[:, 1:]``.
+        head: `nn.Linear`, another module that maps each row by itself, such as one with an adapter,
+            or a weight, (classes, features).
+        labels: The class of each row, (...), int64. They are not shifted.
         bias: (classes,), with a weight.
-        reduction: ``"mean"`` over the rows that are not ignored, ``"sum"``, or ``"none"``, which
-            returns (...), for a head that does not train.
-        ignore_index: Rows with this label do not count. If all have it, the loss is 0, and the
-            gradients are.
+        reduction: ``"mean"``, ``"sum"``, or ``"none"`` for (...), with a head that does not train.
+        ignore_index: Rows with this label do not count; if no row counts, the loss is 0.
         label_smoothing: As in `torch.nn.functional.cross_entropy`.
-        transform: A function of the logits of single rows, such as a soft cap:
-            ``lambda logits: 30 * torch.tanh(logits / 30)``.
-        chunk: Rows whose logits exist at one time. They take ``4 chunk classes`` bytes, twice that
-            if the head is another module than `nn.Linear`, or with a ``transform``.
-
-    Returns:
-        The loss, in float32 (float64 for float64): a scalar unless ``reduction="none"``.
+        transform: A function of the logits of single rows, such as a soft cap.
+        chunk: Rows whose logits exist at one time.
 
     Raises:
         TypeError: An argument is of another kind.
         ValueError: A value or a shape is not allowed.
-
-    Example:
-        >>> loss = linear_cross_entropy(hidden, model.head, labels)  # doctest: +SKIP
-        >>> loss.backward()  # doctest: +SKIP
     """
     _check_options(reduction, label_smoothing, chunk)
     _check_tensors(hidden, labels)
-    part = _head(head, bias)
-    parameters = list(part.parameters.values())
-    if reduction == "none" and torch.is_grad_enabled():
-        _check_frozen(parameters)
-    task = Task(
-        head=part,
-        transform=transform,
-        labels=labels.reshape(-1),
-        ignore_index=ignore_index,
-        smoothing=label_smoothing,
-        chunk=chunk,
-        each=reduction == "none",
-        differentiable=torch.is_grad_enabled(),
-    )
-    rows = hidden.reshape(-1, hidden.shape[-1])
-    loss = cast(Tensor, ChunkedLoss.apply(task, rows, *parameters))  # type: ignore[no-untyped-call]
-    if reduction == "none":
-        return loss.view(labels.shape)
-    if reduction == "sum":
-        return loss
-    return loss / (task.labels != ignore_index).sum().clamp(min=1).to(loss.device)
+    rows, flat, each = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1), reduction == "none"
+    grad = torch.is_grad_enabled()
+    part = _head(head, bias, trains=not (each and grad))
+    task = Task(part, transform, flat, ignore_index, label_smoothing, chunk, each, grad)
+    loss = cast(Tensor, ChunkedLoss.apply(task, rows, *part.parameters.values()))  # type: ignore[no-untyped-call]
+    if reduction != "mean":
+        return loss.view(labels.shape) if each else loss
+    return loss / (flat != ignore_index).sum().clamp(min=1).to(loss.device)
 
 
 def is_plain(head: nn.Module) -> bool:
@@ -97,24 +74,32 @@ def is_plain(head: nn.Module) -> bool:
     )
 
 
-def _head(head: nn.Module | Tensor, bias: Tensor | None) -> PlainHead | ModuleHead:
+def _head(head: nn.Module | Tensor, bias: Tensor | None, *, trains: bool) -> PlainHead | ModuleHead:
+    """Return the head as a part of a `Task`; with ``trains=False`` it must not train."""
+    found: PlainHead | ModuleHead
     if isinstance(head, nn.Module):
         if bias is not None:
             raise ValueError("bias goes with a weight, but head is a module; leave bias out.")
-        if is_plain(head):
-            return PlainHead(head.weight, head.bias)  # type: ignore[arg-type]
-        return ModuleHead(head)
-    if not isinstance(head, Tensor):
+        plain = isinstance(head, nn.Linear) and is_plain(head)
+        found = PlainHead(head.weight, head.bias) if plain else ModuleHead(head)  # type: ignore[arg-type]
+    elif not isinstance(head, Tensor):
         raise TypeError(
             f"head={type(head).__name__} is neither a module nor a weight; pass nn.Linear, or its "
             "weight."
         )
-    if head.ndim != 2:
+    elif head.ndim != 2:
         raise ValueError(
             f"head of shape {tuple(head.shape)} must be a weight, (classes, features); pass "
             "nn.Linear, or its weight."
         )
-    return PlainHead(head, bias)
+    else:
+        found = PlainHead(head, bias)
+    if not trains and any(p.requires_grad for p in found.parameters.values()):
+        raise ValueError(
+            "reduction='none' is for a head that does not train: the gradient of its weights is "
+            "summed over the rows in the forward pass; pass 'sum' or 'mean', or freeze the head."
+        )
+    return found
 
 
 def _check_options(reduction: str, label_smoothing: float, chunk: int) -> None:
@@ -142,14 +127,6 @@ def _check_tensors(hidden: Tensor, labels: Tensor) -> None:
         raise ValueError(
             f"labels of shape {tuple(labels.shape)} must have one class for each row of hidden, "
             f"{tuple(hidden.shape)}; pass labels of shape {tuple(hidden.shape[:-1])}."
-        )
-
-
-def _check_frozen(parameters: list[Tensor]) -> None:
-    if any(parameter.requires_grad for parameter in parameters):
-        raise ValueError(
-            "reduction='none' is for a head that does not train: the gradient of its weights is "
-            "summed over the rows in the forward pass; pass 'sum' or 'mean', or freeze the head."
         )
 
 

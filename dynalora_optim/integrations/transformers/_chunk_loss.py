@@ -8,9 +8,10 @@ they are computed as without us.
 
 from __future__ import annotations
 
+import inspect
 import logging
-from collections.abc import Mapping
-from types import TracebackType
+from collections.abc import Callable
+from types import MethodType, TracebackType
 from typing import Any
 
 import torch
@@ -18,7 +19,6 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from dynalora_optim._base.checks import whole_number
-from dynalora_optim._base.torch_private import forward_pre_hooks
 from dynalora_optim.integrations.transformers._heads import (
     causal_model,
     classes_of,
@@ -66,8 +66,7 @@ def chunk_loss(
     if not 0 <= label_smoothing <= 1:
         raise ValueError(f"label_smoothing={label_smoothing!r} must be in [0, 1]; pass 0 for none.")
     causal = causal_model(model)
-    owners = [getattr(hook, "__self__", None) for hook in forward_pre_hooks(causal).values()]
-    if any(isinstance(owner, ChunkedLossHandle) for owner in owners):
+    if isinstance(causal.forward, ChunkedLossHandle):
         raise ValueError(
             f"{type(causal).__name__} has its loss in chunks already; close() the first handle."
         )
@@ -77,24 +76,26 @@ def chunk_loss(
 class ChunkedLossHandle:
     """What `chunk_loss` has changed, and how to undo it.
 
-    It stands in the model as two hooks of its forward. A copy of the model has a copy of it.
+    It takes the place of the model's ``forward``, and calls it. (Hooks would not do: some versions
+    of peft call ``forward`` directly.) A copy of the model has a copy of it.
     """
 
     def __init__(self, model: PreTrainedModel, cross_entropy: _Loss) -> None:
         self._model = model
+        self._inner = vars(model).get("forward")  # of Accelerate or TRL; else the class has it
         self._cross_entropy = cross_entropy
-        self._passes: list[_Pass | None] = []  # the forwards that run now
         self._said: set[str] = set()
-        self._handles = [
-            model.register_forward_pre_hook(self._begin, with_kwargs=True),
-            model.register_forward_hook(self._end, always_call=True),
-        ]
+        self._is_open = True
+        model.forward = self
 
     def close(self) -> None:
         """Undo the change: the model computes its loss as before. A second call does nothing."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
+        if self._is_open and vars(self._model).get("forward") is self:
+            if self._inner is None:
+                del self._model.forward
+            else:
+                self._model.forward = self._inner
+        self._is_open = False  # if something else has wrapped it, it stays, and does nothing
 
     def __enter__(self) -> ChunkedLossHandle:
         return self
@@ -107,29 +108,37 @@ class ChunkedLossHandle:
     ) -> None:
         self.close()
 
-    def _begin(self, model: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        if torch.compiler.is_compiling():
-            return
-        self._passes.append(None)
-        if not model.training:
-            return
+    @property
+    def __signature__(self) -> inspect.Signature:
+        # The Trainer and generate() read it.
+        return inspect.signature(self._forward)
+
+    @property
+    def _forward(self) -> Callable[..., Any]:
+        return self._inner or MethodType(type(self._model).forward, self._model)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the model's forward; in training with labels its head returns `LazyLogits`."""
+        model, inner = self._model, self._inner
+        if torch.compiler.is_compiling() or not (self._is_open and model.training):
+            if inner is None:
+                return type(model).forward(model, *args, **kwargs)
+            return inner(*args, **kwargs)
+        forward = self._forward
         head = model.get_output_embeddings()
-        reason = (
-            obstacle(head, is_replica=model is not self._model)
-            if has_labels(model, args, kwargs)
-            else "a forward got no labels"
-        )
+        given = has_labels(self.__signature__, args, kwargs)
+        reason = obstacle(head) if given else "a forward got no labels"
         if reason:
             self._say(reason)
-        else:
-            self._passes[-1] = _Pass(head, self._cross_entropy, self._say)
-
-    def _end(self, model: Any, args: tuple[Any, ...], output: Any) -> None:
-        if torch.compiler.is_compiling():
-            return
-        running = self._passes.pop() if self._passes else None
-        if running is not None:
-            running.end(failed=output is None)
+            return forward(*args, **kwargs)
+        running = _Pass(head, self._cross_entropy, self._say)
+        try:
+            output = forward(*args, **kwargs)
+        finally:
+            called_head = running.end()
+        if not called_head:
+            self._say("the model's forward does not call its head")
+        return output
 
     def _say(self, reason: str) -> None:
         if reason not in self._said:
@@ -167,14 +176,13 @@ class _Pass:
         if self._is_running:
             self._say(f"the model uses its logits in another way ({operation})")
 
-    def end(self, *, failed: bool) -> None:
-        """The model's forward is over."""
+    def end(self) -> bool:
+        """The model's forward is over; return whether it called its head."""
         self._is_running = False
         if not self._is_waiting:
-            return
+            return True
         self._restore()
-        if not failed:
-            self._say("the model's forward does not call its head")
+        return False
 
     def _restore(self) -> None:
         self._is_waiting = False

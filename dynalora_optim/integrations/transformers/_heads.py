@@ -46,10 +46,8 @@ def classes_of(head: Any) -> int | None:
     return classes if isinstance(classes, int) else None
 
 
-def obstacle(head: Any, *, is_replica: bool) -> str | None:
+def obstacle(head: Any) -> str | None:
     """Return why the loss over this head cannot be computed in chunks; None if it can."""
-    if is_replica:
-        return "the model is a replica of DataParallel"
     if classes_of(head) is None:
         return f"the head, {type(head).__name__}, is not linear"
     if any(hasattr(p, "full_tensor") or hasattr(p, "ds_id") for p in head.parameters()):
@@ -66,9 +64,11 @@ def _takes_lazy_logits(hook: object) -> bool:
     return isinstance(hook, ForwardHook) or (isinstance(hook, _Tied) and active_ddp() is None)
 
 
-def has_labels(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+def has_labels(
+    signature: inspect.Signature, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> bool:
     """Whether a forward is called with labels, by name or by position."""
     if "labels" in kwargs:
         return kwargs["labels"] is not None
-    names = list(inspect.signature(model.forward).parameters)[: len(args)]
+    names = list(signature.parameters)[: len(args)]
     return "labels" in names and args[names.index("labels")] is not None
