@@ -185,6 +185,31 @@ def test_a_compiled_model_keeps_its_own_way():
 
 
 @pytest.mark.distributed
+@pytest.mark.parametrize("own_unit", [False, True])
+def test_under_fsdp2_the_head_is_chunked_if_it_is_gathered(own_unit, caplog):
+    """The root gathers its head for the whole forward; a head of its own unit is sharded again."""
+    from torch import distributed
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    try:
+        model = build()
+        theirs = step(model, batch())
+        model.zero_grad()
+        mesh = init_device_mesh("cpu", (1,))
+        chunk_loss(model, chunk=4)
+        for part in [*model.model.layers, *([model.lm_head] if own_unit else []), model]:
+            fully_shard(part, mesh=mesh)
+        loss, gradients = step(model, batch())
+        ours = loss, {name: gradient.full_tensor() for name, gradient in gradients.items()}
+        assert_same(ours, theirs, 1e-6)
+        assert ("the head's weight is sharded" in caplog.text) is own_unit
+    finally:
+        distributed.destroy_process_group()
+
+
+@pytest.mark.distributed
 def test_under_ddp_the_gradients_are_the_models_own():
     from torch import distributed
     from torch.nn.parallel import DistributedDataParallel
