@@ -33,6 +33,7 @@ PUBLIC = (
     "dynalora_optim",
     "dynalora_optim.allocation",
     "dynalora_optim.importance",
+    "dynalora_optim.loss",
     "dynalora_optim.memory",
     "dynalora_optim.integrations.transformers",
     "dynalora_optim.integrations.ddp",

@@ -3,7 +3,7 @@
 How the pieces divide the work. Data flows one way, and each folder imports only from folders before
 it in this list:
 
-    groups -> importance -> allocation -> switching -> update -> state -> memory
+    loss -> groups -> importance -> allocation -> switching -> update -> state -> memory
 
 * `DynamicAllocationOptimizer` wraps a torch optimizer and replaces it in the training loop.
 * An `ImportanceTracker` scores the module groups with a measure (`ForwardNorm`, `GradientNorm`,
@@ -17,6 +17,7 @@ it in this list:
 * `Pause` sets what happens to the optimizer state of modules that pause, `Backward` sets how the
   backward pass is run, and `LocalLR` lets each module follow the learning-rate schedule at its own
   pace.
+* `linear_cross_entropy` computes the loss of a language model without all of its logits.
 * `show_versions` prints what an issue report needs.
 * `LiveBytes` counts the memory of any code, `measure_step` that of a training step;
   `estimate_memory` predicts it without allocating the memory.
@@ -61,6 +62,7 @@ from dynalora_optim.importance import (
     ImportanceTracker,
     Sensitivity,
 )
+from dynalora_optim.loss import linear_cross_entropy
 from dynalora_optim.memory import (
     LiveBytes,
     MemoryReport,
@@ -109,6 +111,7 @@ __all__ = [
     "UniformRandom",
     "badam",
     "estimate_memory",
+    "linear_cross_entropy",
     "lisa",
     "measure_step",
     "show_versions",

@@ -16,7 +16,7 @@ from dynalora_adapters import LoRAConfig, inject
 from dynalora_optim import Budget, DynamicAllocationOptimizer
 
 WIDTH = 32
-# Bytes that the prediction may be too high by: scalars; a decoder's mask; what LLaVA keeps of images.
+# Bytes that the prediction may be too high by: scalars; a decoder's mask; LLaVA's image features.
 SLACK, MASK, IMAGES = 2400, 10_000, 60_000
 OVER = {
     "llava": IMAGES,

@@ -11,6 +11,11 @@ from torch import nn
 from dynalora_adapters._config import AdapterConfig
 from dynalora_adapters._layers import AdapterLinear
 from dynalora_adapters._models import replace_modules, require_adapters, unwrap
+from dynalora_adapters._quantised import (
+    check_not_repacked,
+    forbid_repacking,
+    restore_repacking,
+)
 from dynalora_adapters._targets import Plan, make_plan
 from dynalora_adapters._torch_private import plain_name
 
@@ -26,11 +31,13 @@ class Injection:
         config: The configuration that the model was adapted with.
         required_grad: The former ``requires_grad`` of every base parameter, by name.
         nested_tensor: The former ``use_nested_tensor`` of the transformer encoders, by name.
+        repacks: Which quantised layers may repack their weight for evaluation, by name.
     """
 
     config: AdapterConfig
     required_grad: dict[str, bool]
     nested_tensor: dict[str, bool]
+    repacks: dict[str, bool]
 
 
 def inject(model: nn.Module, config: AdapterConfig) -> nn.Module:
@@ -84,6 +91,7 @@ def remove(model: nn.Module) -> nn.Module:
             param.requires_grad_(record.required_grad.get(plain_name(name), param.requires_grad))
         for name, flag in record.nested_tensor.items():
             setattr(bare.get_submodule(name), _NESTED, flag)
+        restore_repacking(bare, record.repacks)
     return model
 
 
@@ -112,6 +120,7 @@ def check_bare(model: nn.Module) -> None:
             raise ValueError(
                 f"model is adapted already by peft (at {name}); unload() that adapter first."
             )
+    check_not_repacked(model)
 
 
 def install(
@@ -119,12 +128,13 @@ def install(
 ) -> None:
     """Freeze the model and replace the planned modules. All checks were made before."""
     before = {name: param.requires_grad for name, param in model.named_parameters()}
+    repacks = forbid_repacking(model)
     model.requires_grad_(False)
     for module in plan.trainable:
         for param in module.parameters():
             param.requires_grad_(param.is_floating_point())
     replace_modules(model, {base: layers[name] for name, base in plan.bases.items()})
-    setattr(model, _RECORD, Injection(config, before, _leave_fast_path(model)))
+    setattr(model, _RECORD, Injection(config, before, _leave_fast_path(model), repacks))
 
 
 def _leave_fast_path(model: nn.Module) -> dict[str, bool]:

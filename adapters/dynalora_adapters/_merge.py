@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from dynalora_adapters._layers import AdapterLinear
 from dynalora_adapters._models import parameter_owners, require_adapters, unwrap
+from dynalora_adapters._quantised import is_packed
 from dynalora_adapters._torch_private import own_parameter
 
 
@@ -76,6 +77,8 @@ def _check(name: str, layer: AdapterLinear, owners: dict[int, list[str]]) -> Non
         reason = "is not a parameter of its own (a buffer or a parametrization)"
     elif weight.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
         reason = f"is {weight.dtype}, which cannot hold the delta"
+    elif is_packed(weight):
+        reason = f"is quantised ({type(weight).__name__}), so that it cannot hold the delta"
     elif sorted(weight.shape) != sorted((layer.in_features, layer.out_features)):
         reason = f"is packed in the shape {tuple(weight.shape)}"
     elif len(others := owners[id(weight)]) > 1:

@@ -57,6 +57,8 @@ def first_tensor(output: Any) -> Tensor:
     Raises:
         ValueError: There is none.
     """
+    if not isinstance(output, Tensor) and hasattr(output, "__torch_function__"):
+        return output  # type: ignore[no-any-return] # such as logits that are made when asked for
     found = [tensor for tensor in tensors(output) if tensor.is_floating_point()]
     if not found:
         raise ValueError(

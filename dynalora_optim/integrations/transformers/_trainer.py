@@ -1,9 +1,4 @@
-"""transformers' ``Trainer``: how it builds the optimizer, and a callback that reports on it.
-
-The Trainer builds its optimizer late: on its device, from its arguments, and after ``model_init``.
-With FSDP it builds the optimizer from the model that it has prepared, and refuses a finished one.
-So the Trainer is given a factory, which it calls with the model.
-"""
+"""The factory of the Trainer's optimizer, and the callback."""
 
 from __future__ import annotations
 
@@ -19,8 +14,6 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from dynalora_optim import DynamicAllocationOptimizer
 from dynalora_optim.groups._rules import GroupRule, find_groups
-
-__all__ = ["AllocationCallback", "OptimizerFactory", "dynalora_optimizer"]
 
 logger = logging.getLogger(__name__)
 

@@ -1,0 +1,250 @@
+"""`chunk_loss`: a causal language model computes its loss in chunks.
+
+The model's own forward stays, and so does its loss. During a forward in training with labels, the
+head returns `LazyLogits`. What the model does with logits before the loss (a soft cap, a scale) is
+put off, and ``cross_entropy`` computes it in chunks. If the model does anything else with them,
+they are computed as without us.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import Callable
+from types import MethodType, TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from dynalora_optim._base.checks import whole_number
+from dynalora_optim.integrations.transformers._heads import (
+    causal_model,
+    classes_of,
+    has_labels,
+    obstacle,
+)
+from dynalora_optim.loss import LazyLogits, linear_cross_entropy
+from dynalora_optim.loss._lazy_logits import WithoutHooks
+from dynalora_optim.loss._linear_cross_entropy import is_plain
+
+logger = logging.getLogger(__name__)
+
+
+def chunk_loss(
+    model: nn.Module, *, chunk: int = 256, label_smoothing: float = 0.0, liger: bool = False
+) -> ChunkedLossHandle:
+    """Let a causal language model compute its loss in chunks of rows, in place.
+
+    In training, with ``labels``, the logits of all rows then never exist together. ``loss`` and its
+    gradients are those of the model's own loss, for any ``num_items_in_batch``. ``logits`` of the
+    output is a `LazyLogits`. Evaluation, generation and passes without labels are unchanged. Where
+    chunks are not possible, the model's own way is kept, and one line of the log says why.
+
+    Args:
+        model: A model of transformers with a linear head, or one that contains it, such as peft's.
+        chunk: Rows whose logits exist at one time.
+        label_smoothing: As in `torch.nn.functional.cross_entropy`. The Trainer's own
+            ``label_smoothing_factor`` takes the labels from the model, and so needs all logits.
+        liger: Use the kernel of the package ``liger_kernel`` where it computes the same: a plain
+            head, no transform of the logits, and hidden states that need a gradient.
+
+    Returns:
+        A handle: its ``close()``, or leaving it as a context, undoes the change.
+
+    Raises:
+        TypeError: There is no causal language model in ``model``, or more than one head.
+        ValueError: An option has a value that is not allowed, or the model has this already.
+        ImportError: ``liger`` without the package.
+
+    Example:
+        >>> with chunk_loss(model):  # doctest: +SKIP
+        ...     model(input_ids=ids, labels=ids).loss.backward()  # doctest: +SKIP
+    """
+    whole_number("chunk", chunk, least=1, of="rows")
+    if not 0 <= label_smoothing <= 1:
+        raise ValueError(f"label_smoothing={label_smoothing!r} must be in [0, 1]; pass 0 for none.")
+    causal = causal_model(model)
+    if isinstance(causal.forward, ChunkedLossHandle):
+        raise ValueError(
+            f"{type(causal).__name__} has its loss in chunks already; close() the first handle."
+        )
+    return ChunkedLossHandle(causal, _Loss(chunk, label_smoothing, _kernel(liger)))
+
+
+class ChunkedLossHandle:
+    """What `chunk_loss` has changed, and how to undo it.
+
+    It takes the place of the model's ``forward``, and calls it. (Hooks would not do: some versions
+    of peft call ``forward`` directly.) A copy of the model has a copy of it.
+    """
+
+    def __init__(self, model: PreTrainedModel, cross_entropy: _Loss) -> None:
+        self._model = model
+        self._inner = vars(model).get("forward")  # of Accelerate or TRL; else the class has it
+        self._cross_entropy = cross_entropy
+        self._said: set[str] = set()
+        self._is_open = True
+        model.forward = self
+
+    def close(self) -> None:
+        """Undo the change: the model computes its loss as before. A second call does nothing."""
+        if self._is_open and vars(self._model).get("forward") is self:
+            if self._inner is None:
+                del self._model.forward
+            else:
+                self._model.forward = self._inner
+        self._is_open = False  # if something else has wrapped it, it stays, and does nothing
+
+    def __enter__(self) -> ChunkedLossHandle:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        # The Trainer and generate() read it.
+        return inspect.signature(self._forward)
+
+    @property
+    def _forward(self) -> Callable[..., Any]:
+        return self._inner or MethodType(type(self._model).forward, self._model)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the model's forward; in training with labels its head returns `LazyLogits`."""
+        model, inner = self._model, self._inner
+        if torch.compiler.is_compiling() or not (self._is_open and model.training):
+            if inner is None:
+                return type(model).forward(model, *args, **kwargs)
+            return inner(*args, **kwargs)
+        forward = self._forward
+        head = model.get_output_embeddings()
+        given = has_labels(self.__signature__, args, kwargs)
+        reason = obstacle(head) if given else "a forward got no labels"
+        if reason:
+            self._say(reason)
+            return forward(*args, **kwargs)
+        running = _Pass(head, self._cross_entropy, self._say)
+        try:
+            output = forward(*args, **kwargs)
+        finally:
+            called_head = running.end()
+        if not called_head:
+            self._say("the model's forward does not call its head")
+        return output
+
+    def _say(self, reason: str) -> None:
+        if reason not in self._said:
+            self._said.add(reason)
+            logger.warning("chunk_loss keeps the model's own way, with all logits: %s.", reason)
+
+
+class _Pass:
+    """One forward of the model, in which its head returns `LazyLogits`."""
+
+    def __init__(self, head: nn.Module, cross_entropy: _Loss, say: Any) -> None:
+        self._head = head
+        self._cross_entropy = cross_entropy
+        self._say = say
+        self._before = vars(head).get("forward")
+        self._is_waiting = True
+        self._is_running = True
+        head.forward = self._lazily
+
+    def _lazily(self, *args: Any, **kwargs: Any) -> Any:
+        self._restore()
+        head, hidden = self._head, args[0] if args else None
+        if kwargs or len(args) > 1 or not isinstance(hidden, Tensor):
+            self._say("the model passes more than hidden states to its head")
+            return head.forward(*args, **kwargs)
+        return LazyLogits(
+            hidden,
+            head if is_plain(head) else WithoutHooks(head),
+            classes=classes_of(head) or 0,
+            cross_entropy=self._cross_entropy,
+            told=self._told,
+        )
+
+    def _told(self, operation: str) -> None:
+        if self._is_running:
+            self._say(f"the model uses its logits in another way ({operation})")
+
+    def end(self) -> bool:
+        """The model's forward is over; return whether it called its head."""
+        self._is_running = False
+        if not self._is_waiting:
+            return True
+        self._restore()
+        return False
+
+    def _restore(self) -> None:
+        self._is_waiting = False
+        if self._before is None:
+            del self._head.forward
+        else:
+            self._head.forward = self._before
+
+
+class _Loss:
+    """The cross entropy of a `LazyLogits`."""
+
+    def __init__(self, chunk: int, label_smoothing: float, kernel: Any) -> None:
+        self._chunk = chunk
+        self._label_smoothing = label_smoothing
+        self._kernel = kernel
+
+    def __call__(
+        self, hidden: Tensor, head: nn.Module, labels: Tensor, *, transform: Any, **options: Any
+    ) -> Tensor:
+        """Return the loss; a call with its own ``label_smoothing`` keeps it."""
+        options["label_smoothing"] = options.get("label_smoothing") or self._label_smoothing
+        # Liger forms no gradient of the head if the hidden states need none.
+        if self._kernel is not None and is_plain(head) and not transform and hidden.requires_grad:
+            return self._by_kernel(hidden, head, labels, **options)
+        return linear_cross_entropy(
+            hidden, head, labels, transform=transform, chunk=self._chunk, **options
+        )
+
+    def _by_kernel(
+        self,
+        hidden: Tensor,
+        head: nn.Module,
+        labels: Tensor,
+        *,
+        label_smoothing: float,
+        ignore_index: int = -100,
+        reduction: str = "mean",
+    ) -> Tensor:
+        loss: Tensor = self._kernel(
+            hidden,
+            head.weight,
+            labels,
+            bias=head.bias,
+            ignore_index=ignore_index,
+            label_smoothing=label_smoothing,
+            reduction="sum" if reduction == "mean" else reduction,
+            accum_dtype=torch.float32,
+        )
+        if reduction != "mean":
+            return loss
+        return loss / (labels != ignore_index).sum().clamp(min=1)
+
+
+def _kernel(liger: bool) -> Any:
+    if not liger:
+        return None
+    try:
+        from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
+    except ImportError as error:
+        raise ImportError(
+            "chunk_loss(liger=True) needs the package liger_kernel; install liger-kernel, or leave "
+            "liger out: the loss is then computed in chunks without it."
+        ) from error
+    return liger_fused_linear_cross_entropy

@@ -1,0 +1,74 @@
+"""Finding the head of a causal language model, and what stands against a loss in chunks."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from dynalora_optim._base.torch_private import active_ddp, forward_hooks
+from dynalora_optim.importance._forward_hook import ForwardHook
+from dynalora_optim.switching._anchor import _Tied
+
+
+def causal_model(model: nn.Module) -> PreTrainedModel:
+    """Return the model within ``model`` that has the one head."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model={model!r} is not a model; pass one of transformers or of peft.")
+    found = [m for m in model.modules() if isinstance(m, PreTrainedModel) and _head_of(m)]
+    heads = {id(_head_of(m)) for m in found}
+    if len(heads) != 1:
+        raise TypeError(
+            f"{type(model).__name__} has {len(heads)} language-model heads, and chunk_loss needs "
+            "one; pass a model such as LlamaForCausalLM, or the part that has the head."
+        )
+    causal: PreTrainedModel = found[0]
+    head = _head_of(causal)
+    if classes_of(head) is None:
+        raise TypeError(
+            f"the head of {type(causal).__name__}, {type(head).__name__}, is not linear, so that "
+            "its loss cannot be computed in chunks; train without chunk_loss."
+        )
+    return causal
+
+
+def _head_of(model: PreTrainedModel) -> nn.Module | None:
+    head = model.get_output_embeddings()
+    return head if isinstance(head, nn.Module) else None
+
+
+def classes_of(head: Any) -> int | None:
+    """Return the number of outputs of a linear layer, adapted or not; None for other modules."""
+    classes = getattr(head, "out_features", None)
+    return classes if isinstance(classes, int) else None
+
+
+def obstacle(head: Any) -> str | None:
+    """Return why the loss over this head cannot be computed in chunks; None if it can."""
+    if classes_of(head) is None:
+        return f"the head, {type(head).__name__}, is not linear"
+    if any(hasattr(p, "full_tensor") or hasattr(p, "ds_id") for p in head.parameters()):
+        return "the head's weight is sharded"
+    if any(forward_hooks(child) for child in head.modules() if child is not head):
+        return "modules within the head have hooks"
+    if not all(map(_takes_lazy_logits, forward_hooks(head).values())):
+        return "the head has hooks"
+    return None
+
+
+def _takes_lazy_logits(hook: object) -> bool:
+    """Whether a forward hook of the head works on `LazyLogits`: our own do."""
+    return isinstance(hook, ForwardHook) or (isinstance(hook, _Tied) and active_ddp() is None)
+
+
+def has_labels(
+    signature: inspect.Signature, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> bool:
+    """Whether a forward is called with labels, by name or by position."""
+    if "labels" in kwargs:
+        return kwargs["labels"] is not None
+    names = list(signature.parameters)[: len(args)]
+    return "labels" in names and args[names.index("labels")] is not None
