@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from dynalora_optim._base.checks import whole_number
-from dynalora_optim._base.torch_private import forward_hooks, forward_pre_hooks
+from dynalora_optim._base.torch_private_hooks import forward_hooks, forward_pre_hooks
 from dynalora_optim.loss._chunks import ChunkedLoss, ModuleHead, PlainHead, Task
 
 REDUCTIONS = ("mean", "sum", "none")
