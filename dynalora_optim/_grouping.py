@@ -59,11 +59,6 @@ class Grouping:
             index, of_role("allocated"), of_role("frozen"), named + of_role("always_active")
         )
 
-    def lines(self, optimizer: Optimizer) -> list[int]:
-        """Return, for each piece of the optimizer's param groups, the number of its group."""
-        groups = optimizer.param_groups
-        return [number for number, group in enumerate(groups) for _ in self.index.split(group)]
-
     def groups(self) -> Iterator[ModuleGroup]:
         """Yield all groups."""
         yield from self.allocated

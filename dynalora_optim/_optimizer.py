@@ -14,6 +14,12 @@ from dynalora_optim._allocated import AllocatedOptimizer
 from dynalora_optim._assembly import Assembly, Choosing
 from dynalora_optim._base.claims import claim, release
 from dynalora_optim._base.collectives import check_agreement
+from dynalora_optim._base.torch_private import (
+    after_load,
+    after_state_dict,
+    before_load,
+    before_state_dict,
+)
 from dynalora_optim._costing import StepCosting
 from dynalora_optim._driver import ModuleDriver
 from dynalora_optim._grouping import Grouping, owners_to_replace, replace_owners
@@ -32,7 +38,7 @@ from dynalora_optim.update._master_weights import MasterWeights, Rounding, resto
 from dynalora_optim.update._param_groups import flatten
 from dynalora_optim.update._pause import Pause, as_pause
 from dynalora_optim.update._plain import from_plain, is_plain
-from dynalora_optim.update._rates import LrTime, Rates, is_from_scheduler
+from dynalora_optim.update._rates import LrTime, Rates
 from dynalora_optim.update._updater import Updater
 from dynalora_optim.update._wrappable import check_wrappable
 
@@ -43,10 +49,10 @@ class DynamicAllocationOptimizer(AllocatedOptimizer):
     """Wraps a torch optimizer and decides every period which modules get gradients (DynaLoRA).
 
     It is a ``torch.optim.Optimizer`` and replaces the wrapped one everywhere: in the loop, in LR
-    schedulers, in ``GradScaler``, in ``accelerator.prepare``. It owns the ``param_groups`` (the
-    user's, split by module group) and the ``state`` (created the first time a module is active);
-    the wrapped optimizer is the update rule. With all groups active, training gives bitwise the
-    same result as with the wrapped optimizer alone.
+    schedulers, in ``GradScaler``, in ``accelerator.prepare``. Its ``param_groups`` are the user's,
+    the same as those of the wrapped optimizer, and its ``state`` is too (created the first time a
+    module is active); the wrapped optimizer is the update rule. With all groups active, training
+    gives bitwise the same result as with the wrapped optimizer alone.
 
     An inactive module's forward uses detached parameters: its output is unchanged, its ``grad`` is
     None, and neither momentum nor weight decay moves it. Parameters in no module group, such as a
@@ -117,11 +123,11 @@ class DynamicAllocationOptimizer(AllocatedOptimizer):
         master_weights: Rounding | None = None,
     ) -> None:
         pause, backward = as_pause(pause), as_backward(backward)
-        check_wrappable(optimizer, scheduled=is_from_scheduler(lr_time))
+        check_wrappable(optimizer)
         grouping = Grouping.of(model, groups, always_active, optimizer)
         masters, rates = MasterWeights(master_weights, seed), Rates(lr_time, pause.warmup)
         updater = Updater(optimizer, rates, pause, masters, fused=backward.fused)
-        rates.check(grouping.lines(optimizer))
+        rates.check(optimizer.param_groups)
         choosing = Choosing(as_allocator(allocator), as_schedule(period), active, seed)
         tracker = as_tracker(importance)
         assembly = Assembly(model, grouping, backward, choosing, tracker)
@@ -137,7 +143,8 @@ class DynamicAllocationOptimizer(AllocatedOptimizer):
         self._begin()
 
     def _begin(self) -> None:
-        self._run = RunState(self._allocation, self.tracker, self._updater.rates)
+        rates, pieces = self._updater.rates, self._pieces
+        self._run = RunState(self._allocation, self.tracker, rates, pieces)
         self._has_agreed = False  # with the other ranks, in this process
         self._take_charge()
         self._apply_allocation(probe=self.tracker.probe)
@@ -182,13 +189,14 @@ class DynamicAllocationOptimizer(AllocatedOptimizer):
 
     def _update(self) -> set[str]:
         """Update the active groups; return the names of those that had a gradient."""
-        return self._updater.update(
-            self.param_groups,
-            self._lines,
+        updated, changed = self._updater.update(
+            self.module_groups,
             state=self.state,
             clock=self._allocation,
             is_active=self._is_active,
         )
+        self._pieces.keep(self.param_groups, changed)
+        return updated
 
     def _check_in_order(self) -> None:
         if not self._has_agreed:
@@ -210,8 +218,7 @@ class DynamicAllocationOptimizer(AllocatedOptimizer):
         activated = self._allocation.select(self.tracker.roll())
         self._agree()
         self._apply_allocation(probe=self.tracker.probe)
-        returning = flatten(g for g in self.param_groups if g["name"] in activated)
-        self.pause.welcome(self.state, returning)
+        self.pause.welcome(self.state, self._parameters_of(activated.__contains__))
 
     def close(self) -> None:
         """Make every module active again and remove all hooks.
@@ -221,26 +228,26 @@ class DynamicAllocationOptimizer(AllocatedOptimizer):
         """
         if not self._driver.is_closed:
             self._updater.settle(self.state, flatten(self.param_groups), (), number=0)
-            self._give_back()
+            self._unlink()
         _close(self._driver, self._costing, self._updater)
         release(self)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the torch state dict, with everything that a resumed run needs of the allocation.
 
-        It loads with ``torch.load(weights_only=True)``. The allocation is a string in each of the
-        ``param_groups``, which ``torch.distributed.checkpoint`` keeps; ``"record"`` is the history.
+        It is the wrapped optimizer's own, and loads with ``torch.load(weights_only=True)`` if that
+        does. The allocation is a string in each of the ``param_groups``, which
+        ``torch.distributed.checkpoint`` keeps; ``"record"`` is the history.
         """
         self._updater.wait()
-        packed: dict[str, Any] = super().state_dict()
-        marks = add_placeholders(
-            packed, self.param_groups, self.state, provisional=self._is_provisional
-        )
-        names = [group["name"] for group in self.param_groups]
-        values = self._run.values(names, self._lines, is_probing=self._driver.is_probing)
+        before_state_dict(self)
+        packed = self._rule.state_dict(self.param_groups, self.state)
+        names = self._pieces.names(self.param_groups)
+        marks = add_placeholders(packed, self.param_groups, names, provisional=self._is_provisional)
+        values = self._run.values(self.param_groups, is_probing=self._driver.is_probing)
         pack(packed, [{**value, **mark} for value, mark in zip(values, marks, strict=True)])
         packed["record"] = self.record.state_dict()
-        return packed
+        return after_state_dict(self, packed)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue where `state_dict` was taken, bitwise the same, also in the middle of a period.
@@ -253,35 +260,41 @@ class DynamicAllocationOptimizer(AllocatedOptimizer):
             ValueError: The state dict is for other module groups, parameters or settings. Then
                 nothing is changed.
         """
+        state_dict = before_load(self, state_dict)
         check_structure(state_dict)
-        if is_plain(state_dict, self.param_groups):
+        if is_plain(state_dict):
             self._load_plain(state_dict)
-            return
-        names = [group["name"] for group in self.param_groups]
+        else:
+            self._load_run(state_dict)
+        after_load(self)
+
+    def _load_run(self, state_dict: dict[str, Any]) -> None:
         record = state_dict.get("record", [])
         with misfit_named():
-            lean, values = unpack(state_dict, self.param_groups)
-            self._run.check(values, names, self._lines, record)
+            lean, values = unpack(state_dict, self._pieces.names(self.param_groups))
+            self._run.check(values, self.param_groups, record)
         self._load_state(lean)
-        self._run.load(values, names, self._lines, record)
+        self._run.load(values, self.param_groups, record)
         self._apply_allocation(probe=values[0]["probing"])
 
     def _load_plain(self, state_dict: dict[str, Any]) -> None:
+        names = self._pieces.names(self.param_groups)
         with misfit_named():
-            packed = from_plain(state_dict, self.param_groups, self._lines, self._users)
+            packed = from_plain(state_dict, self.param_groups, names, self._rule.optimizer)
         self._load_state(packed)
-        self._run.restart()
+        self._run.restart(self.param_groups)
         self._apply_allocation(probe=self.tracker.probe)
 
     def _load_state(self, packed: dict[str, Any]) -> None:
-        super().load_state_dict(packed)
+        self.param_groups, self.state = self._rule.load(self.param_groups, self.state, packed)
+        self._link()
         restore_dtypes(self.state, self.param_groups, packed)
         self._is_provisional = False
 
     def _take_charge(self) -> None:
         """Claim what this object drives; remove the hooks when this object is deleted."""
         super()._take_charge()
-        self._updater.attach(self.param_groups, self._update_one)
+        self._updater.attach(self.module_groups, self._update_one)
         claim(self, [self._rule.optimizer, *self._driver.modules()])
         self._driver.attach()
         self._costing.attach()

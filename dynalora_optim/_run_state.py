@@ -7,75 +7,99 @@ from typing import Any
 
 from dynalora_optim.allocation._allocation import Allocation
 from dynalora_optim.importance._tracker import ImportanceTracker
-from dynalora_optim.state._validate import check_values
+from dynalora_optim.state._validate import check_modules, check_values
+from dynalora_optim.update._param_groups import ParamGroup
+from dynalora_optim.update._pieces import Pieces
 from dynalora_optim.update._rates import Rates
 
 
 class RunState:
-    """The values that a resumed run needs in addition to torch's own state, per param group."""
+    """The values that a resumed run needs in addition to the wrapped optimizer's own state."""
 
-    def __init__(self, allocation: Allocation, tracker: ImportanceTracker, rates: Rates) -> None:
+    def __init__(
+        self, allocation: Allocation, tracker: ImportanceTracker, rates: Rates, pieces: Pieces
+    ) -> None:
         self._allocation = allocation
         self._tracker = tracker
         self._rates = rates
+        self._pieces = pieces
 
-    def values(
-        self, names: Sequence[str], lines: Sequence[int], *, is_probing: bool
-    ) -> list[dict[str, Any]]:
-        """Return the values of the param groups of these ``names``."""
+    def values(self, groups: Sequence[ParamGroup], *, is_probing: bool) -> list[dict[str, Any]]:
+        """Return the values to save with each of the param groups."""
         clock = {
             **self._allocation.clock_state(),
             "importance": self._tracker.description,
             "probing": is_probing,
         }
-        scores = self._tracker.state_dict()
         costs = self._allocation.costs
         once = {"costs": costs.state_dict() if costs else None}  # large: in the first group only
         return [
             {
                 **clock,
-                **(once if position == 0 else {}),
-                **self._allocation.group_state(name),
-                **scores.get(name, {}),
-                **self._rates.group_state(lines, position),
+                **({} if line else once),
+                **self._rates.group_state(line),
+                "param_names": names,
+                "modules": modules,
+                "numbers": self._pieces.own_numbers(groups, line),
             }
-            for position, name in enumerate(names)
+            for line, (names, modules) in enumerate(
+                zip(self._pieces.names(groups), self._modules(groups), strict=True)
+            )
         ]
 
+    def _modules(self, groups: Sequence[ParamGroup]) -> list[dict[str, dict[str, Any]]]:
+        """Return the values of each module, in the first param group that has parameters of it."""
+        scores = self._tracker.state_dict()
+        found: list[dict[str, dict[str, Any]]] = [{} for _ in groups]
+        seen: set[str] = set()
+        for part in self._pieces.parts(groups):
+            if part.name not in seen and (state := self._allocation.group_state(part.name)):
+                found[part.line][part.name] = {**state, **scores.get(part.name, {})}
+            seen.add(part.name)
+        return found
+
     def check(
-        self,
-        values: Sequence[Mapping[str, Any]],
-        names: Sequence[str],
-        lines: Sequence[int],
-        record: Any,
+        self, values: Sequence[Mapping[str, Any]], groups: Sequence[ParamGroup], record: Any
     ) -> None:
-        """Raise unless `load` can load ``values`` and the ``record``.
+        """Raise unless `load` can load ``values``, one mapping per param group, and the ``record``.
 
         Raises:
             ValueError: They are damaged, or from a run with other settings.
         """
-        by_name = dict(zip(names, values, strict=True))
-        check_values(values, self.values(names, lines, is_probing=False), record)
+        own = self.values(groups, is_probing=False)
+        check_values(values, own, record)
+        by_name = _by_name(values)
+        check_modules(by_name, _by_name(own))
         self._tracker.check_description(values[0]["importance"])
         self._tracker.check_state(by_name)
-        self._allocation.check_state(values[0], by_name)
-        self._rates.check_state(lines, values)
+        self._allocation.check_state(_once(values), by_name)
+        self._rates.check_state(values)
 
     def load(
         self,
         values: Sequence[Mapping[str, Any]],
-        names: Sequence[str],
-        lines: Sequence[int],
+        groups: Sequence[ParamGroup],
         record: Sequence[Mapping[str, Any]],
     ) -> None:
         """Load values and a record that `check` has accepted."""
-        by_name = dict(zip(names, values, strict=True))
-        self._allocation.load_state(values[0], by_name, record)
+        by_name = _by_name(values)
+        self._allocation.load_state(_once(values), by_name, record)
         self._tracker.load_state_dict(by_name, step=self._allocation.steps)
-        self._rates.load_state(lines, values)
+        self._rates.load_state(values)
+        self._pieces.load(groups, [saved["numbers"] for saved in values])
 
-    def restart(self) -> None:
+    def restart(self, groups: Sequence[ParamGroup]) -> None:
         """Start again from the first step, without scores and rates."""
         self._allocation.restart()
         self._tracker.restart()
         self._rates.restart()
+        self._pieces.load(groups, [{} for _ in groups])
+
+
+def _by_name(values: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    return {name: state for saved in values for name, state in saved["modules"].items()}
+
+
+def _once(values: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return the values that belong to no module; the costs are in one of the groups."""
+    return {key: value for saved in reversed(values) for key, value in saved.items()}

@@ -9,7 +9,6 @@ import pytest
 import torch
 from kinds import Blocks
 from torch import nn
-from torch.optim import lr_scheduler
 from toy import ToyModel, backward, names, same, train, weights, wrapped
 
 from dynalora_optim import Backward, Budget, DynamicAllocationOptimizer, Stochastic
@@ -127,18 +126,6 @@ def test_lbfgs_cannot_be_allocated():
         model,
         ValueError,
         r"LBFGS keeps one state over all parameters",
-    )
-
-
-def test_a_scheduler_on_the_wrapped_optimizer():
-    model = ToyModel()
-    inner = adamw(model)
-    lr_scheduler.StepLR(inner, 1)
-    assert_refused(
-        lambda: DynamicAllocationOptimizer(inner, model),
-        model,
-        ValueError,
-        r"wrap first, then build the scheduler on the wrapper",
     )
 
 

@@ -164,11 +164,12 @@ def test_states_not_yet_materialised_are_saved_as_zeros_and_not_loaded():
     state = optimizer.state_dict()
     trainable = [p for p in model.parameters() if p.requires_grad]
     assert len(state["state"]) == len(trainable), "frozen base weights have no state"
+    (group,) = state["param_groups"]
+    packed = json.loads(group["dynalora"])
     absent = [
         state["state"][key]
-        for group in state["param_groups"]
-        for name, key in zip(group["param_names"], group["params"], strict=True)
-        if name in json.loads(group["dynalora"])["unmaterialized"]
+        for name, key in zip(packed["param_names"], group["params"], strict=True)
+        if name in packed["unmaterialized"]
     ]
     assert len(absent) == 2 * 4
     for values in absent:
@@ -195,9 +196,11 @@ def test_what_a_resume_needs_survives_without_the_record():
 
 def test_groups_are_matched_by_name_not_by_place():
     model = ToyModel()
-    optimizer = wrapped(model, active=2, period=2)
+    inner = torch.optim.AdamW(user_groups(model), lr=0.02)
+    optimizer = DynamicAllocationOptimizer(inner, model, active=2, period=2)
     train(model, optimizer, 3)
     state = through_a_file(optimizer.state_dict())
+    assert len(state["param_groups"]) == 3
     state["param_groups"] = state["param_groups"][::-1]
     twin, twin_optimizer = copy.deepcopy((model, optimizer))
     twin_optimizer.load_state_dict(state)
@@ -272,11 +275,40 @@ def assert_unchanged_by(optimizer, model, state, match):
 def test_other_groups_are_named():
     model, other = ToyModel(layers=4), ToyModel(layers=3)
     assert_unchanged_by(
-        wrapped(other), other, wrapped(model).state_dict(), r"missing: none; unexpected: layers.3.0"
+        wrapped(other),
+        other,
+        wrapped(model).state_dict(),
+        r"missing: none; unexpected: layers.3.0.A, layers.3.0.B",
     )
     assert_unchanged_by(
-        wrapped(model), model, wrapped(other).state_dict(), r"missing: layers.3.0; unexpected: none"
+        wrapped(model),
+        model,
+        wrapped(other).state_dict(),
+        r"missing: layers.3.0.A, layers.3.0.B.*; unexpected: none",
     )
+
+
+def test_other_module_groups_of_the_same_parameters_are_named():
+    def pairs(name, module):
+        place = name.split(".")
+        return f"pair {int(place[1]) // 2}" if hasattr(module, "adapter_params") else None
+
+    model, other = ToyModel(layers=4), ToyModel(layers=4)
+    assert_unchanged_by(
+        wrapped(other),
+        other,
+        wrapped(model, groups=pairs).state_dict(),
+        r"other module groups.*missing: layers.0.0, .*; unexpected: pair 0, pair 1",
+    )
+
+
+def test_the_parameters_in_other_param_groups_are_refused():
+    model, other = ToyModel(), ToyModel()
+    several = DynamicAllocationOptimizer(torch.optim.AdamW(user_groups(model)), model)
+    named = [p for p in other.parameters() if p.requires_grad]
+    one = DynamicAllocationOptimizer(torch.optim.AdamW(named), other)
+    match = "these parameters in other param groups: 3, here 1. Build the optimizer with the groups"
+    assert_unchanged_by(one, other, several.state_dict(), match)
 
 
 def test_a_group_of_another_size_is_refused():
@@ -284,7 +316,9 @@ def test_a_group_of_another_size_is_refused():
     optimizer = wrapped(model)
     state = optimizer.state_dict()
     state["param_groups"][0]["params"] = [0]
-    assert_unchanged_by(optimizer, model, state, r"group layers.0.0; missing: layers.0.0.B; unex")
+    assert_unchanged_by(
+        optimizer, model, state, r"in a param group; missing: head.bias, head.*; unexpected: none"
+    )
 
 
 @pytest.mark.parametrize(
@@ -308,5 +342,5 @@ def test_threshold_and_names_come_back():
     train(model, optimizer, 2)
     other = wrapped(ToyModel(), allocator=Threshold(0.4), period=1)
     other.load_state_dict(optimizer.state_dict())
-    assert [group["name"] for group in other.param_groups] == [*names(), "always_active"]
+    assert [group["name"] for group in other.module_groups] == [*names(), "always_active"]
     assert other.active_groups == optimizer.active_groups

@@ -291,6 +291,55 @@ def share_step_hooks(new: torch.optim.Optimizer, old: torch.optim.Optimizer) -> 
         setattr(new, name, _private(old, name, feature="wrapping an optimizer"))
 
 
+def is_own_optimizer(optimizer: torch.optim.Optimizer) -> bool:
+    """Return whether the class of ``optimizer`` is one of torch's own."""
+    return type(optimizer).__module__.startswith("torch.optim.")
+
+
+def mark_stepped(optimizer: torch.optim.Optimizer) -> None:
+    """Tell schedulers that were built on ``optimizer`` that an update was made.
+
+    If torch renames this mark, such a scheduler warns at its first step that it comes too early.
+    """
+    if hasattr(optimizer.step, "_wrapped_by_lr_sched"):
+        optimizer._opt_called = True  # type: ignore[attr-defined]
+
+
+def before_state_dict(optimizer: torch.optim.Optimizer) -> None:
+    """Call the hooks that the user has registered to run before ``state_dict()``.
+
+    If torch lacks the mapping of hooks, here and in the next three functions: nothing is called.
+    """
+    for hook in _state_hooks(optimizer, "state_dict_pre"):
+        hook(optimizer)
+
+
+def after_state_dict(optimizer: torch.optim.Optimizer, packed: dict[str, Any]) -> dict[str, Any]:
+    """Return the state dict after the hooks that run after ``state_dict()``."""
+    for hook in _state_hooks(optimizer, "state_dict_post"):
+        result = hook(optimizer, packed)
+        packed = packed if result is None else result
+    return packed
+
+
+def before_load(optimizer: torch.optim.Optimizer, packed: dict[str, Any]) -> dict[str, Any]:
+    """Return the state dict to load after the hooks that run before ``load_state_dict()``."""
+    for hook in _state_hooks(optimizer, "load_state_dict_pre"):
+        result = hook(optimizer, packed)
+        packed = packed if result is None else result
+    return packed
+
+
+def after_load(optimizer: torch.optim.Optimizer) -> None:
+    """Call the hooks that run after ``load_state_dict()``."""
+    for hook in _state_hooks(optimizer, "load_state_dict_post"):
+        hook(optimizer)
+
+
+def _state_hooks(optimizer: torch.optim.Optimizer, when: str) -> list[Callable[..., Any]]:
+    return list(getattr(optimizer, f"_optimizer_{when}_hooks", {}).values())
+
+
 def has_scheduler(optimizer: torch.optim.Optimizer) -> bool:
     """Return whether a learning-rate scheduler was built on ``optimizer``.
 

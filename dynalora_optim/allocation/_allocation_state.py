@@ -153,6 +153,8 @@ class AllocationState:
         chosen = [name for name in self.names if groups[name]["active"]]
         if not chosen:
             raise ValueError("state_dict has no active module group; at least one always is.")
+        if clock.get("costs"):  # `load_state` reads them also for an allocator without costs
+            Costs.from_state_dict(clock["costs"])
         self._spending.check(clock, self._positions(chosen), len(self.names))
 
     def load_state(

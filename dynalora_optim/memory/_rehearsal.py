@@ -161,7 +161,7 @@ def _choices(optimizer: Optimizer, active: int | Collection[str] | None) -> list
         return [tuple(active)]
     count = len(optimizer.active_groups) if active is None else active
     sizes = dict.fromkeys(names, 0)
-    for group in optimizer.param_groups:
+    for group in optimizer.module_groups:
         if group["name"] in sizes:
             sizes[group["name"]] += sum(map(tensor_bytes, group["params"]))
     largest = sorted(names, key=lambda name: -sizes[name])[:count]

@@ -8,7 +8,7 @@ from typing import Any
 
 from dynalora_optim.state._placeholders import MARK
 
-_OPTIONAL = ("lr_history", "costs")  # in some groups only; checked when they are used
+_OPTIONAL = ("costs",)  # in one group only; checked when they are used
 
 
 def damaged(why: str) -> ValueError:
@@ -59,6 +59,8 @@ def check_values(
 ) -> None:
     """Raise unless ``values`` has the keys of ``own`` with valid values, and ``record`` is valid.
 
+    The values of modules are checked by `check_modules`.
+
     Args:
         values: The saved values, one mapping per param group.
         own: The values that this optimizer would save now, in the same order.
@@ -68,10 +70,8 @@ def check_values(
         ValueError: A value is missing, of another type, or out of range.
     """
     for position, (saved, template) in enumerate(zip(values, own, strict=True)):
-        for key in (template.keys() | {MARK}) - set(_OPTIONAL):
+        for key in template.keys() - set(_OPTIONAL):
             check_value(f"param group {position}", saved, key)
-        if "lr_history" in saved:
-            check_value(f"param group {position}", saved, "lr_history")
     if not isinstance(record, list):
         raise ValueError(f"state_dict has a record of kind {type(record).__name__}, not a list.")
     for position, entry in enumerate(record):
@@ -81,6 +81,27 @@ def check_values(
             check_value(f"record entry {position}", entry, key)
         if not entry["scores"].keys() >= set(entry["chosen"]):
             raise ValueError(f"state_dict: record entry {position} has no score of a chosen group.")
+
+
+def check_modules(
+    saved: Mapping[str, Mapping[str, Any]], own: Mapping[str, Mapping[str, Any]]
+) -> None:
+    """Raise unless ``saved`` has valid values of exactly the modules in ``own``.
+
+    Raises:
+        ValueError: It has other modules, or a value is missing or not valid.
+    """
+    if saved.keys() != own.keys():
+        lists = [sorted(names) for names in (own.keys() - saved.keys(), saved.keys() - own.keys())]
+        missing, unexpected = (", ".join(names[:5]) or "none" for names in lists)
+        raise ValueError(
+            f"state_dict holds other module groups than this optimizer; missing: {missing}; "
+            f"unexpected: {unexpected}. Build the model and the optimizer with the settings that "
+            "they were saved with."
+        )
+    for name, template in own.items():
+        for key in template:
+            check_value(f"module group {name}", saved[name], key)
 
 
 def check_value(where: str, saved: Mapping[str, Any], key: str) -> None:
@@ -116,6 +137,10 @@ def _are_strings(value: object) -> bool:
     return isinstance(value, list) and all(isinstance(item, str) for item in value)
 
 
+def _are_mappings(value: object) -> bool:
+    return isinstance(value, dict) and all(isinstance(item, dict) for item in value.values())
+
+
 _KINDS: dict[str, Callable[[Any], bool]] = {
     "steps": is_count,
     "step": is_count,
@@ -134,6 +159,9 @@ _KINDS: dict[str, Callable[[Any], bool]] = {
     "window": _are_numbers,
     "lr_history": _are_numbers,
     "importance": lambda value: isinstance(value, str),
+    "param_names": _are_strings,
+    "modules": _are_mappings,
+    "numbers": _are_mappings,
     MARK: lambda value: isinstance(value, dict) and all(map(_are_strings, value.values())),
     "scores": lambda value: isinstance(value, dict) and all(map(_is_number, value.values())),
     "chosen": _are_strings,

@@ -6,16 +6,14 @@ import torch
 from torch.optim import Optimizer
 
 from dynalora_optim._base.claims import is_owner
-from dynalora_optim._base.torch_private import has_scheduler
 
 
-def check_wrappable(optimizer: object, *, scheduled: bool = False) -> None:
-    """Raise unless ``optimizer`` can be wrapped; if ``scheduled``, it may have a scheduler.
+def check_wrappable(optimizer: object) -> None:
+    """Raise unless ``optimizer`` can be wrapped.
 
     Raises:
         TypeError: It is not a torch optimizer.
-        ValueError: It wraps another optimizer, has a learning-rate scheduler, or has one state for
-            all parameters together.
+        ValueError: It wraps another optimizer, or has one state for all parameters together.
     """
     if not isinstance(optimizer, Optimizer):
         raise TypeError(
@@ -32,9 +30,4 @@ def check_wrappable(optimizer: object, *, scheduled: bool = False) -> None:
         raise ValueError(
             "optimizer=LBFGS keeps one state over all parameters together, so modules cannot be "
             "active one by one; pass a per-parameter optimizer such as AdamW."
-        )
-    if has_scheduler(optimizer) and not scheduled:
-        raise ValueError(
-            f"optimizer={kind} has a learning-rate scheduler, which would change rates that are no "
-            "longer used; wrap first, then build the scheduler on the wrapper."
         )
