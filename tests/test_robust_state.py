@@ -167,8 +167,9 @@ def test_any_change_to_a_state_dict_is_loaded_or_refused_whole(run, data):
 
 @pytest.mark.parametrize("run", RUNS)
 def test_without_any_one_of_its_parts_a_state_dict_is_refused(run):
-    paths = [p for p in places(decoded(SAVED[run])) if PACKED in p and len(p) == 4]
-    paths = [p for p in paths if p[3] not in ("costs", "lr_history")]  # not in all groups
+    paths = [p for p in places(decoded(SAVED[run])) if PACKED in p and len(p) in (4, 6)]
+    paths = [p for p in paths if len(p) == 4 or p[3] == "modules"]
+    paths = [p for p in paths if p[3] != "costs"]  # None without a budget
     assert len(paths) > 20
     for path in paths:
         state = decoded(SAVED[run])
