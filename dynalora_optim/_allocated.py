@@ -18,6 +18,7 @@ from dynalora_optim.allocation._record import AllocationRecord
 from dynalora_optim.groups._module_group import ModuleGroup
 from dynalora_optim.groups._rules import GroupRule, find_groups
 from dynalora_optim.memory._report import MemoryReport, memory_report
+from dynalora_optim.switching._detach import ActiveCopies
 from dynalora_optim.switching._gradients import drop_gradients
 from dynalora_optim.update._late_bound import LateBoundOptimizer
 from dynalora_optim.update._param_groups import (
@@ -203,7 +204,10 @@ class AllocatedOptimizer(LateBoundOptimizer):
         self._allocation.extend([g.name for g in new], [g.name for g in found], layout)
         self._pieces.index = index
         self._driver.add(new)
-        claim(self, (module for group in new for module in group.modules))
+        modules = [module for group in new for module in group.modules]
+        claim(self, modules)
+        for module in modules:
+            ActiveCopies.of(module)
         self._apply_allocation(probe=self._driver.is_probing)
 
     def driven_groups(self) -> list[ModuleGroup]:

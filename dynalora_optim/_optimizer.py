@@ -24,6 +24,7 @@ from dynalora_optim._costing import StepCosting
 from dynalora_optim._driver import ModuleDriver
 from dynalora_optim._grouping import Grouping, owners_to_replace, replace_owners
 from dynalora_optim._run_state import RunState
+from dynalora_optim._strangers import watch_strangers
 from dynalora_optim.allocation._allocators import as_allocator
 from dynalora_optim.allocation._context import Allocator
 from dynalora_optim.allocation._schedules import Schedule, as_schedule
@@ -33,6 +34,7 @@ from dynalora_optim.importance._tracker import ImportanceTracker, as_tracker
 from dynalora_optim.state._pack import pack, unpack
 from dynalora_optim.state._placeholders import add_placeholders, is_rehearsal
 from dynalora_optim.state._validate import check_structure, misfit_named
+from dynalora_optim.switching._detach import ActiveCopies
 from dynalora_optim.update._backward import Backward, as_backward
 from dynalora_optim.update._master_weights import MasterWeights, Rounding, restore_dtypes
 from dynalora_optim.update._param_groups import flatten
@@ -296,16 +298,24 @@ class DynamicAllocationOptimizer(AllocatedOptimizer):
         super()._take_charge()
         self._updater.attach(self.module_groups, self._update_one)
         claim(self, [self._rule.optimizer, *self._driver.modules()])
+        watch_strangers()
+        for module in self._driver.modules():
+            ActiveCopies.of(module)
         self._driver.attach()
         self._costing.attach()
         parts = self._driver, self._costing, self._updater
         weakref.finalize(self, _close, *parts).atexit = False
-        if self._driver.is_probing:  # a copy: its parameters came without the probe's hooks
-            self._apply_allocation(probe=True)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if "_rule" in state and not self._driver.is_closed:  # the modules of a copy are all active
+            self._apply_allocation(probe=self._driver.is_probing)
 
 
 def _close(driver: ModuleDriver, costing: StepCosting, updater: Updater) -> None:
     """Remove all hooks; no method, because a finalizer of a method would keep its object alive."""
+    for module in driver.modules():
+        ActiveCopies.stop(module)
     driver.close()
     costing.close()
     updater.remove()

@@ -1,8 +1,8 @@
-"""Every optimizer of torch, pytorch_optimizer, bitsandbytes and torchao, and what wrapping it does.
+"""Every optimizer of torch, pytorch_optimizer, bitsandbytes and torchao: what wrapping it does.
 
-`verdict` runs one of them plainly and wrapped. Of a wrapped one it asks: with all modules active, is
-it the plain one, bit for bit? Is a resumed run the plain optimizer's resumed run? Does a plain state
-go in and out? With a third of the modules active, do the others stay where they are?
+`verdict` runs one of them plainly and wrapped. Of a wrapped one it asks: with all modules active,
+is it the plain one, bit for bit? Is a resumed run the plain optimizer's resumed run? Does a plain
+state go in and out? With a third of the modules active, do the others stay where they are?
 """
 
 from __future__ import annotations
