@@ -27,10 +27,10 @@ from dynalora_optim.importance._measures import (
     as_measure,
 )
 from dynalora_optim.importance._normalise import normalised, usable_scores
+from dynalora_optim.importance._sharing import counts, share_with_ranks, take_counts
 from dynalora_optim.importance._windows import (
     Window,
     WindowSpec,
-    average_over_ranks,
     to_host,
     window_maker,
 )
@@ -167,13 +167,15 @@ class ImportanceTracker:
                 self.observe(group)
 
     def share(self, device: torch.device) -> None:
-        """Add this step's scores to the windows, and average the windows over all ranks.
+        """Add this step's scores to the windows, and share the windows with all ranks.
+
+        A window has then the mean over the ranks that have added to it.
 
         This is done at each step, so that all ranks save the same checkpoint, also within a period.
         """
         self._watch.passes.settle()
         if self._watch.enabled:
-            average_over_ranks(list(self._windows.values()), device)
+            share_with_ranks(list(self._windows.values()), device)
 
     def end_step(self, step: int) -> None:
         """Tell the tracker that optimizer step number ``step`` (counted from 1) is done."""
@@ -260,9 +262,14 @@ class ImportanceTracker:
 
     def _read(self) -> dict[str, list[float]]:
         self._watch.passes.settle()
-        tensors = [tensor for window in self._windows.values() for tensor in window.tensors]
-        values = iter(to_host(tensors))
-        return {n: [next(values) for _ in w.tensors] for n, w in self._windows.items()}
+        windows = list(self._windows.values())
+        passes = counts(windows)
+        tensors = [tensor for window in windows for tensor in window.tensors]
+        values = to_host([*passes, *tensors])
+        rest = iter(values[len(passes) :])
+        read = {n: [next(rest) for _ in w.tensors] for n, w in self._windows.items()}
+        take_counts(windows, values[: len(passes)])
+        return {n: values if self._windows[n].tensors else [] for n, values in read.items()}
 
 
 def as_tracker(importance: str | ImportanceMeasure | ImportanceTracker) -> ImportanceTracker:
