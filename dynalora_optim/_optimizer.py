@@ -10,20 +10,15 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from dynalora_optim._allocated import AllocatedOptimizer
 from dynalora_optim._assembly import Assembly, Choosing
 from dynalora_optim._base.claims import claim, release
 from dynalora_optim._base.collectives import check_agreement
-from dynalora_optim._base.torch_private import (
-    after_load,
-    after_state_dict,
-    before_load,
-    before_state_dict,
-)
+from dynalora_optim._base.wrappers import bare
 from dynalora_optim._costing import StepCosting
 from dynalora_optim._driver import ModuleDriver
 from dynalora_optim._grouping import Grouping, owners_to_replace, replace_owners
 from dynalora_optim._run_state import RunState
+from dynalora_optim._saved import SavedOptimizer
 from dynalora_optim._strangers import watch_strangers
 from dynalora_optim.allocation._allocators import as_allocator
 from dynalora_optim.allocation._context import Allocator
@@ -31,23 +26,20 @@ from dynalora_optim.allocation._schedules import Schedule, as_schedule
 from dynalora_optim.groups._rules import GroupRule
 from dynalora_optim.importance._measures import ImportanceMeasure
 from dynalora_optim.importance._tracker import ImportanceTracker, as_tracker
-from dynalora_optim.state._pack import pack, unpack
-from dynalora_optim.state._placeholders import add_placeholders, is_rehearsal
-from dynalora_optim.state._validate import check_structure, misfit_named
+from dynalora_optim.state._placeholders import is_rehearsal
 from dynalora_optim.switching._detach import ActiveCopies
 from dynalora_optim.update._backward import Backward, as_backward
-from dynalora_optim.update._master_weights import MasterWeights, Rounding, restore_dtypes
+from dynalora_optim.update._master_weights import MasterWeights, Rounding
 from dynalora_optim.update._param_groups import flatten
 from dynalora_optim.update._pause import Pause, as_pause
-from dynalora_optim.update._plain import from_plain, is_plain
 from dynalora_optim.update._rates import LrTime, Rates
-from dynalora_optim.update._updater import Updater
+from dynalora_optim.update._updater import Updater, evaluated
 from dynalora_optim.update._wrappable import check_wrappable
 
 _KEEP, _PLAIN = Pause(), Backward()
 
 
-class DynamicAllocationOptimizer(AllocatedOptimizer):
+class DynamicAllocationOptimizer(SavedOptimizer):
     """Wraps a torch optimizer and decides every period which modules get gradients (DynaLoRA).
 
     It is a ``torch.optim.Optimizer`` and replaces the wrapped one everywhere: in the loop, in LR
@@ -126,6 +118,7 @@ class DynamicAllocationOptimizer(AllocatedOptimizer):
     ) -> None:
         pause, backward = as_pause(pause), as_backward(backward)
         check_wrappable(optimizer)
+        model = bare(model)
         grouping = Grouping.of(model, groups, always_active, optimizer)
         masters, rates = MasterWeights(master_weights, seed), Rates(lr_time, pause.warmup)
         updater = Updater(optimizer, rates, pause, masters, fused=backward.fused)
@@ -181,7 +174,7 @@ class DynamicAllocationOptimizer(AllocatedOptimizer):
         self._check_in_order()
         self._driver.before_update()
         self._drop_idle_gradients()  # idle parameters may have a gradient, but must not move
-        due = self._allocation.advance(self._update())
+        due = self._allocation.advance(self._update(closure and evaluated(loss)))
         if self._allocation.may_differ_between_ranks:
             check_agreement("whether to reallocate now", due, self._driver.device)
         self.tracker.end_step(self._allocation.steps)
@@ -189,13 +182,14 @@ class DynamicAllocationOptimizer(AllocatedOptimizer):
             self._reallocate()
         return loss
 
-    def _update(self) -> set[str]:
+    def _update(self, closure: Callable[[], Any] | None) -> set[str]:
         """Update the active groups; return the names of those that had a gradient."""
         updated, changed = self._updater.update(
             self.module_groups,
             state=self.state,
             clock=self._allocation,
             is_active=self._is_active,
+            closure=closure,
         )
         self._pieces.keep(self.param_groups, changed)
         return updated
@@ -234,71 +228,13 @@ class DynamicAllocationOptimizer(AllocatedOptimizer):
         _close(self._driver, self._costing, self._updater)
         release(self)
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return the torch state dict, with everything that a resumed run needs of the allocation.
-
-        It is the wrapped optimizer's own, and loads with ``torch.load(weights_only=True)`` if that
-        does. The allocation is a string in each of the ``param_groups``, which
-        ``torch.distributed.checkpoint`` keeps; ``"record"`` is the history.
-        """
-        self._updater.wait()
-        before_state_dict(self)
-        packed = self._rule.state_dict(self.param_groups, self.state)
-        names = self._pieces.names(self.param_groups)
-        marks = add_placeholders(packed, self.param_groups, names, provisional=self._is_provisional)
-        values = self._run.values(self.param_groups, is_probing=self._driver.is_probing)
-        pack(packed, [{**value, **mark} for value, mark in zip(values, marks, strict=True)])
-        packed["record"] = self.record.state_dict()
-        return after_state_dict(self, packed)
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue where `state_dict` was taken, bitwise the same, also in the middle of a period.
-
-        A plain optimizer's state dict can be loaded too, if it has the same parameters in the same
-        groups as the wrapped optimizer. Its state and options are loaded, and the allocation starts
-        from the beginning.
-
-        Raises:
-            ValueError: The state dict is for other module groups, parameters or settings. Then
-                nothing is changed.
-        """
-        state_dict = before_load(self, state_dict)
-        check_structure(state_dict)
-        if is_plain(state_dict):
-            self._load_plain(state_dict)
-        else:
-            self._load_run(state_dict)
-        after_load(self)
-
-    def _load_run(self, state_dict: dict[str, Any]) -> None:
-        record = state_dict.get("record", [])
-        with misfit_named():
-            lean, values = unpack(state_dict, self._pieces.names(self.param_groups))
-            self._run.check(values, self.param_groups, record)
-        self._load_state(lean)
-        self._run.load(values, self.param_groups, record)
-        self._apply_allocation(probe=values[0]["probing"])
-
-    def _load_plain(self, state_dict: dict[str, Any]) -> None:
-        names = self._pieces.names(self.param_groups)
-        with misfit_named():
-            packed = from_plain(state_dict, self.param_groups, names, self._rule.optimizer)
-        self._load_state(packed)
-        self._run.restart(self.param_groups)
-        self._apply_allocation(probe=self.tracker.probe)
-
-    def _load_state(self, packed: dict[str, Any]) -> None:
-        self.param_groups, self.state = self._rule.load(self.param_groups, self.state, packed)
-        self._link()
-        restore_dtypes(self.state, self.param_groups, packed)
-        self._is_provisional = False
-
     def _take_charge(self) -> None:
         """Claim what this object drives; remove the hooks when this object is deleted."""
         super()._take_charge()
         self._updater.attach(self.module_groups, self._update_one)
         claim(self, [self._rule.optimizer, *self._driver.modules()])
         watch_strangers()
+        self.tracker.follow(self._model)
         for module in self._driver.modules():
             ActiveCopies.of(module)
         self._driver.attach()

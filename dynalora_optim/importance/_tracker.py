@@ -20,6 +20,7 @@ from dynalora_optim._base.collectives import whole
 from dynalora_optim._base.torch_private import has_child
 from dynalora_optim.groups._module_group import ModuleGroup
 from dynalora_optim.importance._forward_hook import ForwardHook, Watch
+from dynalora_optim.importance._mask import masks_of
 from dynalora_optim.importance._measures import (
     ForwardMeasure,
     GradientMeasure,
@@ -28,6 +29,7 @@ from dynalora_optim.importance._measures import (
 )
 from dynalora_optim.importance._normalise import normalised, usable_scores
 from dynalora_optim.importance._sharing import counts, share_with_ranks, take_counts
+from dynalora_optim.importance._unscored import warn_of_evaluation
 from dynalora_optim.importance._windows import (
     Window,
     WindowSpec,
@@ -58,8 +60,9 @@ class ImportanceTracker:
             a probe, an inactive module keeps its last score.
 
     Attributes:
-        attention_mask: (batch, tokens), nonzero where a token counts. Set it before the forward
-            pass to leave padding out; it is used until you set another one, or None.
+        attention_mask: (batch, tokens), nonzero where a token counts, to leave padding out. It is
+            taken from the ``attention_mask=`` with which the model is called. If you set it, it is
+            used in the next forward pass of the model only.
 
     Raises:
         TypeError: ``measure`` is neither a name nor a measure.
@@ -91,6 +94,7 @@ class ImportanceTracker:
         self._hooks: list[ForwardHook] = []
         self._handles: list[RemovableHandle] = []
         self._watch = Watch()
+        self._has_warned = False
 
     @property
     def attention_mask(self) -> Tensor | None:
@@ -105,6 +109,10 @@ class ImportanceTracker:
                 "tokenizer's mask, not an attention bias."
             )
         self._watch.mask = mask
+
+    def follow(self, model: nn.Module) -> None:
+        """Take the attention mask of each batch from the call of ``model``."""
+        self._handles += masks_of(model, self._watch)
 
     def attach(self, groups: Sequence[ModuleGroup]) -> None:
         """Measure the modules of ``groups`` too, in addition to those measured already."""
@@ -214,6 +222,7 @@ class ImportanceTracker:
         """Begin a new period; return the scores that the reallocation uses."""
         values = self._read()
         scores = self._scores(values)
+        self._has_warned = self._has_warned or warn_of_evaluation(self._windows)
         for name, window in self._windows.items():
             window.roll(values[name])
         return scores

@@ -47,6 +47,7 @@ class Window(ABC):
     def __init__(self) -> None:
         self.tensors: list[Tensor] = []
         self.count = 0  # passes collected
+        self.skipped = False  # whether a pass with gradients was left out, in evaluation mode
         self.unshared = 0  # of these, passes that this rank has not yet shared with the others
         self.shared_count: Tensor | None = None  # passes of all ranks, in the mean; on their device
 

@@ -45,6 +45,11 @@ class Allocating(Protocol):
         ...
 
     @property
+    def module_groups(self) -> list[dict[str, Any]]:
+        """The param groups, split by module group."""
+        ...
+
+    @property
     def allocator(self) -> Allocator:
         """The allocator, which chooses the active groups."""
         ...

@@ -138,7 +138,8 @@ class ActiveCopies:
 
     def _reduce(self, protocol: Any) -> tuple[Any, ...]:
         with self._aside():
-            function, arguments, state, *more = self._module.__reduce_ex__(protocol)
+            reduced: Any = self._module.__reduce_ex__(protocol)
+        function, arguments, state, *more = reduced
         if isinstance(state, dict):  # the attributes themselves
             state = {key: value for key, value in state.items() if key not in self._NAMES}
         items = (*more, None, None)[:2]
@@ -147,13 +148,13 @@ class ActiveCopies:
 
 def set_state_active(module: nn.Module, state: Any) -> None:
     """Give ``module``, which is being unpickled, its ``state``, and make it active."""
-    module.__setstate__(state)
+    module.__setstate__(state)  # type: ignore[no-untyped-call]
     activated(module)
 
 
 def activated(module: nn.Module) -> nn.Module:
     """Return ``module`` after setting its flag."""
-    module.active = True
+    module.active = True  # type: ignore[assignment]
     return module
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 from torch.optim import Optimizer
 
-from dynalora_optim._base.torch_private import ORIGINAL, is_own_optimizer
+from dynalora_optim._base.torch_private import ORIGINAL
 from dynalora_optim.update._param_groups import PACKED, ParamGroup
 
 # State that has the shape of its parameter in every torch optimizer.
@@ -47,7 +47,8 @@ def from_plain(
             f"{len(groups)}. Build it with the groups of the one that was saved."
         )
     keys = [_keys(number, group, names[number]) for number, group in enumerate(saved)]
-    if is_own_optimizer(optimizer):  # in others, such as GaLore, moments have their own shapes
+    # In other optimizers, such as GaLore, moments have shapes of their own.
+    if type(optimizer).__module__.startswith("torch.optim."):
         for group, own, by_name in zip(groups, names, keys, strict=True):
             _check_shapes(group, own, by_name, packed["state"])
     return {

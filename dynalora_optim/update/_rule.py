@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -22,14 +23,22 @@ class UpdateRule:
         self.optimizer = optimizer
         self._masters = masters
 
-    def step(self, pieces: Iterable[ParamGroup], state: Any) -> list[ParamGroup]:
+    def step(
+        self, pieces: Iterable[ParamGroup], state: Any, closure: Callable[[], Any] | None = None
+    ) -> list[ParamGroup]:
         """Update the parameters of ``pieces``, with their moments in ``state``.
+
+        Args:
+            pieces: Pieces of param groups.
+            state: The state of all parameters.
+            closure: Returns the loss, for rules that use its value; None if the loop passes none.
 
         Returns:
             What the rule has stored in the pieces, as schedule-free optimizers do: for each of
             these a mapping with its name, its line, and the changed values.
         """
-        changed = self._run(_unhooked_step(self.optimizer), pieces, state)
+        step = _unhooked_step(self.optimizer)
+        changed = self._run(partial(step, closure) if closure else step, pieces, state)
         mark_stepped(self.optimizer)
         return changed
 
@@ -96,7 +105,7 @@ class UpdateRule:
         return changed
 
 
-def _unhooked_step(optimizer: Optimizer) -> Callable[[], Any]:
+def _unhooked_step(optimizer: Optimizer) -> Callable[..., Any]:
     """Return the optimizer's ``step`` without torch's hooks.
 
     The wrapper's own step already calls the hooks, so that the process-wide ones would run twice.
@@ -106,7 +115,7 @@ def _unhooked_step(optimizer: Optimizer) -> Callable[[], Any]:
     if patched or not getattr(step, "hooked", False):
         return optimizer.step
     inner = getattr(step, "__wrapped__", step)
-    return lambda: inner(optimizer)
+    return partial(inner, optimizer)
 
 
 def _coalesce(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from copy import deepcopy
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -68,8 +69,9 @@ class Updater:
         state: State,
         clock: RateClock,
         is_active: Callable[[ParamGroup], bool],
+        closure: Callable[[], Any] | None = None,
     ) -> tuple[set[str], list[ParamGroup]]:
-        """Update the active pieces.
+        """Update the active pieces; ``closure``, if there is one, returns the loss.
 
         Returns:
             The names of the groups that had a gradient, and what the rule has stored in pieces.
@@ -80,7 +82,7 @@ class Updater:
             self._fused.check()
             self._check_fusible(active, state)
         self.rates.apply(pieces, clock)
-        changed = self.rule.step(active, state)
+        changed = self.rule.step(active, state, closure)
         if self._fused:
             moved |= self._fused.end_step()
         names = {piece["name"] for piece in active if not moved.isdisjoint(piece["params"])}
@@ -123,3 +125,22 @@ class Updater:
     def wait(self) -> None:
         """Return when every value in the state can be read."""
         self._idle_state.settle()
+
+
+def evaluated(loss: Any) -> Callable[[], Any]:
+    """Return a closure for the wrapped optimizer that returns the ``loss`` already evaluated, once.
+
+    Raises:
+        RuntimeError: It is called again: the optimizer evaluates the loss at several points.
+    """
+    calls = iter((loss,))
+
+    def closure() -> Any:
+        for value in calls:
+            return value
+        raise RuntimeError(
+            "the wrapped optimizer calls its closure more than once in a step, to evaluate the "
+            "loss at several points. This cannot be wrapped; pass an optimizer such as AdamW."
+        )
+
+    return closure

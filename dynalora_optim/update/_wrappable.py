@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
+
 import torch
+from torch import Tensor
 from torch.optim import Optimizer
 
 from dynalora_optim._base.claims import is_owner
@@ -13,7 +16,8 @@ def check_wrappable(optimizer: object) -> None:
 
     Raises:
         TypeError: It is not a torch optimizer.
-        ValueError: It wraps another optimizer, or has one state for all parameters together.
+        ValueError: It wraps another optimizer, has one state for all parameters together, or has
+            values for each of its param groups outside these.
     """
     if not isinstance(optimizer, Optimizer):
         raise TypeError(
@@ -31,3 +35,51 @@ def check_wrappable(optimizer: object) -> None:
             "optimizer=LBFGS keeps one state over all parameters together, so modules cannot be "
             "active one by one; pass a per-parameter optimizer such as AdamW."
         )
+    _check_alone(optimizer, kind)
+    _check_closure(optimizer, kind)
+    for name, value in vars(optimizer).items():
+        if name != "param_groups" and is_per_group(value, optimizer):
+            raise ValueError(
+                f"optimizer={kind} keeps one value for each of its param groups in its attribute "
+                f"{name!r}, outside the groups, so that the groups cannot be split by module; pass "
+                "another optimizer, such as AdamW."
+            )
+
+
+def _check_alone(optimizer: Optimizer, kind: str) -> None:
+    """Raise if ``optimizer`` changes the weights through another optimizer."""
+    attributes = vars(optimizer)
+    inner = [name for name, value in attributes.items() if isinstance(value, Optimizer)]
+    if inner or "param_groups" not in attributes:
+        where = f" in its attribute {inner[0]!r}" if inner else ""
+        raise ValueError(
+            f"optimizer={kind} itself wraps an optimizer{where}, so that it cannot be given the "
+            "groups of active modules. Build it the other way round: wrap the inner optimizer in "
+            "DynamicAllocationOptimizer, and pass the result to what wraps it (Lookahead, "
+            "accelerator.prepare)."
+        )
+
+
+def _check_closure(optimizer: Optimizer, kind: str) -> None:
+    """Raise if ``optimizer`` evaluates the loss itself, at weights of its own choice."""
+    parameters = inspect.signature(type(optimizer).step).parameters
+    closure = parameters.get("closure")
+    if closure is not None and closure.default is inspect.Parameter.empty:
+        raise ValueError(
+            f"optimizer={kind} evaluates the loss itself in step(closure), at more than one point, "
+            "so that modules cannot be active one by one; pass an optimizer such as AdamW."
+        )
+
+
+def is_per_group(value: object, optimizer: Optimizer) -> bool:
+    """Return whether ``value`` is a list of the options of all param groups, such as base rates."""
+    groups = optimizer.param_groups
+    return (
+        isinstance(value, list)
+        and len(value) == len(groups)
+        and any(
+            all(option is group.get(key) for option, group in zip(value, groups, strict=True))
+            for key, own in groups[0].items()
+            if isinstance(own, (float, Tensor))
+        )
+    )
