@@ -19,6 +19,7 @@ from dynalora_optim._driver import ModuleDriver
 from dynalora_optim._grouping import Grouping, owners_to_replace, replace_owners
 from dynalora_optim._run_state import RunState
 from dynalora_optim._saved import SavedOptimizer
+from dynalora_optim._settings import described
 from dynalora_optim._strangers import watch_strangers
 from dynalora_optim.allocation._allocators import as_allocator
 from dynalora_optim.allocation._context import Allocator
@@ -131,6 +132,19 @@ class DynamicAllocationOptimizer(SavedOptimizer):
         replace_owners(former)
         self.tracker, self.pause = tracker, pause
         self._model, self._group_rule = model, groups
+        self._settings = described(
+            active=assembly.allocation.active,
+            seed=seed,
+            period=choosing.schedule,
+            allocator=choosing.allocator,
+            importance=tracker.description,
+            every=tracker.every,
+            probe=tracker.probe,
+            lr_time=lr_time,
+            pause=pause,
+            backward=backward,
+            master_weights=master_weights,
+        )
         self._frozen = frozenset(group.name for group in grouping.frozen)
         self._updater, self._allocation = updater, assembly.allocation
         super().__init__(optimizer, grouping.index, updater.rule)
@@ -139,7 +153,7 @@ class DynamicAllocationOptimizer(SavedOptimizer):
 
     def _begin(self) -> None:
         rates, pieces = self._updater.rates, self._pieces
-        self._run = RunState(self._allocation, self.tracker, rates, pieces)
+        self._run = RunState(self._allocation, self.tracker, rates, pieces, self._settings)
         self._has_agreed = False  # with the other ranks, in this process
         self._take_charge()
         self._apply_allocation(probe=self.tracker.probe)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from dynalora_optim._settings import changed, log_changes
 from dynalora_optim.allocation._allocation import Allocation
 from dynalora_optim.importance._tracker import ImportanceTracker
 from dynalora_optim.state._validate import check_modules, check_values
@@ -17,8 +18,14 @@ class RunState:
     """The values that a resumed run needs in addition to the wrapped optimizer's own state."""
 
     def __init__(
-        self, allocation: Allocation, tracker: ImportanceTracker, rates: Rates, pieces: Pieces
+        self,
+        allocation: Allocation,
+        tracker: ImportanceTracker,
+        rates: Rates,
+        pieces: Pieces,
+        settings: Mapping[str, str],
     ) -> None:
+        self._settings = settings
         self._allocation = allocation
         self._tracker = tracker
         self._rates = rates
@@ -28,7 +35,7 @@ class RunState:
         """Return the values to save with each of the param groups."""
         clock = {
             **self._allocation.clock_state(),
-            "importance": self._tracker.description,
+            "settings": dict(self._settings),
             "probing": is_probing,
         }
         costs = self._allocation.costs
@@ -70,9 +77,10 @@ class RunState:
         check_values(values, own, record)
         by_name = _by_name(values)
         check_modules(by_name, _by_name(own))
-        self._tracker.check_description(values[0]["importance"])
-        self._tracker.check_state(by_name)
-        self._allocation.check_state(_once(values), by_name)
+        clock = self._clock(values)
+        if not self._has_other_scores(clock):
+            self._tracker.check_state(by_name)
+        self._allocation.check_state(clock, by_name)
         self._rates.check_state(values)
 
     def load(
@@ -82,11 +90,31 @@ class RunState:
         record: Sequence[Mapping[str, Any]],
     ) -> None:
         """Load values and a record that `check` has accepted."""
-        by_name = _by_name(values)
-        self._allocation.load_state(_once(values), by_name, record)
-        self._tracker.load_state_dict(by_name, step=self._allocation.steps)
+        by_name, clock = _by_name(values), self._clock(values)
+        log_changes(clock["settings"], self._settings)
+        self._allocation.load_state(clock, by_name, record)
+        if self._has_other_scores(clock):
+            self._tracker.restart()
+            self._tracker.end_step(self._allocation.steps)
+        else:
+            self._tracker.load_state_dict(by_name, step=self._allocation.steps)
         self._rates.load_state(values)
         self._pieces.load(groups, [saved["numbers"] for saved in values])
+
+    def _has_other_scores(self, clock: Mapping[str, Any]) -> bool:
+        return "importance" in changed(clock["settings"], self._settings)
+
+    def _clock(self, values: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """Return the saved values that belong to no module, with the new settings where changed.
+
+        A setting that the user has changed in the code counts; one that was changed during the run,
+        such as ``active``, goes on.
+        """
+        clock, own = _once(values), self._allocation.clock_state()
+        kept = {"active": "active_setting", "seed": "seed"}
+        for name in changed(clock["settings"], self._settings) & kept.keys():
+            clock[kept[name]] = own[kept[name]]
+        return clock
 
     def restart(self, groups: Sequence[ParamGroup]) -> None:
         """Start again from the first step, without scores and rates."""

@@ -44,6 +44,9 @@ class SavedOptimizer(AllocatedOptimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue where `state_dict` was taken, bitwise the same, also in the middle of a period.
 
+        The settings that this optimizer was built with count from now on. If one differs from that
+        of the saved run, a line of the log says so; scores of another ``importance`` start anew.
+
         A plain optimizer's state dict can be loaded too, if it has the same parameters in the same
         groups as the wrapped optimizer. Its state and options are loaded, and the allocation starts
         from the beginning.

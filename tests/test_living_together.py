@@ -228,14 +228,6 @@ class Delegating(torch.optim.Optimizer):
         return self.optimizer.param_groups
 
 
-class PerGroup(SGD):
-    """As AdaBound is written."""
-
-    def __init__(self, params, lr):
-        super().__init__(params, lr)
-        self.base_lrs = [group["lr"] for group in self.param_groups]
-
-
 class Evaluating(SGD):
     def step(self, closure):
         closure()
@@ -250,7 +242,6 @@ class Evaluating(SGD):
             "Around itself wraps an optimizer in its attribute 'base'",
         ),
         (lambda p: Delegating(SGD(p, lr=0.1)), "Delegating itself wraps an optimizer"),
-        (lambda p: PerGroup(p, lr=0.1), "one value for each of its param groups in .* 'base_lrs'"),
         (lambda p: Evaluating(p, lr=0.1), "evaluates the loss itself in step"),
     ],
 )
@@ -271,6 +262,39 @@ def test_accelerates_own_wrapper_is_refused():
     prepared = accelerate.Accelerator(cpu=True).prepare(AdamW(model.parameters()))
     with pytest.raises(ValueError, match="AcceleratedOptimizer itself wraps an optimizer"):
         DynamicAllocationOptimizer(prepared, model)
+
+
+class PerGroup(SGD):
+    """As AdaBound is written: it reads a list by the number of the group, and counts in groups."""
+
+    def __init__(self, params, lr):
+        super().__init__(params, lr)
+        self.base_lrs = [group["lr"] for group in self.param_groups]
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        assert len(self.base_lrs) == len(self.param_groups)
+        for group, rate in zip(self.param_groups, self.base_lrs, strict=True):
+            group["step"] = group.get("step", 0) + 1
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    parameter.sub_(rate * parameter.grad / group["step"])
+
+
+def test_lists_of_a_value_per_group_fit_the_groups_of_an_update():
+    def run(wrap, **options):
+        model = ToyModel()
+        optimizer = PerGroup(user_groups(model), lr=0.02)
+        if wrap:
+            optimizer = DynamicAllocationOptimizer(optimizer, model, **options)
+        train(model, optimizer, 6)
+        return weights(model), optimizer
+
+    assert same(run(False)[0], run(True, active=1.0)[0])
+    _, optimizer = run(True, active=2, period=1, allocator="round_robin")
+    assert optimizer._rule.optimizer.base_lrs == [0.02, 0.1, 0.02]
+    steps = {g["name"]: g["step"] for g in optimizer.module_groups}
+    assert steps == {**dict.fromkeys(names(), 2), "always_active": 6}
 
 
 class WithLoss(SGD):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import json
+import re
 from typing import Any
 
 import pytest
@@ -17,10 +18,14 @@ from torch.optim import lr_scheduler
 from toy import ToyModel, backward, batch, names, same, train, weights, wrapped
 
 from dynalora_optim import (
+    Backward,
     DynamicAllocationOptimizer,
     ForwardNorm,
     ImportanceTracker,
+    LocalLR,
     Once,
+    Pause,
+    Periodic,
     Threshold,
 )
 
@@ -95,14 +100,61 @@ def test_resume_with_every_rule_also_before_all_states_exist(rule):
     assert_same_run(*resumed(make, stop=3))
 
 
-def test_the_saved_seed_and_count_go_on():
+def test_what_was_changed_during_the_run_goes_on(caplog):
     model = ToyModel()
     optimizer = wrapped(model, active=4, period=1, seed=3)
     optimizer.active = 2
-    other = wrapped(ToyModel(), active=4, period=1, seed=8)
+    other = wrapped(ToyModel(), active=4, period=1, seed=3)
     other.load_state_dict(optimizer.state_dict())
     assert other.active == 2
-    assert json.loads(other.state_dict()["param_groups"][0]["dynalora"])["seed"] == 3
+    assert not caplog.messages
+
+
+CHANGES: dict[str, tuple[dict[str, Any], str]] = {
+    "active": ({"active": 3}, "active=2, but this optimizer was built with active=3"),
+    "seed": ({"seed": 8}, "seed=0, but this optimizer was built with seed=8"),
+    "period": ({"period": 5}, r"period=Periodic\(n=2, warmup=0\), but .* period=Periodic\(n=5, w"),
+    "warmup": ({"period": Periodic(2, warmup=9)}, r"period=Periodic\(n=2, warmup=0\), but .*=9\)"),
+    "allocator": ({"allocator": "topk"}, r"allocator=Discounted.*, but .* allocator=TopK"),
+    "importance": ({"importance": "gradient"}, "importance=.*Forward.*Gradient.*scores start anew"),
+    "window": (
+        {"importance": ImportanceTracker(window="period")},
+        "importance=.*window=None.*window='period'.*scores start anew",
+    ),
+    "every": ({"importance": ImportanceTracker(every=2)}, "every=1, but .* every=2"),
+    "lr_time": ({"lr_time": LocalLR(float)}, r"lr_time='global', but .* lr_time=LocalLR\(float"),
+    "pause": ({"pause": Pause(warmup=2)}, r"pause=Pause\(.*warmup=0\), but .*warmup=2\)"),
+    "backward": (
+        {"backward": Backward(checkpoint_idle=True)},
+        r"backward=Backward\(.*checkpoint_idle=False\), but .*checkpoint_idle=True\)",
+    ),
+    "master_weights": ({"master_weights": "nearest"}, "master_weights=None, but .*='nearest'"),
+}
+
+
+@pytest.mark.parametrize("setting", CHANGES)
+def test_a_changed_setting_counts_and_is_logged(setting, caplog):
+    options, line = copy.deepcopy(CHANGES[setting])
+    model, other = ToyModel(), ToyModel()
+    optimizer = wrapped(model, active=2, period=2)
+    train(model, optimizer, 3)
+    resumed = wrapped(other, **{"active": 2, "period": 2, **options})
+    other.load_state_dict(model.state_dict())
+    resumed.load_state_dict(optimizer.state_dict())
+    (message,) = caplog.messages
+    assert re.search(line, message), message
+    assert resumed._allocation.steps == 3
+    assert resumed.record.state_dict() == optimizer.record.state_dict()
+    assert resumed.active == options.get("active", 2)
+    anew = "scores start anew" in message
+    assert any(resumed.tracker.scores().values()) is not anew
+    train(other, resumed, 4, start=3)
+    if setting == "period":
+        assert [entry.step for entry in resumed.record] == [0, 2, 5]
+    caplog.clear()
+    again = wrapped(ToyModel(), **{"active": 2, "period": 2, **copy.deepcopy(CHANGES[setting][0])})
+    again.load_state_dict(resumed.state_dict())
+    assert not caplog.messages, "the settings of the last run count"
 
 
 def test_a_round_trip_changes_nothing():
@@ -324,8 +376,6 @@ def test_a_group_of_another_size_is_refused():
 @pytest.mark.parametrize(
     ("saved", "loading", "match"),
     [
-        ({}, {"importance": "gradient"}, r"saved with importance ForwardNorm.*has GradientNorm"),
-        ({}, {"importance": ImportanceTracker(window="period")}, r"window=None.*window='period'"),
         ({}, {"lr_time": "local"}, r"lacks rates of its 2 steps.*saved with another lr_time"),
     ],
 )

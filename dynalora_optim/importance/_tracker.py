@@ -232,18 +232,6 @@ class ImportanceTracker:
         values = self._read()
         return {name: window.state(values[name]) for name, window in self._windows.items()}
 
-    def check_description(self, saved: str) -> None:
-        """Raise unless this tracker can continue scores saved with the description ``saved``.
-
-        Raises:
-            ValueError: The scores are of another measure or window.
-        """
-        if saved != self.description:
-            raise ValueError(
-                f"state_dict was saved with importance {saved}, but this optimizer has "
-                f"{self.description}. Build it with the importance that it was saved with."
-            )
-
     def check_state(self, state: Mapping[str, Mapping[str, Any]]) -> None:
         """Raise unless each window can load the values that are saved for it.
 

@@ -71,16 +71,19 @@ def drop_placeholders(
         ValueError: States that were saved are missing.
     """
     state = dict(packed["state"])
+    held: set[Any] = set()
     for group, own, mark in zip(packed["param_groups"], names, marks, strict=True):
         keys = dict(zip(own, group["params"], strict=True))
+        held.update(keys.values())
         for name, unreal in mark[MARK].items():
             if name not in keys:
                 raise ValueError(f"state_dict marks {name!r}, which its param group does not have.")
             values = state.pop(keys[name], {})
             if real := {kind: value for kind, value in values.items() if kind not in unreal}:
                 state[keys[name]] = real
-    empty = [key for key, value in state.items() if not value]
-    if 0 < len(empty) < len(state):
+    present = held & state.keys()
+    empty = [key for key in present if not state[key]]
+    if 0 < len(empty) < len(present):
         raise ValueError(
             f"state_dict has empty states, such as for {empty[0]!r}. "
             "torch.distributed.checkpoint with flatten_optimizer_state_dict=True drops the state "

@@ -49,7 +49,8 @@ def check_structure(packed: object) -> None:
     keys = [key for group in packed["param_groups"] for key in group["params"]]
     if any(type(key) not in (int, str) for key in keys) or len(set(keys)) < len(keys):
         raise ValueError("state_dict does not have one key for each parameter in param_groups.")
-    for key, state in packed["state"].items():
+    for key in packed["state"].keys() & set(keys):  # other keys: state of no parameter (MADGRAD)
+        state = packed["state"][key]
         if not isinstance(state, Mapping):
             raise ValueError(f"state_dict has a {type(state).__name__} as the state of {key!r}.")
 
@@ -158,7 +159,7 @@ _KINDS: dict[str, Callable[[Any], bool]] = {
     "closed": _is_number,
     "window": _are_numbers,
     "lr_history": _are_numbers,
-    "importance": lambda value: isinstance(value, str),
+    "settings": lambda value: isinstance(value, dict) and _are_strings([*value.values()]),
     "param_names": _are_strings,
     "modules": _are_mappings,
     "numbers": _are_mappings,

@@ -6,6 +6,7 @@ the other. Only for an update the wrapped optimizer gets groups with the active 
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from typing import Any
 
@@ -35,6 +36,7 @@ class LateBoundOptimizer(Optimizer):
         self._rule = rule
         self._pieces = Pieces(index)
         self._is_linked = False
+        self._before: dict[Any, Any] = {}
         self._is_provisional = False  # the state was created for a checkpoint, not by training
         super().__init__(optimizer.param_groups, dict(optimizer.defaults))
         self.state = optimizer.state
@@ -89,6 +91,7 @@ class LateBoundOptimizer(Optimizer):
 
     def _rehearse(self) -> None:
         """Create all state, and change nothing else."""
+        self._before = copy.deepcopy(dict(self.state))  # none of it is of a parameter
         self._rule.step(self.module_groups, self.state)
         self._is_provisional = True
 
@@ -96,6 +99,7 @@ class LateBoundOptimizer(Optimizer):
         """Delete state that was created for a checkpoint only; training creates it again."""
         if self._is_provisional:
             self.state.clear()
+            self.state.update(self._before)
             self._is_provisional = False
 
     def _check_new(self, param_group: Mapping[str, Any]) -> list[Tensor]:

@@ -81,6 +81,7 @@ class MasterWeights:
             return
         owners = {copy: parameter for parameter, copy in copies.items()}
         their_state: State = type(state)(dict)  # type: ignore[call-arg]
+        their_state.update((k, v) for k, v in state.items() if not isinstance(k, Tensor))
         for parameter in flatten(groups):
             values = state.get(parameter, {})
             if parameter in copies:

@@ -77,6 +77,12 @@ class LocalLR:
         self._factors = list(factor.lr_lambdas) if isinstance(factor, LambdaLR) else [factor]
         self._horizon = horizon
 
+    def __repr__(self) -> str:
+        names = [
+            getattr(factor, "__qualname__", type(factor).__qualname__) for factor in self._factors
+        ]
+        return f"LocalLR({', '.join(names)}, horizon={self._horizon!r})"
+
     def check(self, groups: int) -> None:
         """Raise unless there is a function for each of so many param groups.
 

@@ -22,6 +22,7 @@ class UpdateRule:
     def __init__(self, optimizer: Optimizer, masters: MasterWeights) -> None:
         self.optimizer = optimizer
         self._masters = masters
+        self._per_group = [name for name in vars(optimizer) if _is_per_group(optimizer, name)]
 
     def step(
         self, pieces: Iterable[ParamGroup], state: Any, closure: Callable[[], Any] | None = None
@@ -83,14 +84,28 @@ class UpdateRule:
         finally:
             optimizer.param_groups, optimizer.state = before
 
+    @contextmanager
+    def _listed(self, lines: Sequence[int]) -> Iterator[None]:
+        """Give the lists of one value per param group the values of the groups ``lines``."""
+        kept = {name: getattr(self.optimizer, name) for name in self._per_group}
+        for name, values in kept.items():
+            setattr(self.optimizer, name, [values[line] for line in lines if line < len(values)])
+        try:
+            yield
+        finally:
+            for name, values in kept.items():
+                setattr(self.optimizer, name, values)
+
     def _run(
         self, method: Callable[[], Any], pieces: Iterable[ParamGroup], state: Any
     ) -> list[ParamGroup]:
         merged = _coalesce(pieces, state)
         groups = [one for one, _ in merged]
         before = [dict(one) for one in groups]
+        lines = [sources[0][LINE] for _, sources in merged]
         with self._masters.in_place(groups, state) as copies, self.lent(groups, copies):
-            method()
+            with self._listed(lines):
+                method()
             groups = self.optimizer.param_groups
         changed = []
         for one, (_, sources), old in zip(groups, merged, before, strict=True):
@@ -103,6 +118,21 @@ class UpdateRule:
             if values:
                 changed += [{**values, "name": s["name"], LINE: s[LINE]} for s in sources]
         return changed
+
+
+def _is_per_group(optimizer: Optimizer, name: str) -> bool:
+    """Return whether an attribute is a list of an option of all param groups, such as AdaBound's.
+
+    AdaBound reads ``base_lrs[i]`` for group i, also if it is given other groups for an update.
+    """
+    value, groups = getattr(optimizer, name), optimizer.param_groups
+    if name == "param_groups" or not isinstance(value, list) or len(value) != len(groups):
+        return False
+    return any(
+        all(option is group.get(key) for option, group in zip(value, groups, strict=True))
+        for key, own in groups[0].items()
+        if isinstance(own, (float, Tensor))
+    )
 
 
 def _unhooked_step(optimizer: Optimizer) -> Callable[..., Any]:

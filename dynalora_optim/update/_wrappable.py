@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 
 import torch
-from torch import Tensor
 from torch.optim import Optimizer
 
 from dynalora_optim._base.claims import is_owner
@@ -16,8 +15,8 @@ def check_wrappable(optimizer: object) -> None:
 
     Raises:
         TypeError: It is not a torch optimizer.
-        ValueError: It wraps another optimizer, has one state for all parameters together, or has
-            values for each of its param groups outside these.
+        ValueError: It wraps another optimizer, evaluates the loss itself, or has one state for all
+            parameters together.
     """
     if not isinstance(optimizer, Optimizer):
         raise TypeError(
@@ -37,13 +36,6 @@ def check_wrappable(optimizer: object) -> None:
         )
     _check_alone(optimizer, kind)
     _check_closure(optimizer, kind)
-    for name, value in vars(optimizer).items():
-        if name != "param_groups" and is_per_group(value, optimizer):
-            raise ValueError(
-                f"optimizer={kind} keeps one value for each of its param groups in its attribute "
-                f"{name!r}, outside the groups, so that the groups cannot be split by module; pass "
-                "another optimizer, such as AdamW."
-            )
 
 
 def _check_alone(optimizer: Optimizer, kind: str) -> None:
@@ -69,17 +61,3 @@ def _check_closure(optimizer: Optimizer, kind: str) -> None:
             f"optimizer={kind} evaluates the loss itself in step(closure), at more than one point, "
             "so that modules cannot be active one by one; pass an optimizer such as AdamW."
         )
-
-
-def is_per_group(value: object, optimizer: Optimizer) -> bool:
-    """Return whether ``value`` is a list of the options of all param groups, such as base rates."""
-    groups = optimizer.param_groups
-    return (
-        isinstance(value, list)
-        and len(value) == len(groups)
-        and any(
-            all(option is group.get(key) for option, group in zip(value, groups, strict=True))
-            for key, own in groups[0].items()
-            if isinstance(own, (float, Tensor))
-        )
-    )
