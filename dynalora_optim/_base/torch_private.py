@@ -145,14 +145,6 @@ def in_backward() -> bool:
     return bool(task() != -1)
 
 
-def version_of(tensor: Tensor) -> int:
-    """Return how often ``tensor`` was written to in place.
-
-    If torch lacks ``_version``: 0. Then only a changed sum shows that a tensor was written to.
-    """
-    return int(getattr(tensor, "_version", 0))
-
-
 # --- Storages and operations, for LiveBytes.
 
 
