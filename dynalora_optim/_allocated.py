@@ -44,6 +44,7 @@ class AllocatedOptimizer(LateBoundOptimizer):
     _driver: ModuleDriver
     _costing: StepCosting
     _updater: Updater
+    _waiting: Sequence[ModuleGroup]  # frozen so far
     _frozen: frozenset[str]  # the names of groups that never train
 
     @property
@@ -194,7 +195,7 @@ class AllocatedOptimizer(LateBoundOptimizer):
         index = ParameterIndex(self._model, found)
         index.check_belongs(parameters)
         self._driver.check_same(index.groups_of(parameters))
-        known = {part.name for part in self._parts()}
+        known = {part.name for part in self._parts()} - {group.name for group in self._waiting}
         new = [
             group
             for group in index.groups_of(parameters)
@@ -204,11 +205,25 @@ class AllocatedOptimizer(LateBoundOptimizer):
         self._allocation.extend([g.name for g in new], [g.name for g in found], layout)
         self._pieces.index = index
         self._driver.add(new)
+        joined = {group.name for group in new}
+        self._waiting = [group for group in self._waiting if group.name not in joined]
         modules = [module for group in new for module in group.modules]
         claim(self, modules)
         for module in modules:
             ActiveCopies.of(module)
         self._apply_allocation(probe=self._driver.is_probing)
+
+    def _join_unfrozen(self, wanted: Collection[str] = ()) -> None:
+        """Let groups join that were frozen so far: those that train now, and those ``wanted``."""
+        ready = [
+            parameter
+            for group in self._waiting
+            if group.name in wanted or any(p.requires_grad for p in group.parameters())
+            for parameter in group.parameters()
+        ]
+        held = set(map(id, flatten(self.param_groups)))
+        if found := [parameter for parameter in ready if id(parameter) in held]:
+            self._adopt_new_groups(found)
 
     def driven_groups(self) -> list[ModuleGroup]:
         """Return the groups that this object makes active and inactive."""

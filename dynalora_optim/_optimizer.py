@@ -16,7 +16,7 @@ from dynalora_optim._base.collectives import check_agreement
 from dynalora_optim._base.wrappers import bare
 from dynalora_optim._costing import StepCosting
 from dynalora_optim._driver import ModuleDriver
-from dynalora_optim._grouping import Grouping, owners_to_replace, replace_owners
+from dynalora_optim._grouping import Grouping, log_waiting, owners_to_replace, replace_owners
 from dynalora_optim._run_state import RunState
 from dynalora_optim._saved import SavedOptimizer
 from dynalora_optim._settings import described
@@ -130,6 +130,7 @@ class DynamicAllocationOptimizer(SavedOptimizer):
         former = owners_to_replace(grouping, optimizer)
         # Nothing outside this object has changed so far; nothing below raises.
         replace_owners(former)
+        log_waiting(grouping)
         self.tracker, self.pause = tracker, pause
         self._model, self._group_rule = model, groups
         self._settings = described(
@@ -145,6 +146,7 @@ class DynamicAllocationOptimizer(SavedOptimizer):
             backward=backward,
             master_weights=master_weights,
         )
+        self._waiting = grouping.waiting
         self._frozen = frozenset(group.name for group in grouping.frozen)
         self._updater, self._allocation = updater, assembly.allocation
         super().__init__(optimizer, grouping.index, updater.rule)
@@ -185,6 +187,8 @@ class DynamicAllocationOptimizer(SavedOptimizer):
             self._rehearse()
             return loss
         self._drop_provisional()
+        self._relink()
+        self._join_unfrozen()
         self._check_in_order()
         self._driver.before_update()
         self._drop_idle_gradients()  # idle parameters may have a gradient, but must not move

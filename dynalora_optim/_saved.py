@@ -9,7 +9,7 @@ from dynalora_optim._allocated import AllocatedOptimizer
 from dynalora_optim._base.torch_private import state_hooks
 from dynalora_optim._run_state import RunState
 from dynalora_optim.importance._tracker import ImportanceTracker
-from dynalora_optim.state._pack import pack, unpack
+from dynalora_optim.state._pack import names_of_modules, pack, unpack
 from dynalora_optim.state._placeholders import add_placeholders
 from dynalora_optim.state._validate import check_structure, misfit_named
 from dynalora_optim.update._master_weights import restore_dtypes
@@ -72,6 +72,8 @@ class SavedOptimizer(AllocatedOptimizer):
         return packed
 
     def _load_run(self, state_dict: dict[str, Any]) -> None:
+        self._relink()
+        self._join_unfrozen(wanted=names_of_modules(state_dict))
         record = state_dict.get("record", [])
         with misfit_named():
             lean, values = unpack(state_dict, self._pieces.names(self.param_groups))

@@ -102,12 +102,20 @@ def test_groups_that_the_optimizer_does_not_hold_are_named():
 
 def test_groups_that_are_frozen_at_construction_are_named():
     model = ToyModel()
-    model.layers[1].requires_grad_(False)
+    for layer in model.layers:
+        layer.requires_grad_(False)
     assert_refused(
         lambda: DynamicAllocationOptimizer(adamw(model), model),
         model,
         ValueError,
         r"requires_grad is False.*layers.1.0.*Leave requires_grad True",
+    )
+    model.layers[0].requires_grad_(True)
+    assert_refused(
+        lambda: DynamicAllocationOptimizer(adamw(model), model, always_active=["layers.1.0"]),
+        model,
+        ValueError,
+        r"requires_grad is False.*1 module group.*layers.1.0.*Leave requires_grad True",
     )
 
 

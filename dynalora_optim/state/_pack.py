@@ -70,6 +70,17 @@ def _values(position: int, group: Mapping[str, Any]) -> dict[str, Any]:
     return values
 
 
+def names_of_modules(packed: Mapping[str, Any]) -> set[str]:
+    """Return the names of the module groups of the run that was saved.
+
+    Raises:
+        ValueError: The state dict is damaged.
+    """
+    groups = enumerate(packed["param_groups"])
+    modules = [_values(position, group).get("modules") for position, group in groups]
+    return {name for found in modules if isinstance(found, dict) for name in found}
+
+
 _Pair = tuple[Mapping[str, Any], dict[str, Any]]
 
 

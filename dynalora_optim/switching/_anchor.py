@@ -59,6 +59,7 @@ class Anchor:
 
     def attach(self, groups: Sequence[ModuleGroup]) -> None:
         """Let ``groups`` be carriers too, in addition to those attached before."""
+        self._checked.clear()  # DDP may have been built while these were frozen
         for group in groups:
             self._handles.append(group.modules[-1].register_forward_hook(_Tied(self)))
 

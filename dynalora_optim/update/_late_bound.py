@@ -51,6 +51,11 @@ class LateBoundOptimizer(Optimizer):
         self._rule.optimizer.state = self.state
         self._is_linked = True
 
+    def _relink(self) -> None:
+        """Share groups again that the user has set anew, as Lightning's BaseFinetuning does."""
+        if self._rule.optimizer.param_groups is not self.param_groups:
+            self._link()
+
     def _unlink(self) -> None:
         """Leave the groups and the state to the wrapped optimizer, as it would have made them."""
         for group in self.param_groups:

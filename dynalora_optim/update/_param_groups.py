@@ -76,9 +76,12 @@ class ParameterIndex:
                 "after adapters are injected and the model is on its device."
             )
 
-    def check_groups(self, parameters: Iterable[Tensor], named: Collection[str] = ()) -> None:
-        """Raise unless an optimizer that holds only ``parameters`` can train every module group.
+    def check_groups(
+        self, parameters: Iterable[Tensor], named: Collection[str] = ()
+    ) -> list[ModuleGroup]:
+        """Return the groups that wait, because requires_grad is False for all their parameters.
 
+        An optimizer that holds only ``parameters`` must be able to train every other module group.
         Groups that are not allocated may be missing, unless ``named`` contains them.
 
         Raises:
@@ -86,6 +89,11 @@ class ParameterIndex:
         """
         held = {id(parameter) for parameter in parameters}
         groups = [g for g in self._groups if g.role == "allocated" or g.name in named]
+        waiting = [g for g in groups if not any(p.requires_grad for p in g.parameters())]
+        if any(g.role == "allocated" and g.name not in named and g not in waiting for g in groups):
+            groups = [g for g in groups if g not in waiting or g.name in named]
+        else:
+            waiting = []
         missing = [g.name for g in groups if held.isdisjoint(map(id, g.parameters()))]
         if missing:
             raise ValueError(
@@ -101,6 +109,7 @@ class ParameterIndex:
                 f"{_some(frozen)}. They would never be trained. Leave requires_grad True: the "
                 "optimizer itself keeps inactive modules from changing."
             )
+        return [group for group in waiting if group.name not in named]
 
     def _order(self) -> list[str]:
         return [group.name for group in self._groups]
