@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from dynalora_optim._adalora import score_active_modules, score_all_modules
 from dynalora_optim._assembly import Assembly, Choosing
 from dynalora_optim._base.claims import claim, release
 from dynalora_optim._base.collectives import check_agreement
@@ -243,7 +244,7 @@ class DynamicAllocationOptimizer(SavedOptimizer):
         if not self._driver.is_closed:
             self._updater.settle(self.state, flatten(self.param_groups), (), number=0)
             self._unlink()
-        _close(self._driver, self._costing, self._updater)
+        _close(self._model, self._driver, self._costing, self._updater)
         release(self)
 
     def _take_charge(self) -> None:
@@ -253,11 +254,12 @@ class DynamicAllocationOptimizer(SavedOptimizer):
         claim(self, [self._rule.optimizer, *self._driver.modules()])
         watch_strangers()
         self.tracker.follow(self._model)
+        score_active_modules(self._model)
         for module in self._driver.modules():
             ActiveCopies.of(module)
         self._driver.attach()
         self._costing.attach()
-        parts = self._driver, self._costing, self._updater
+        parts = self._model, self._driver, self._costing, self._updater
         weakref.finalize(self, _close, *parts).atexit = False
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -266,10 +268,11 @@ class DynamicAllocationOptimizer(SavedOptimizer):
             self._apply_allocation(probe=self._driver.is_probing)
 
 
-def _close(driver: ModuleDriver, costing: StepCosting, updater: Updater) -> None:
+def _close(model: nn.Module, driver: ModuleDriver, costing: StepCosting, updater: Updater) -> None:
     """Remove all hooks; no method, because a finalizer of a method would keep its object alive."""
     for module in driver.modules():
         ActiveCopies.stop(module)
+    score_all_modules(model)
     driver.close()
     costing.close()
     updater.remove()
