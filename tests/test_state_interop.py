@@ -358,7 +358,7 @@ def test_a_plain_state_comes_in_through_dcp():
     state = get_optimizer_state_dict(model, trained)
     twin = copy.deepcopy(model)
     optimizer = wrapped(twin, active=1.0)
-    set_optimizer_state_dict(twin, optimizer, state)
+    set_optimizer_state_dict(twin, optimizer, copy.deepcopy(state))
     train(model, trained, 3, start=3)
     train(twin, optimizer, 3, start=3)
     assert same(weights(model), weights(twin))

@@ -240,7 +240,9 @@ def distances(left: Sequence[Tensor], right: Sequence[Tensor]) -> list[Tensor]:
 
 def scale_all(tensors: Sequence[Tensor], factor: float) -> list[Tensor]:
     """Return factor * a for each tensor a."""
-    return _on_all("mul", tensors, [torch.tensor(factor)] * len(tensors))
+    if foreach := getattr(torch, "_foreach_mul", None):
+        return list(foreach(tensors, factor))
+    return [tensor.mul(factor) for tensor in tensors]
 
 
 def _on_all(operation: str, *lists: Sequence[Tensor], **options: float) -> list[Tensor]:
