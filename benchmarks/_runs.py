@@ -100,7 +100,8 @@ class Run:
     def _fill_gradients(self) -> None:
         active = getattr(self.optimizer, "active_groups", None)
         allocated = set(getattr(self.optimizer, "groups", ()))
-        for group in self.optimizer.param_groups:
+        groups = getattr(self.optimizer, "module_groups", self.optimizer.param_groups)
+        for group in groups:
             name = group.get("name")
             if active is None or name not in allocated or name in active:
                 for parameter in group["params"]:

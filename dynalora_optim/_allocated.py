@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+import math
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
@@ -17,10 +18,16 @@ from dynalora_optim.allocation._record import AllocationRecord
 from dynalora_optim.groups._module_group import ModuleGroup
 from dynalora_optim.groups._rules import GroupRule, find_groups
 from dynalora_optim.memory._report import MemoryReport, memory_report
+from dynalora_optim.switching._detach import ActiveCopies
 from dynalora_optim.switching._gradients import drop_gradients
 from dynalora_optim.update._late_bound import LateBoundOptimizer
-from dynalora_optim.update._param_groups import ParameterIndex, ParamGroup, flatten
-from dynalora_optim.update._plain import to_plain
+from dynalora_optim.update._param_groups import (
+    PACKED,
+    ParameterIndex,
+    ParamGroup,
+    flatten,
+)
+from dynalora_optim.update._plain import check_alike
 from dynalora_optim.update._rates import LrTime
 from dynalora_optim.update._updater import Updater
 
@@ -37,6 +44,7 @@ class AllocatedOptimizer(LateBoundOptimizer):
     _driver: ModuleDriver
     _costing: StepCosting
     _updater: Updater
+    _waiting: Sequence[ModuleGroup]  # frozen so far
     _frozen: frozenset[str]  # the names of groups that never train
 
     @property
@@ -70,7 +78,7 @@ class AllocatedOptimizer(LateBoundOptimizer):
 
     @lr_time.setter
     def lr_time(self, lr_time: LrTime) -> None:
-        self._updater.rates.replace(lr_time, self._lines, self._allocation.steps)
+        self._updater.rates.replace(lr_time, self.param_groups, self._allocation.steps)
 
     @property
     def record(self) -> AllocationRecord:
@@ -81,29 +89,39 @@ class AllocatedOptimizer(LateBoundOptimizer):
         everyone = self._allocation.everyone if probe else None
         self._driver.apply(self._allocation.choice, probe=everyone)
         self._drop_idle_gradients()
-        idle = flatten(group for group in self.param_groups if not self._is_active(group))
+        idle = self._parameters_of(lambda name: not self._is_active_name(name))
         number = self._allocation.steps
         self._updater.settle(self.state, self.active_parameters(), idle, number=number)
 
     def _drop_idle_gradients(self) -> None:
-        drop_gradients(flatten(g for g in self.param_groups if not self._is_active(g)))
+        drop_gradients(self._parameters_of(lambda name: not self._is_active_name(name)))
 
-    def _is_active(self, group: ParamGroup) -> bool:
-        name = group["name"]
+    def _parameters_of(self, wanted: Callable[[str], bool]) -> list[Tensor]:
+        """Return the parameters of the module groups whose names are ``wanted``."""
+        return [
+            self.param_groups[part.line]["params"][position]
+            for part in self._parts()
+            if wanted(part.name)
+            for position in part.positions
+        ]
+
+    def _is_active(self, piece: ParamGroup) -> bool:
+        return self._is_active_name(piece["name"])
+
+    def _is_active_name(self, name: str) -> bool:
         return name not in self._frozen and self._allocation.is_active(name)
 
     @torch.no_grad()
     def _update_one(self, parameter: Tensor, position: int) -> None:
-        """Update one parameter of the param group at ``position``, within the backward pass."""
-        group, clock = self.param_groups[position], self._allocation
-        if self._is_active(group):
-            self._updater.update_one(
-                parameter, group, self.param_groups, self._lines, state=self.state, clock=clock
-            )
+        """Update one parameter of the piece at ``position``, within the backward pass."""
+        part = self._parts()[position]
+        if self._is_active_name(part.name):
+            piece = self._pieces.piece(self.param_groups, part)
+            self._updater.update_one(parameter, piece, state=self.state, clock=self._allocation)
 
     def active_parameters(self) -> list[Tensor]:
         """Return the parameters that get gradients now, including those outside all groups."""
-        return flatten(group for group in self.param_groups if self._is_active(group))
+        return self._parameters_of(self._is_active_name)
 
     def hold(self, groups: Collection[str]) -> None:
         """Make only these ``groups`` active, and never choose again.
@@ -119,8 +137,13 @@ class AllocatedOptimizer(LateBoundOptimizer):
         self._apply_allocation(probe=False)
 
     def learning_rates(self) -> list[float]:
-        """Return the learning rate that each of ``param_groups`` used at the last update."""
-        return [float(rate) for rate in self._updater.rates.last]
+        """Return the learning rate that each of `module_groups` used at its last update.
+
+        It is nan before the first update, and for an optimizer that computes its own rates.
+        """
+        last = self._updater.rates.last
+        rates = [last.get((part.line, part.name)) for part in self._parts()]
+        return [math.nan if rate is None else float(rate) for rate in rates]
 
     def memory_report(self, *args: Any, **kwargs: Any) -> MemoryReport:
         """Return the memory of a training step, now and with all modules active.
@@ -138,7 +161,7 @@ class AllocatedOptimizer(LateBoundOptimizer):
             ValueError: The model has no blocks, or blocks that cannot be measured one by one.
         """
         costs, plan = self._costing.current(args, kwargs)
-        allocated = flatten(g for g in self.param_groups if g["name"] in self._allocation.updates)
+        allocated = self._parameters_of(self._allocation.updates.__contains__)
         return memory_report(
             (costs, plan, self._costing.block_names),
             weights=list(self._model.parameters()),
@@ -148,7 +171,7 @@ class AllocatedOptimizer(LateBoundOptimizer):
         )
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a param group, split by module groups like those of the wrapped optimizer.
+        """Add a param group to those of the wrapped optimizer.
 
         Its parameters may belong to modules that were adapted after the optimizer was built. These
         join the allocation as new groups. If all groups are active, the new ones are active at
@@ -158,18 +181,21 @@ class AllocatedOptimizer(LateBoundOptimizer):
             ValueError: A parameter is not in the model, or another param group holds it. Then
                 nothing is changed.
         """
-        parameters = self._check_new(param_group)
-        if hasattr(self, "_driver"):  # not while torch's constructor adds the first ones
-            self._adopt_new_groups(parameters)
-        super().add_param_group({**param_group, "params": parameters})
-        self._updater.attach(self.param_groups, self._update_one)
+        if not isinstance(params := param_group["params"], Tensor):  # a generator is read once
+            param_group = {**param_group, "params": list(params)}
+        if self._is_linked:  # not while torch's constructor adds the first ones
+            self._updater.rates.check([*self.param_groups, {**self.defaults, **param_group}])
+            self._adopt_new_groups(self._check_new(param_group))
+        super().add_param_group(param_group)
+        if self._is_linked:
+            self._updater.attach(self.module_groups, self._update_one)
 
     def _adopt_new_groups(self, parameters: Sequence[Tensor]) -> None:
         found = find_groups(self._model, self._group_rule)
         index = ParameterIndex(self._model, found)
         index.check_belongs(parameters)
         self._driver.check_same(index.groups_of(parameters))
-        known = {group["name"] for group in self.param_groups}
+        known = {part.name for part in self._parts()} - {group.name for group in self._waiting}
         new = [
             group
             for group in index.groups_of(parameters)
@@ -177,10 +203,27 @@ class AllocatedOptimizer(LateBoundOptimizer):
         ]
         layout = self._driver.layout_with(new)
         self._allocation.extend([g.name for g in new], [g.name for g in found], layout)
-        self._index = index
+        self._pieces.index = index
         self._driver.add(new)
-        claim(self, (module for group in new for module in group.modules))
+        joined = {group.name for group in new}
+        self._waiting = [group for group in self._waiting if group.name not in joined]
+        modules = [module for group in new for module in group.modules]
+        claim(self, modules)
+        for module in modules:
+            ActiveCopies.of(module)
         self._apply_allocation(probe=self._driver.is_probing)
+
+    def _join_unfrozen(self, wanted: Collection[str] = ()) -> None:
+        """Let groups join that were frozen so far: those that train now, and those ``wanted``."""
+        ready = [
+            parameter
+            for group in self._waiting
+            if group.name in wanted or any(p.requires_grad for p in group.parameters())
+            for parameter in group.parameters()
+        ]
+        held = set(map(id, flatten(self.param_groups)))
+        if found := [parameter for parameter in ready if id(parameter) in held]:
+            self._adopt_new_groups(found)
 
     def driven_groups(self) -> list[ModuleGroup]:
         """Return the groups that this object makes active and inactive."""
@@ -193,12 +236,18 @@ class AllocatedOptimizer(LateBoundOptimizer):
         never active have no state in it, like parameters that never had a gradient.
 
         Raises:
-            ValueError: Param groups that were split from one of yours now differ in an option, such
-                as a rate that was set for one module.
+            ValueError: The wrapped optimizer counts updates in its param groups, and modules of one
+                group have had different numbers of them.
         """
         self._updater.wait()
+        lines = range(len(self.param_groups))
+        own = [self._pieces.own_numbers(self.param_groups, line) for line in lines]
+        check_alike(self.param_groups, own)
         state = {} if self._is_provisional else self.state
-        return to_plain(self.param_groups, self._lines, self._users, state)
+        packed = self._rule.state_dict(self.param_groups, state)
+        for group in packed["param_groups"]:
+            group.pop(PACKED, None)
+        return packed
 
     def __repr__(self) -> str:
         return (

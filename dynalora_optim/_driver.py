@@ -182,14 +182,18 @@ class ModuleDriver:
         check_agreement("the allocation", settings, self.device)
 
     def watch_synchronization(self) -> None:
-        """Warn, once, if the weights of an active group differ between ranks."""
+        """Warn, once, if the weights of an active group differ between ranks that have no DDP.
+
+        With DDP they differ only if the user wants it: in ``no_sync()``, as in Accelerate's
+        LocalSGD, which averages weights instead of gradients.
+        """
         parameters = list(self._groups[min(self._choice.active)].parameters())
         if self._has_diverged or world_size() == 1 or any(map(is_sharded, parameters)):
             return
         self._has_diverged = differs(
             torch.stack([p.detach().float().sum() for p in parameters]).sum()
         )
-        if self._has_diverged:
+        if self._has_diverged and not self._anchor.has_met_ddp:
             logger.warning(
                 "the ranks have different weights: nothing averages their gradients. Wrap the "
                 "model in DistributedDataParallel, or prepare it with Accelerate. (If you call "

@@ -27,12 +27,14 @@ class Grouping:
         allocated: The groups to choose among.
         frozen: The groups that never train.
         always_active: The groups that always train.
+        waiting: The groups that are frozen now, and join when the user unfreezes them.
     """
 
     index: ParameterIndex
     allocated: Sequence[ModuleGroup]
     frozen: Sequence[ModuleGroup]
     always_active: Sequence[ModuleGroup]
+    waiting: Sequence[ModuleGroup]
 
     @staticmethod
     def of(
@@ -49,26 +51,37 @@ class Grouping:
         index = ParameterIndex(model, groups)
         index.check_belongs(parameters)
         exempt = match_always_active(always_active, groups)
-        index.check_groups(parameters, named=exempt)
+        waiting = index.check_groups(parameters, named=exempt)
+        left_out = {*exempt, *(group.name for group in waiting)}
 
         def of_role(role: str) -> list[ModuleGroup]:
-            return [g for g in groups if g.role == role and g.name not in exempt]
+            return [g for g in groups if g.role == role and g.name not in left_out]
 
         named = [group for group in groups if group.name in exempt]
         return Grouping(
-            index, of_role("allocated"), of_role("frozen"), named + of_role("always_active")
+            index,
+            of_role("allocated"),
+            of_role("frozen"),
+            named + of_role("always_active"),
+            waiting,
         )
-
-    def lines(self, optimizer: Optimizer) -> list[int]:
-        """Return, for each piece of the optimizer's param groups, the number of its group."""
-        groups = optimizer.param_groups
-        return [number for number, group in enumerate(groups) for _ in self.index.split(group)]
 
     def groups(self) -> Iterator[ModuleGroup]:
         """Yield all groups."""
         yield from self.allocated
         yield from self.frozen
         yield from self.always_active
+
+
+def log_waiting(grouping: Grouping) -> None:
+    """Log a warning that names the groups that are frozen."""
+    if grouping.waiting:
+        logger.warning(
+            "requires_grad is False for every parameter of %d module group(s), such as %s: they do "
+            "not train. If you set requires_grad=True later, they join.",
+            len(grouping.waiting),
+            grouping.waiting[0].name,
+        )
 
 
 @runtime_checkable

@@ -4,50 +4,53 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from dynalora_optim._allocated import AllocatedOptimizer
+from dynalora_optim._adalora import score_active_modules, score_all_modules
 from dynalora_optim._assembly import Assembly, Choosing
 from dynalora_optim._base.claims import claim, release
 from dynalora_optim._base.collectives import check_agreement
 from dynalora_optim._base.live_bytes import tensor_bytes
+from dynalora_optim._base.wrappers import bare
 from dynalora_optim._costing import StepCosting
 from dynalora_optim._driver import ModuleDriver
-from dynalora_optim._grouping import Grouping, owners_to_replace, replace_owners
+from dynalora_optim._grouping import Grouping, log_waiting, owners_to_replace, replace_owners
 from dynalora_optim._run_state import RunState
+from dynalora_optim._saved import SavedOptimizer
+from dynalora_optim._settings import described
+from dynalora_optim._strangers import watch_strangers
 from dynalora_optim.allocation._allocators import as_allocator
 from dynalora_optim.allocation._context import Allocator
 from dynalora_optim.allocation._schedules import Schedule, as_schedule
 from dynalora_optim.groups._rules import GroupRule
 from dynalora_optim.importance._measures import ImportanceMeasure
 from dynalora_optim.importance._tracker import ImportanceTracker, as_tracker
-from dynalora_optim.state._pack import pack, unpack
-from dynalora_optim.state._placeholders import add_placeholders, is_rehearsal
-from dynalora_optim.state._validate import check_structure, misfit_named
+from dynalora_optim.state._placeholders import is_rehearsal
+from dynalora_optim.switching._detach import ActiveCopies
 from dynalora_optim.update._backward import Backward, as_backward
-from dynalora_optim.update._master_weights import MasterWeights, Rounding, restore_dtypes
+from dynalora_optim.update._master_weights import MasterWeights, Rounding
 from dynalora_optim.update._param_groups import flatten
 from dynalora_optim.update._pause import Pause, as_pause
-from dynalora_optim.update._plain import from_plain, is_plain
-from dynalora_optim.update._rates import LrTime, Rates, is_from_scheduler
-from dynalora_optim.update._updater import Updater
+from dynalora_optim.update._rates import LrTime, Rates
+from dynalora_optim.update._updater import Updater, evaluated
 from dynalora_optim.update._wrappable import check_wrappable
 
 _KEEP, _PLAIN = Pause(), Backward()
 
 
-class DynamicAllocationOptimizer(AllocatedOptimizer):
+class DynamicAllocationOptimizer(SavedOptimizer):
     """Wraps a torch optimizer and decides every period which modules get gradients (DynaLoRA).
 
     It is a ``torch.optim.Optimizer`` and replaces the wrapped one everywhere: in the loop, in LR
-    schedulers, in ``GradScaler``, in ``accelerator.prepare``. It owns the ``param_groups`` (the
-    user's, split by module group) and the ``state`` (created the first time a module is active);
-    the wrapped optimizer is the update rule. With all groups active, training gives bitwise the
-    same result as with the wrapped optimizer alone.
+    schedulers, in ``GradScaler``, in ``accelerator.prepare``. Its ``param_groups`` are the user's,
+    the same as those of the wrapped optimizer, and its ``state`` is too (created the first time a
+    module is active); the wrapped optimizer is the update rule. With all groups active, training
+    gives bitwise the same result as with the wrapped optimizer alone.
 
     An inactive module's forward uses detached parameters: its output is unchanged, its ``grad`` is
     None, and neither momentum nor weight decay moves it. Parameters in no module group, such as a
@@ -118,19 +121,35 @@ class DynamicAllocationOptimizer(AllocatedOptimizer):
         master_weights: Rounding | None = None,
     ) -> None:
         pause, backward = as_pause(pause), as_backward(backward)
-        check_wrappable(optimizer, scheduled=is_from_scheduler(lr_time))
+        check_wrappable(optimizer)
+        model = bare(model)
         grouping = Grouping.of(model, groups, always_active, optimizer)
         masters, rates = MasterWeights(master_weights, seed), Rates(lr_time, pause.warmup)
         updater = Updater(optimizer, rates, pause, masters, fused=backward.fused)
-        rates.check(grouping.lines(optimizer))
+        rates.check(optimizer.param_groups)
         choosing = Choosing(as_allocator(allocator), as_schedule(period), active, seed)
         tracker = as_tracker(importance)
         assembly = Assembly(model, grouping, backward, choosing, tracker)
         former = owners_to_replace(grouping, optimizer)
         # Nothing outside this object has changed so far; nothing below raises.
         replace_owners(former)
+        log_waiting(grouping)
         self.tracker, self.pause = tracker, pause
         self._model, self._group_rule = model, groups
+        self._settings = described(
+            active=assembly.allocation.active,
+            seed=seed,
+            period=choosing.schedule,
+            allocator=choosing.allocator,
+            importance=tracker.description,
+            every=tracker.every,
+            probe=tracker.probe,
+            lr_time=lr_time,
+            pause=pause,
+            backward=backward,
+            master_weights=master_weights,
+        )
+        self._waiting = grouping.waiting
         self._frozen = frozenset(group.name for group in grouping.frozen)
         self._updater, self._allocation = updater, assembly.allocation
         super().__init__(optimizer, grouping.index, updater.rule)
@@ -138,7 +157,10 @@ class DynamicAllocationOptimizer(AllocatedOptimizer):
         self._begin()
 
     def _begin(self) -> None:
-        self._run = RunState(self._allocation, self._costing, self.tracker, self._updater.rates)
+        rates, pieces = self._updater.rates, self._pieces
+        self._run = RunState(
+            self._allocation, self._costing, self.tracker, rates, pieces, self._settings
+        )
         self._has_agreed = False  # with the other ranks, in this process
         self._take_charge()
         self._apply_allocation(probe=self.tracker.probe)
@@ -170,12 +192,14 @@ class DynamicAllocationOptimizer(AllocatedOptimizer):
             self._rehearse()
             return loss
         self._drop_provisional()
+        self._relink()
+        self._join_unfrozen()
         self._check_in_order()
         self._driver.before_update()
         self._drop_idle_gradients()  # idle parameters may have a gradient, but must not move
         self._costing.end_trial()
-        updated = self._costing.watched(self._update, self._largest_gradient)
-        due = self._allocation.advance(updated)
+        update = partial(self._update, closure and evaluated(loss))
+        due = self._allocation.advance(self._costing.watched(update, self._largest_gradient))
         if self._allocation.may_differ_between_ranks:
             check_agreement("whether to reallocate now", due, self._driver.device)
         self.tracker.end_step(self._allocation.steps)
@@ -183,21 +207,23 @@ class DynamicAllocationOptimizer(AllocatedOptimizer):
             self._reallocate()
         return loss
 
-    def _update(self) -> set[str]:
+    def _update(self, closure: Callable[[], Any] | None) -> set[str]:
         """Update the active groups; return the names of those that had a gradient."""
-        return self._updater.update(
-            self.param_groups,
-            self._lines,
+        updated, changed = self._updater.update(
+            self.module_groups,
             state=self.state,
             clock=self._allocation,
             is_active=self._is_active,
+            closure=closure,
         )
+        self._pieces.keep(self.param_groups, changed)
+        return updated
 
     def _largest_gradient(self) -> int:
         """Return the bytes of the gradients of the group that has the most."""
         sizes = (
             sum(tensor_bytes(p.grad) for p in group["params"] if p.grad is not None)
-            for group in self.param_groups
+            for group in self.module_groups
         )
         return max(sizes, default=0)
 
@@ -221,8 +247,7 @@ class DynamicAllocationOptimizer(AllocatedOptimizer):
         activated = self._allocation.select(self.tracker.roll())
         self._agree()
         self._apply_allocation(probe=self.tracker.probe)
-        returning = flatten(g for g in self.param_groups if g["name"] in activated)
-        self.pause.welcome(self.state, returning)
+        self.pause.welcome(self.state, self._parameters_of(activated.__contains__))
 
     def close(self) -> None:
         """Make every module active again and remove all hooks.
@@ -232,78 +257,36 @@ class DynamicAllocationOptimizer(AllocatedOptimizer):
         """
         if not self._driver.is_closed:
             self._updater.settle(self.state, flatten(self.param_groups), (), number=0)
-            self._give_back()
-        _close(self._driver, self._costing, self._updater)
+            self._unlink()
+        _close(self._model, self._driver, self._costing, self._updater)
         release(self)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the torch state dict, with everything that a resumed run needs of the allocation.
-
-        It loads with ``torch.load(weights_only=True)``. The allocation is a string in each of the
-        ``param_groups``, which ``torch.distributed.checkpoint`` keeps; ``"record"`` is the history.
-        """
-        self._updater.wait()
-        packed: dict[str, Any] = super().state_dict()
-        marks = add_placeholders(
-            packed, self.param_groups, self.state, provisional=self._is_provisional
-        )
-        names = [group["name"] for group in self.param_groups]
-        values = self._run.values(names, self._lines, is_probing=self._driver.is_probing)
-        pack(packed, [{**value, **mark} for value, mark in zip(values, marks, strict=True)])
-        packed["record"] = self.record.state_dict()
-        return packed
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue where `state_dict` was taken, bitwise the same, also in the middle of a period.
-
-        A plain optimizer's state dict can be loaded too, if it has the same parameters in the same
-        groups as the wrapped optimizer. Its state and options are loaded, and the allocation starts
-        from the beginning.
-
-        Raises:
-            ValueError: The state dict is for other module groups, parameters or settings. Then
-                nothing is changed.
-        """
-        check_structure(state_dict)
-        if is_plain(state_dict, self.param_groups):
-            self._load_plain(state_dict)
-            return
-        names = [group["name"] for group in self.param_groups]
-        record = state_dict.get("record", [])
-        with misfit_named():
-            lean, values = unpack(state_dict, self.param_groups)
-            self._run.check(values, names, self._lines, record)
-        self._load_state(lean)
-        self._run.load(values, names, self._lines, record)
-        self._apply_allocation(probe=values[0]["probing"])
-
-    def _load_plain(self, state_dict: dict[str, Any]) -> None:
-        with misfit_named():
-            packed = from_plain(state_dict, self.param_groups, self._lines, self._users)
-        self._load_state(packed)
-        self._run.restart()
-        self._apply_allocation(probe=self.tracker.probe)
-
-    def _load_state(self, packed: dict[str, Any]) -> None:
-        super().load_state_dict(packed)
-        restore_dtypes(self.state, self.param_groups, packed)
-        self._is_provisional = False
 
     def _take_charge(self) -> None:
         """Claim what this object drives; remove the hooks when this object is deleted."""
         super()._take_charge()
-        self._updater.attach(self.param_groups, self._update_one)
+        self._updater.attach(self.module_groups, self._update_one)
         claim(self, [self._rule.optimizer, *self._driver.modules()])
+        watch_strangers()
+        self.tracker.follow(self._model)
+        score_active_modules(self._model)
+        for module in self._driver.modules():
+            ActiveCopies.of(module)
         self._driver.attach()
         self._costing.attach()
-        parts = self._driver, self._costing, self._updater
+        parts = self._model, self._driver, self._costing, self._updater
         weakref.finalize(self, _close, *parts).atexit = False
-        if self._driver.is_probing:  # a copy: its parameters came without the probe's hooks
-            self._apply_allocation(probe=True)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if "_rule" in state and not self._driver.is_closed:  # the modules of a copy are all active
+            self._apply_allocation(probe=self._driver.is_probing)
 
 
-def _close(driver: ModuleDriver, costing: StepCosting, updater: Updater) -> None:
+def _close(model: nn.Module, driver: ModuleDriver, costing: StepCosting, updater: Updater) -> None:
     """Remove all hooks; no method, because a finalizer of a method would keep its object alive."""
+    for module in driver.modules():
+        ActiveCopies.stop(module)
+    score_all_modules(model)
     driver.close()
     costing.close()
     updater.remove()

@@ -6,15 +6,18 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dynalora_optim._costing import StepCosting
+from dynalora_optim._settings import changed, log_changes
 from dynalora_optim.allocation._allocation import Allocation
 from dynalora_optim.allocation._saved_costs import saved_costs
 from dynalora_optim.importance._tracker import ImportanceTracker
-from dynalora_optim.state._validate import check_values
+from dynalora_optim.state._validate import check_modules, check_values
+from dynalora_optim.update._param_groups import ParamGroup
+from dynalora_optim.update._pieces import Pieces
 from dynalora_optim.update._rates import Rates
 
 
 class RunState:
-    """The values that a resumed run needs in addition to torch's own state, per param group."""
+    """The values that a resumed run needs in addition to the wrapped optimizer's own state."""
 
     def __init__(
         self,
@@ -22,22 +25,23 @@ class RunState:
         costing: StepCosting,
         tracker: ImportanceTracker,
         rates: Rates,
+        pieces: Pieces,
+        settings: Mapping[str, str],
     ) -> None:
+        self._settings = settings
         self._allocation = allocation
         self._costing = costing
         self._tracker = tracker
         self._rates = rates
+        self._pieces = pieces
 
-    def values(
-        self, names: Sequence[str], lines: Sequence[int], *, is_probing: bool
-    ) -> list[dict[str, Any]]:
-        """Return the values of the param groups of these ``names``."""
+    def values(self, groups: Sequence[ParamGroup], *, is_probing: bool) -> list[dict[str, Any]]:
+        """Return the values to save with each of the param groups."""
         clock = {
             **self._allocation.clock_state(),
-            "importance": self._tracker.description,
+            "settings": dict(self._settings),
             "probing": is_probing,
         }
-        scores = self._tracker.state_dict()
         costs = self._allocation.costs
         once: dict[str, Any] = {"costs": None, "loop": None}  # large: in the first group only
         if costs:
@@ -45,51 +49,94 @@ class RunState:
         return [
             {
                 **clock,
-                **(once if position == 0 else {}),
-                **self._allocation.group_state(name),
-                **scores.get(name, {}),
-                **self._rates.group_state(lines, position),
+                **({} if line else once),
+                **self._rates.group_state(line),
+                "param_names": names,
+                "modules": modules,
+                "numbers": self._pieces.own_numbers(groups, line),
             }
-            for position, name in enumerate(names)
+            for line, (names, modules) in enumerate(
+                zip(self._pieces.names(groups), self._modules(groups), strict=True)
+            )
         ]
 
+    def _modules(self, groups: Sequence[ParamGroup]) -> list[dict[str, dict[str, Any]]]:
+        """Return the values of each module, in the first param group that has parameters of it."""
+        scores = self._tracker.state_dict()
+        found: list[dict[str, dict[str, Any]]] = [{} for _ in groups]
+        seen: set[str] = set()
+        for part in self._pieces.parts(groups):
+            if part.name not in seen and (state := self._allocation.group_state(part.name)):
+                found[part.line][part.name] = {**state, **scores.get(part.name, {})}
+            seen.add(part.name)
+        return found
+
     def check(
-        self,
-        values: Sequence[Mapping[str, Any]],
-        names: Sequence[str],
-        lines: Sequence[int],
-        record: Any,
+        self, values: Sequence[Mapping[str, Any]], groups: Sequence[ParamGroup], record: Any
     ) -> None:
-        """Raise unless `load` can load ``values`` and the ``record``.
+        """Raise unless `load` can load ``values``, one mapping per param group, and the ``record``.
 
         Raises:
             ValueError: They are damaged, or from a run with other settings.
         """
-        by_name = dict(zip(names, values, strict=True))
-        check_values(values, self.values(names, lines, is_probing=False), record)
-        self._tracker.check_description(values[0]["importance"])
-        self._tracker.check_state(by_name)
-        self._allocation.check_state(values[0], by_name)
-        self._costing.check_state(values[0].get("loop"))
-        self._rates.check_state(lines, values)
+        own = self.values(groups, is_probing=False)
+        check_values(values, own, record)
+        by_name = _by_name(values)
+        check_modules(by_name, _by_name(own))
+        clock = self._clock(values)
+        if not self._has_other_scores(clock):
+            self._tracker.check_state(by_name)
+        self._allocation.check_state(clock, by_name)
+        self._costing.check_state(clock.get("loop"))
+        self._rates.check_state(values)
 
     def load(
         self,
         values: Sequence[Mapping[str, Any]],
-        names: Sequence[str],
-        lines: Sequence[int],
+        groups: Sequence[ParamGroup],
         record: Sequence[Mapping[str, Any]],
     ) -> None:
         """Load values and a record that `check` has accepted."""
-        by_name = dict(zip(names, values, strict=True))
-        self._allocation.load_state(values[0], by_name, record)
-        self._costing.load_state(values[0].get("loop"))
-        self._tracker.load_state_dict(by_name, step=self._allocation.steps)
-        self._rates.load_state(lines, values)
+        by_name, clock = _by_name(values), self._clock(values)
+        log_changes(clock["settings"], self._settings)
+        self._allocation.load_state(clock, by_name, record)
+        self._costing.load_state(clock.get("loop"))
+        if self._has_other_scores(clock):
+            self._tracker.restart()
+            self._tracker.end_step(self._allocation.steps)
+        else:
+            self._tracker.load_state_dict(by_name, step=self._allocation.steps)
+        self._rates.load_state(values)
+        self._pieces.load(groups, [saved["numbers"] for saved in values])
 
-    def restart(self) -> None:
+    def _has_other_scores(self, clock: Mapping[str, Any]) -> bool:
+        return "importance" in changed(clock["settings"], self._settings)
+
+    def _clock(self, values: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """Return the saved values that belong to no module, with the new settings where changed.
+
+        A setting that the user has changed in the code counts; one that was changed during the run,
+        such as ``active``, goes on.
+        """
+        clock, own = _once(values), self._allocation.clock_state()
+        kept = {"active": "active_setting", "seed": "seed"}
+        for name in changed(clock["settings"], self._settings) & kept.keys():
+            clock[kept[name]] = own[kept[name]]
+        return clock
+
+    def restart(self, groups: Sequence[ParamGroup]) -> None:
         """Start again from the first step, without scores and rates."""
         self._allocation.restart()
         self._costing.restart()
         self._tracker.restart()
         self._rates.restart()
+        self._pieces.load(groups, [{} for _ in groups])
+
+
+def _by_name(values: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    return {name: state for saved in values for name, state in saved["modules"].items()}
+
+
+def _once(values: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return the values that belong to no module; the costs are in one of the groups."""
+    return {key: value for saved in reversed(values) for key, value in saved.items()}

@@ -112,7 +112,7 @@ def test_what_moves_is_the_active_blocks_and_what_outside_says(size, outside, ti
         before, active = weights(model), optimizer.active_groups
         train(model, optimizer, 1, start=step)
         expected = {"allocated": set(), "always_active": rest, "frozen": set()}[outside]
-        for group in optimizer.param_groups:
+        for group in optimizer.module_groups:
             if group["name"] in active:
                 expected = expected | set(group["param_names"])
         assert moved(model, before) == expected

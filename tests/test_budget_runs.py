@@ -194,7 +194,7 @@ def test_a_gradient_probe_stays_within_the_budget(memory):
         held = {name for name, p in tiny.model.named_parameters() if p.grad is not None}
         allowed = {
             name
-            for group in optimizer.param_groups
+            for group in optimizer.module_groups
             if group["name"] in optimizer.active_groups or group["name"] not in optimizer.groups
             for name in group["param_names"]
         }

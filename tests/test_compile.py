@@ -268,7 +268,7 @@ def test_a_budget_over_compiled_blocks_is_that_of_eager_mode() -> None:
     switched = []
 
     def note(optimizer: DynamicAllocationOptimizer) -> None:
-        idle = [g for g in optimizer.param_groups if g["name"] not in optimizer.active_groups]
+        idle = [g for g in optimizer.module_groups if g["name"] not in optimizer.active_groups]
         blocks = {name.split("layer.")[1][0] for name in optimizer.active_groups}
         for group in idle:
             if "layer." in group["name"]:

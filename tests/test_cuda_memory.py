@@ -73,7 +73,7 @@ def test_idle_state_is_on_the_host_in_pinned_memory_and_active_state_is_not(devi
     synchronize(device)
     idle = set(optimizer.groups) - set(optimizer.active_groups)
     places = set()
-    for group in optimizer.param_groups:
+    for group in optimizer.module_groups:
         for parameter in group["params"]:
             for value in optimizer.state[parameter].values():
                 if value.ndim:

@@ -203,7 +203,7 @@ def test_a_bf16_block_trains_as_its_float32_twin(rounding, device):
     model, twin = (LanguageModel(tied=False).bfloat16().to(device) for _ in range(2))
     optimizer = by_blocks(model, lr=1e-3, master_weights=rounding, period=5)
     named = dict(twin.named_parameters())
-    held = {n for g in optimizer.param_groups for n in g["param_names"]}
+    held = {n for g in optimizer.module_groups for n in g["param_names"]}
     trained = [n for n in named if n in held and ("layers." not in n or n.startswith("layers.0"))]
     masters = {name: named[name].detach().float() for name in trained}
     by_hand = AdamW(masters.values(), lr=1e-3)

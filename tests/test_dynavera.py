@@ -54,7 +54,7 @@ def test_only_active_layers_and_the_head_move(kind: str, name: str) -> None:
 def test_the_shared_projections_belong_to_no_group() -> None:
     tiny = adapted("VeRA")
     optimizer = optimizer_of(tiny)
-    names = [name for group in optimizer.param_groups for name in group["param_names"]]
+    names = [name for group in optimizer.module_groups for name in group["param_names"]]
     assert not any("projection" in name for name in names)
     assert len(optimizer.groups) == 4, "layers that share A and B are groups of their own"
 

@@ -232,13 +232,13 @@ def test_the_memory_of_gradients_is_that_of_the_largest():
 
 def clipped(model: nn.Module, optimizer: Any) -> None:
     backward(model)
-    nn.utils.clip_grad_norm_(model.parameters(), 1e9)
+    nn.utils.clip_grad_norm_(model.parameters(), 1e-3)
     optimizer.step()
 
 
 def clipped_by_value(model: nn.Module, optimizer: Any) -> None:
     backward(model)
-    nn.utils.clip_grad_value_(model.parameters(), 1e9)
+    nn.utils.clip_grad_value_(model.parameters(), 1e-4)
     optimizer.step()
 
 
@@ -273,6 +273,25 @@ def test_loops_that_need_all_gradients_are_refused_before_anything_moves(loop, r
         loop(model, optimizer)
     assert same(weights(model), before)
     assert not optimizer.state
+
+
+@pytest.mark.parametrize(
+    "clip",
+    [
+        lambda p: nn.utils.clip_grad_norm_(p, float("inf")),  # what the Trainer always does
+        lambda p: nn.utils.clip_grad_norm_(p, 1e9),
+    ],
+)
+def test_clipping_that_changes_nothing_is_no_clipping(clip):
+    models = LanguageModel(), LanguageModel()
+    for model, fused in zip(models, (True, False), strict=True):
+        optimizer = by_blocks(model, fused=fused)
+        for step in range(4):
+            backward(model, step)
+            clip(model.parameters())
+            optimizer.step()
+            optimizer.zero_grad()
+    assert same(*map(weights, models))
 
 
 def test_accumulation_that_begins_later_is_refused_before_the_second_pass_moves_anything():

@@ -31,7 +31,7 @@ def by_blocks(model: nn.Module, rule: Any = AdamW, **options: Any) -> DynamicAll
 def with_state(optimizer: DynamicAllocationOptimizer) -> set[str]:
     """The groups some of whose parameters have a state."""
     held = {parameter for parameter, values in optimizer.state.items() if values}
-    return {g["name"] for g in optimizer.param_groups if not held.isdisjoint(g["params"])}
+    return {g["name"] for g in optimizer.module_groups if not held.isdisjoint(g["params"])}
 
 
 # On any machine

@@ -30,7 +30,7 @@ def linear(warmup: int, total: int):
 
 
 def rates_by_name(optimizer) -> dict[str, float]:
-    pairs = zip(optimizer.param_groups, optimizer.learning_rates(), strict=True)
+    pairs = zip(optimizer.module_groups, optimizer.learning_rates(), strict=True)
     return {group["name"]: rate for group, rate in pairs}
 
 
@@ -198,7 +198,7 @@ def test_a_scheduler_with_one_function_per_user_group():
         ("B",): 0.2 / 4,
         ("base.weight", "base.bias"): 0.2 / 4,
     }
-    for group, rate in zip(optimizer.param_groups, optimizer.learning_rates(), strict=True):
+    for group, rate in zip(optimizer.module_groups, optimizer.learning_rates(), strict=True):
         if group["name"] != "always_active":
             kind = tuple(n.removeprefix(group["name"] + ".") for n in group["param_names"])
             assert rate == pytest.approx(expected[kind])
@@ -372,14 +372,6 @@ def test_what_is_no_function_of_the_step_is_refused():
         LocalLR(scheduler)
     with pytest.raises(ValueError, match="horizon='long'"):
         LocalLR(linear(1, 2), horizon="long")
-
-
-def test_a_scheduler_beside_a_factor_is_refused():
-    model = ToyModel()
-    inner = torch.optim.AdamW(model.parameters(), lr=RATE)
-    lr_scheduler.LambdaLR(inner, linear(1, 2))
-    with pytest.raises(ValueError, match="wrap first, then build the scheduler"):
-        DynamicAllocationOptimizer(inner, model, lr_time=LocalLR(linear(1, 2)))
 
 
 def test_a_scheduler_of_another_optimizer_is_refused():

@@ -37,7 +37,7 @@ def copies(optimizer: DynamicAllocationOptimizer) -> set[str]:
     """The parameters that have a float32 copy."""
     return {
         name
-        for group in optimizer.param_groups
+        for group in optimizer.module_groups
         for name, parameter in zip(group["param_names"], group["params"], strict=True)
         if MASTER in optimizer.state.get(parameter, {})
     }
@@ -152,7 +152,7 @@ def test_copies_exist_where_training_is_and_the_weights_are_their_rounding(activ
         paused = before - set(optimizer.active_groups)
         expected = {
             name
-            for group in optimizer.param_groups
+            for group in optimizer.module_groups
             if group["name"] in (before - paused) | {"position", "embed_tokens", "norm"}
             for name in group["param_names"]
         }

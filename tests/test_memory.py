@@ -280,7 +280,7 @@ def test_the_report_tells_what_is_there():
     assert report.weights == sum(map(tensor_bytes, model.parameters()))
     assert report.adapters == sum(
         tensor_bytes(p)
-        for g in optimizer.param_groups
+        for g in optimizer.module_groups
         if g["name"] in optimizer.groups
         for p in g["params"]
     )

@@ -9,7 +9,6 @@ import pytest
 import torch
 from kinds import Blocks
 from torch import nn
-from torch.optim import lr_scheduler
 from toy import ToyModel, backward, names, same, train, weights, wrapped
 
 from dynalora_optim import Backward, Budget, DynamicAllocationOptimizer, Stochastic
@@ -103,12 +102,20 @@ def test_groups_that_the_optimizer_does_not_hold_are_named():
 
 def test_groups_that_are_frozen_at_construction_are_named():
     model = ToyModel()
-    model.layers[1].requires_grad_(False)
+    for layer in model.layers:
+        layer.requires_grad_(False)
     assert_refused(
         lambda: DynamicAllocationOptimizer(adamw(model), model),
         model,
         ValueError,
         r"requires_grad is False.*layers.1.0.*Leave requires_grad True",
+    )
+    model.layers[0].requires_grad_(True)
+    assert_refused(
+        lambda: DynamicAllocationOptimizer(adamw(model), model, always_active=["layers.1.0"]),
+        model,
+        ValueError,
+        r"requires_grad is False.*1 module group.*layers.1.0.*Leave requires_grad True",
     )
 
 
@@ -127,18 +134,6 @@ def test_lbfgs_cannot_be_allocated():
         model,
         ValueError,
         r"LBFGS keeps one state over all parameters",
-    )
-
-
-def test_a_scheduler_on_the_wrapped_optimizer():
-    model = ToyModel()
-    inner = adamw(model)
-    lr_scheduler.StepLR(inner, 1)
-    assert_refused(
-        lambda: DynamicAllocationOptimizer(inner, model),
-        model,
-        ValueError,
-        r"wrap first, then build the scheduler on the wrapper",
     )
 
 

@@ -226,7 +226,7 @@ def test_user_groups_are_split_per_module_and_inherit_every_option():
     optimizer = DynamicAllocationOptimizer(torch.optim.AdamW(user_groups(model), lr=0.02), model)
     rows = [
         (g["name"], g["param_names"], float(g["lr"]), g["weight_decay"])
-        for g in optimizer.param_groups
+        for g in optimizer.module_groups
     ]
     assert rows == [
         *((name, [f"{name}.A"], 0.02, 0.01) for name in names(3)),
@@ -234,7 +234,7 @@ def test_user_groups_are_split_per_module_and_inherit_every_option():
         *((name, [f"{name}.B"], 0.1, 0.01) for name in names(3)),
         ("always_active", ["head.bias"], 0.02, 0.0),
     ]
-    for group in optimizer.param_groups:
+    for group in optimizer.module_groups:
         for name, parameter in zip(group["param_names"], group["params"], strict=True):
             assert model.get_parameter(name) is parameter
 
@@ -243,7 +243,8 @@ def test_a_name_that_the_user_gave_a_group_is_kept():
     model = ToyModel(layers=1)
     inner = torch.optim.SGD([{"params": list(model.parameters()), "name": "decay"}], lr=0.1)
     optimizer = DynamicAllocationOptimizer(inner, model)
-    assert {group["user_name"] for group in optimizer.param_groups} == {"decay"}
+    assert optimizer.param_groups[0]["name"] == "decay"
+    assert {group["user_name"] for group in optimizer.module_groups} == {"decay"}
 
 
 def test_named_parameters_are_accepted():
@@ -251,7 +252,7 @@ def test_named_parameters_are_accepted():
     optimizer = DynamicAllocationOptimizer(
         torch.optim.AdamW(model.named_parameters(), lr=0.1), model
     )
-    assert optimizer.param_groups[0]["param_names"] == ["layers.0.0.A", "layers.0.0.B"]
+    assert optimizer.module_groups[0]["param_names"] == ["layers.0.0.A", "layers.0.0.B"]
 
 
 @given(st.integers(1, 6), st.integers(1, 4))
@@ -279,7 +280,7 @@ def test_group_values_that_the_rule_changes_are_written_back():
     model = ToyModel()
     optimizer = wrapped(model, Counting, active=2, period=1, allocator="round_robin")
     train(model, optimizer, 3)
-    assert [group["k"] for group in optimizer.param_groups] == [1] * 6 + [3]
+    assert [group["k"] for group in optimizer.module_groups] == [1] * 6 + [3]
 
 
 def test_state_of_the_wrapped_optimizer_is_taken_over():
@@ -392,7 +393,7 @@ def test_add_param_group_joins_what_was_adapted_since():
     train(model, optimizer, 1)
     name = grow(model, optimizer)
     assert optimizer.groups == optimizer.active_groups == names(4), "all active means all"
-    assert {g["name"]: g["lr"] for g in optimizer.param_groups}[name] == 0.3
+    assert {g["name"]: g["lr"] for g in optimizer.module_groups}[name] == 0.3
     before = weights(model)
     train(model, optimizer, 1, start=1)
     assert not torch.equal(model.layers[3][0].A, before[f"{name}.A"])
@@ -419,7 +420,7 @@ def test_added_modules_must_not_break_the_starvation_bound():
     with pytest.raises(ValueError, match="max_idle_periods=2 cannot be kept with 2 of 7"):
         grow(model, optimizer)
     assert optimizer.groups == names(6)
-    assert len(optimizer.param_groups) == 7
+    assert len(optimizer.param_groups) == 1
 
 
 def test_add_param_group_takes_parameters_outside_the_modules():

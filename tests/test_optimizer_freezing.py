@@ -39,7 +39,7 @@ def inactive_parameters(model: nn.Module, optimizer: DynamicAllocationOptimizer)
     idle = set(optimizer.groups) - set(optimizer.active_groups)
     return [
         name
-        for group in optimizer.param_groups
+        for group in optimizer.module_groups
         if group["name"] in idle
         for name in group["param_names"]
     ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import json
+import re
 from typing import Any
 
 import pytest
@@ -17,10 +18,14 @@ from torch.optim import lr_scheduler
 from toy import ToyModel, backward, batch, names, same, train, weights, wrapped
 
 from dynalora_optim import (
+    Backward,
     DynamicAllocationOptimizer,
     ForwardNorm,
     ImportanceTracker,
+    LocalLR,
     Once,
+    Pause,
+    Periodic,
     Threshold,
 )
 
@@ -95,14 +100,61 @@ def test_resume_with_every_rule_also_before_all_states_exist(rule):
     assert_same_run(*resumed(make, stop=3))
 
 
-def test_the_saved_seed_and_count_go_on():
+def test_what_was_changed_during_the_run_goes_on(caplog):
     model = ToyModel()
     optimizer = wrapped(model, active=4, period=1, seed=3)
     optimizer.active = 2
-    other = wrapped(ToyModel(), active=4, period=1, seed=8)
+    other = wrapped(ToyModel(), active=4, period=1, seed=3)
     other.load_state_dict(optimizer.state_dict())
     assert other.active == 2
-    assert json.loads(other.state_dict()["param_groups"][0]["dynalora"])["seed"] == 3
+    assert not caplog.messages
+
+
+CHANGES: dict[str, tuple[dict[str, Any], str]] = {
+    "active": ({"active": 3}, "active=2, but this optimizer was built with active=3"),
+    "seed": ({"seed": 8}, "seed=0, but this optimizer was built with seed=8"),
+    "period": ({"period": 5}, r"period=Periodic\(n=2, warmup=0\), but .* period=Periodic\(n=5, w"),
+    "warmup": ({"period": Periodic(2, warmup=9)}, r"period=Periodic\(n=2, warmup=0\), but .*=9\)"),
+    "allocator": ({"allocator": "topk"}, r"allocator=Discounted.*, but .* allocator=TopK"),
+    "importance": ({"importance": "gradient"}, "importance=.*Forward.*Gradient.*scores start anew"),
+    "window": (
+        {"importance": ImportanceTracker(window="period")},
+        "importance=.*window=None.*window='period'.*scores start anew",
+    ),
+    "every": ({"importance": ImportanceTracker(every=2)}, "every=1, but .* every=2"),
+    "lr_time": ({"lr_time": LocalLR(float)}, r"lr_time='global', but .* lr_time=LocalLR\(float"),
+    "pause": ({"pause": Pause(warmup=2)}, r"pause=Pause\(.*warmup=0\), but .*warmup=2\)"),
+    "backward": (
+        {"backward": Backward(checkpoint_idle=True)},
+        r"backward=Backward\(.*checkpoint_idle=False\), but .*checkpoint_idle=True\)",
+    ),
+    "master_weights": ({"master_weights": "nearest"}, "master_weights=None, but .*='nearest'"),
+}
+
+
+@pytest.mark.parametrize("setting", CHANGES)
+def test_a_changed_setting_counts_and_is_logged(setting, caplog):
+    options, line = copy.deepcopy(CHANGES[setting])
+    model, other = ToyModel(), ToyModel()
+    optimizer = wrapped(model, active=2, period=2)
+    train(model, optimizer, 3)
+    resumed = wrapped(other, **{"active": 2, "period": 2, **options})
+    other.load_state_dict(model.state_dict())
+    resumed.load_state_dict(optimizer.state_dict())
+    (message,) = caplog.messages
+    assert re.search(line, message), message
+    assert resumed._allocation.steps == 3
+    assert resumed.record.state_dict() == optimizer.record.state_dict()
+    assert resumed.active == options.get("active", 2)
+    anew = "scores start anew" in message
+    assert any(resumed.tracker.scores().values()) is not anew
+    train(other, resumed, 4, start=3)
+    if setting == "period":
+        assert [entry.step for entry in resumed.record] == [0, 2, 5]
+    caplog.clear()
+    again = wrapped(ToyModel(), **{"active": 2, "period": 2, **copy.deepcopy(CHANGES[setting][0])})
+    again.load_state_dict(resumed.state_dict())
+    assert not caplog.messages, "the settings of the last run count"
 
 
 def test_a_round_trip_changes_nothing():
@@ -164,11 +216,12 @@ def test_states_not_yet_materialised_are_saved_as_zeros_and_not_loaded():
     state = optimizer.state_dict()
     trainable = [p for p in model.parameters() if p.requires_grad]
     assert len(state["state"]) == len(trainable), "frozen base weights have no state"
+    (group,) = state["param_groups"]
+    packed = json.loads(group["dynalora"])
     absent = [
         state["state"][key]
-        for group in state["param_groups"]
-        for name, key in zip(group["param_names"], group["params"], strict=True)
-        if name in json.loads(group["dynalora"])["unmaterialized"]
+        for name, key in zip(packed["param_names"], group["params"], strict=True)
+        if name in packed["unmaterialized"]
     ]
     assert len(absent) == 2 * 4
     for values in absent:
@@ -195,9 +248,11 @@ def test_what_a_resume_needs_survives_without_the_record():
 
 def test_groups_are_matched_by_name_not_by_place():
     model = ToyModel()
-    optimizer = wrapped(model, active=2, period=2)
+    inner = torch.optim.AdamW(user_groups(model), lr=0.02)
+    optimizer = DynamicAllocationOptimizer(inner, model, active=2, period=2)
     train(model, optimizer, 3)
     state = through_a_file(optimizer.state_dict())
+    assert len(state["param_groups"]) == 3
     state["param_groups"] = state["param_groups"][::-1]
     twin, twin_optimizer = copy.deepcopy((model, optimizer))
     twin_optimizer.load_state_dict(state)
@@ -272,11 +327,40 @@ def assert_unchanged_by(optimizer, model, state, match):
 def test_other_groups_are_named():
     model, other = ToyModel(layers=4), ToyModel(layers=3)
     assert_unchanged_by(
-        wrapped(other), other, wrapped(model).state_dict(), r"missing: none; unexpected: layers.3.0"
+        wrapped(other),
+        other,
+        wrapped(model).state_dict(),
+        r"missing: none; unexpected: layers.3.0.A, layers.3.0.B",
     )
     assert_unchanged_by(
-        wrapped(model), model, wrapped(other).state_dict(), r"missing: layers.3.0; unexpected: none"
+        wrapped(model),
+        model,
+        wrapped(other).state_dict(),
+        r"missing: layers.3.0.A, layers.3.0.B.*; unexpected: none",
     )
+
+
+def test_other_module_groups_of_the_same_parameters_are_named():
+    def pairs(name, module):
+        place = name.split(".")
+        return f"pair {int(place[1]) // 2}" if hasattr(module, "adapter_params") else None
+
+    model, other = ToyModel(layers=4), ToyModel(layers=4)
+    assert_unchanged_by(
+        wrapped(other),
+        other,
+        wrapped(model, groups=pairs).state_dict(),
+        r"other module groups.*missing: layers.0.0, .*; unexpected: pair 0, pair 1",
+    )
+
+
+def test_the_parameters_in_other_param_groups_are_refused():
+    model, other = ToyModel(), ToyModel()
+    several = DynamicAllocationOptimizer(torch.optim.AdamW(user_groups(model)), model)
+    named = [p for p in other.parameters() if p.requires_grad]
+    one = DynamicAllocationOptimizer(torch.optim.AdamW(named), other)
+    match = "these parameters in other param groups: 3, here 1. Build the optimizer with the groups"
+    assert_unchanged_by(one, other, several.state_dict(), match)
 
 
 def test_a_group_of_another_size_is_refused():
@@ -284,14 +368,14 @@ def test_a_group_of_another_size_is_refused():
     optimizer = wrapped(model)
     state = optimizer.state_dict()
     state["param_groups"][0]["params"] = [0]
-    assert_unchanged_by(optimizer, model, state, r"group layers.0.0; missing: layers.0.0.B; unex")
+    assert_unchanged_by(
+        optimizer, model, state, r"in a param group; missing: head.bias, head.*; unexpected: none"
+    )
 
 
 @pytest.mark.parametrize(
     ("saved", "loading", "match"),
     [
-        ({}, {"importance": "gradient"}, r"saved with importance ForwardNorm.*has GradientNorm"),
-        ({}, {"importance": ImportanceTracker(window="period")}, r"window=None.*window='period'"),
         ({}, {"lr_time": "local"}, r"lacks rates of its 2 steps.*saved with another lr_time"),
     ],
 )
@@ -308,5 +392,5 @@ def test_threshold_and_names_come_back():
     train(model, optimizer, 2)
     other = wrapped(ToyModel(), allocator=Threshold(0.4), period=1)
     other.load_state_dict(optimizer.state_dict())
-    assert [group["name"] for group in other.param_groups] == [*names(), "always_active"]
+    assert [group["name"] for group in other.module_groups] == [*names(), "always_active"]
     assert other.active_groups == optimizer.active_groups

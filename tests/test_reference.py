@@ -150,7 +150,8 @@ class Subject:
     @property
     def updates(self) -> list[int]:
         groups = self.optimizer.state_dict()["param_groups"]
-        saved = {group["name"]: json.loads(group["dynalora"]) for group in groups}
+        packed = [json.loads(group["dynalora"])["modules"] for group in groups]
+        saved = {name: module for modules in packed for name, module in modules.items()}
         return [saved[name]["updates"] for name in self.optimizer.groups]
 
 

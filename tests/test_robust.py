@@ -184,7 +184,7 @@ def test_idle_modules_move_along_and_are_trained_later(kind):
         optimizer.step()
         optimizer.zero_grad()
     after = weights(model)
-    groups = [group for group in optimizer.param_groups if group["name"] in optimizer.groups]
+    groups = [group for group in optimizer.module_groups if group["name"] in optimizer.groups]
     adapters = [name for group in groups for name in group["param_names"]]
     assert all(after[name].dtype == torch.float64 for name in after)
     assert not any(torch.equal(before[name], after[name]) for name in adapters)
@@ -271,7 +271,7 @@ def test_loops_of_other_shapes(kind, passes, options):
             chosen = set(optimizer.active_groups)
             optimizer.step()
             optimizer.zero_grad()
-            for group in optimizer.param_groups:
+            for group in optimizer.module_groups:
                 if group["name"] in set(optimizer.groups) - chosen:
                     for name, parameter in zip(group["param_names"], group["params"], strict=True):
                         assert torch.equal(before[name], parameter)

@@ -280,7 +280,8 @@ def test_a_forward_that_is_interrupted_takes_no_parameter_away(error, then):
 
 
 def optimizer_parameter(optimizer: Optimizer, name: str) -> Tensor:
-    for group in optimizer.param_groups:
+    groups = getattr(optimizer, "module_groups", optimizer.param_groups)
+    for group in groups:
         if name in group["param_names"]:
             return group["params"][group["param_names"].index(name)]
     raise KeyError(name)

@@ -167,8 +167,9 @@ def test_any_change_to_a_state_dict_is_loaded_or_refused_whole(run, data):
 
 @pytest.mark.parametrize("run", RUNS)
 def test_without_any_one_of_its_parts_a_state_dict_is_refused(run):
-    paths = [p for p in places(decoded(SAVED[run])) if PACKED in p and len(p) == 4]
-    paths = [p for p in paths if p[3] not in ("costs", "loop", "lr_history")]  # not in all groups
+    paths = [p for p in places(decoded(SAVED[run])) if PACKED in p and len(p) in (4, 6)]
+    paths = [p for p in paths if len(p) == 4 or p[3] == "modules"]
+    paths = [p for p in paths if p[3] not in ("costs", "loop")]  # None without a budget
     assert len(paths) > 20
     for path in paths:
         state = decoded(SAVED[run])
@@ -179,7 +180,7 @@ def test_without_any_one_of_its_parts_a_state_dict_is_refused(run):
 @given(text=st.text(max_size=20) | st.sampled_from(["[" * 10**5, '{"a":' * 10**5, "NaN", "1"]))
 def test_any_packed_text_is_refused(text):
     state = copy.deepcopy(SAVED["forward"])
-    state["param_groups"][1][PACKED] = text
+    state["param_groups"][0][PACKED] = text
     assert not loads_or_is_refused("forward", state)
 
 
@@ -194,8 +195,8 @@ def at(*path: Any, value: Any) -> Callable[[], dict[str, Any]]:
 
 def nobody_active() -> dict[str, Any]:
     state = decoded(SAVED["forward"])
-    for group in state["param_groups"][:3]:
-        group[PACKED]["active"] = False
+    for module in state["param_groups"][0][PACKED]["modules"].values():
+        module["active"] = False
     return encoded(state)
 
 
@@ -213,7 +214,7 @@ SPOILT: dict[str, tuple[Callable[[], Any], str]] = {
     ),
     "nobody active": (nobody_active, "no active module group"),
     "a score too many": (
-        at("param_groups", 1, PACKED, "window", value=[1.0, 2.0]),
+        at("param_groups", 0, PACKED, "modules", "layers.1.0", "window", value=[1.0, 2.0]),
         "2 values for the score of layers.1.0, but its window holds 1",
     ),
     "no record": (at("record", value="x"), "record of kind str"),

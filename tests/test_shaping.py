@@ -62,7 +62,7 @@ def test_gradients_are_those_of_the_unshaped_model(name, how, dtype, error, drop
         found = seeded_gradients(tiny)
         trained = {
             name
-            for group in optimizer.param_groups
+            for group in optimizer.module_groups
             if group["name"] not in optimizer.groups
             or in_blocks([group["name"]], optimizer) <= plan.active
             for name in group["param_names"]

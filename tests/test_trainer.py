@@ -268,7 +268,7 @@ def test_every_adapter_parameter_is_held_frozen_or_not(tmp_path):
     pair = dynalora_optimizer(arguments(tmp_path), active=2)
     trainer = transformers.Trainer(model, optimizer_cls_and_kwargs=pair, args=arguments(tmp_path))
     optimizer = trainer.create_optimizer()
-    held = {id(p): g["name"] for g in optimizer.param_groups for p in g["params"]}
+    held = {id(p): g["name"] for g in optimizer.module_groups for p in g["params"]}
     assert {id(p) for p in parts} <= held.keys()
     trainable = {id(p) for p in model.parameters() if p.requires_grad}
     assert held.keys() == trainable | {id(parts[0])}, "and nothing of the frozen base"

@@ -65,12 +65,10 @@ def zeros_like(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     )
 
 
-def average(values: Tensor) -> Tensor:
-    """Return the mean of ``values`` over all ranks, without waiting for their device."""
-    ranks = world_size()
-    if ranks > 1:
-        distributed.all_reduce(values)  # gloo has no ReduceOp.AVG
-        values /= ranks
+def total(values: Tensor) -> Tensor:
+    """Return the sum of ``values`` over all ranks, without waiting for their device."""
+    if world_size() > 1:
+        distributed.all_reduce(values)
     return values
 
 

@@ -35,7 +35,6 @@ else:
 
 
 __all__ = ["TorchDispatchMode"]
-
 ORIGINAL = "_orig_mod"  # the attribute in which torch.compile(module) keeps the module
 COMPILED_CALL = "_compiled_call_impl"  # the attribute in which module.compile() keeps its code
 
@@ -106,11 +105,6 @@ def original(module: nn.Module) -> nn.Module:
     return found
 
 
-def is_wrapped_by_compile(module: nn.Module) -> bool:
-    """Return whether ``module`` is a result of ``torch.compile``."""
-    return hasattr(module, ORIGINAL)
-
-
 def plain_name(name: str) -> str:
     """Return a dotted path without the parts that torch.compile adds."""
     return ".".join(part for part in name.split(".") if part != ORIGINAL)
@@ -130,14 +124,6 @@ def keeps_graph() -> bool:
     ask = getattr(torch._C, "_autograd", None)
     ask = getattr(ask, "_get_current_graph_task_keep_graph", None)
     return bool(ask and ask())
-
-
-def version_of(tensor: Tensor) -> int:
-    """Return how often ``tensor`` was written to in place.
-
-    If torch lacks ``_version``: 0. Then only a changed sum shows that a tensor was written to.
-    """
-    return int(getattr(tensor, "_version", 0))
 
 
 # --- Storages and operations, for LiveBytes.
@@ -179,8 +165,8 @@ def _pytree(name: str) -> Callable[..., Any]:
     return _private(module, name, feature="counting memory")  # type: ignore[no-any-return]
 
 
-# The operation that is dispatched when Python reads a value. None if torch lacks it: torch then
-# raises its own error if a model reads a value on the meta device.
+# What is dispatched when Python reads a value. None if torch lacks it: torch then raises its own
+# error if a model reads a value on the meta device.
 READ_SCALAR = getattr(getattr(torch.ops.aten, "_local_scalar_dense", None), "default", None)
 
 
@@ -225,24 +211,25 @@ def fused_attention(  # noqa: PLR0917 - the order that torch uses
 
 def add_all(left: Sequence[Tensor], right: Sequence[Tensor], *, alpha: float = 1) -> list[Tensor]:
     """Return a + alpha * b for each pair (a, b)."""
-    if foreach := getattr(torch, "_foreach_add", None):
-        return list(foreach(left, right, alpha=alpha))
-    return [a.add(b, alpha=alpha) for a, b in zip(left, right, strict=True)]
+    return _on_all("add", left, right, alpha=alpha)
 
 
 def distances(left: Sequence[Tensor], right: Sequence[Tensor]) -> list[Tensor]:
     """Return |a - b| for each pair (a, b)."""
-    subtract, absolute = (getattr(torch, f"_foreach_{name}", None) for name in ("sub", "abs"))
-    if subtract and absolute:
-        return list(absolute(subtract(left, right)))
-    return [a.sub(b).abs() for a, b in zip(left, right, strict=True)]
+    return _on_all("abs", _on_all("sub", left, right))
 
 
 def scale_all(tensors: Sequence[Tensor], factor: float) -> list[Tensor]:
     """Return factor * a for each tensor a."""
     if foreach := getattr(torch, "_foreach_mul", None):
         return list(foreach(tensors, factor))
-    return [a.mul(factor) for a in tensors]
+    return [tensor.mul(factor) for tensor in tensors]
+
+
+def _on_all(operation: str, *lists: Sequence[Tensor], **options: float) -> list[Tensor]:
+    if foreach := getattr(torch, f"_foreach_{operation}", None):
+        return list(foreach(*lists, **options))
+    return [getattr(torch, operation)(*items, **options) for items in zip(*lists, strict=True)]
 
 
 # --- DistributedDataParallel.
@@ -250,17 +237,15 @@ def scale_all(tensors: Sequence[Tensor], factor: float) -> list[Tensor]:
 
 def active_ddp() -> DistributedDataParallel | None:
     """Return the DistributedDataParallel whose forward runs now; None if there is none."""
-    ask = _private(
-        DistributedDataParallel, "_get_active_ddp_module", feature="DistributedDataParallel"
-    )
-    found: DistributedDataParallel | None = ask()
+    owner, name = DistributedDataParallel, "_get_active_ddp_module"
+    found: DistributedDataParallel | None = _private(owner, name, feature=owner.__name__)()
     return found
 
 
 def parameters_reduced(ddp: DistributedDataParallel) -> int:
     """Return how many parameters ``ddp`` averages over the ranks."""
-    ask = _private(ddp, "_get_ddp_logging_data", feature="DistributedDataParallel")
-    return int(ask()["num_parameter_tensors"])
+    data = _private(ddp, "_get_ddp_logging_data", feature="DistributedDataParallel")()
+    return int(data["num_parameter_tensors"])
 
 
 # --- Optimizers and their schedulers.
@@ -270,6 +255,16 @@ def share_step_hooks(new: torch.optim.Optimizer, old: torch.optim.Optimizer) -> 
     """Make ``new`` use the step hooks of ``old``, including those that are added later."""
     for name in ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks"):
         setattr(new, name, _private(old, name, feature="wrapping an optimizer"))
+
+
+def mark_stepped(optimizer: torch.optim.Optimizer) -> None:
+    """Tell a scheduler of ``optimizer`` that an update was made; else it warns of its own step."""
+    optimizer._opt_called = True  # type: ignore[attr-defined]
+
+
+def state_hooks(optimizer: torch.optim.Optimizer, when: str) -> list[Callable[..., Any]]:
+    """Return the user's hooks of one kind, such as "state_dict_pre"; none if torch renames them."""
+    return list(getattr(optimizer, f"_optimizer_{when}_hooks", {}).values())
 
 
 def has_scheduler(optimizer: torch.optim.Optimizer) -> bool:

@@ -12,6 +12,7 @@ from dynalora_optim.allocation._context import Allocator, uses_active
 from dynalora_optim.allocation._costs import Costs
 from dynalora_optim.allocation._counters import GroupCounters
 from dynalora_optim.allocation._record import AllocationRecord, Reallocation
+from dynalora_optim.allocation._saved_costs import restored_costs
 from dynalora_optim.allocation._schedules import Schedule
 from dynalora_optim.allocation._selector import Selector
 from dynalora_optim.allocation._spending import Spending
@@ -153,6 +154,8 @@ class AllocationState:
         chosen = [name for name in self.names if groups[name]["active"]]
         if not chosen:
             raise ValueError("state_dict has no active module group; at least one always is.")
+        if clock.get("costs"):  # `load_state` reads them also for an allocator without costs
+            restored_costs(clock["costs"], modules=len(self.names))
         self._spending.check(clock, self._positions(chosen), len(self.names))
 
     def load_state(

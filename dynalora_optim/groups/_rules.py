@@ -9,7 +9,8 @@ from typing import Literal, TypeAlias, cast, get_args
 from torch import nn
 
 from dynalora_optim._base.checks import whole_number
-from dynalora_optim._base.torch_private import has_child, original, parameter_slots, plain_name
+from dynalora_optim._base.torch_private import has_child, parameter_slots, plain_name
+from dynalora_optim._base.wrappers import bare
 from dynalora_optim.groups._blocks import find_blocks
 from dynalora_optim.groups._module_group import AdapterModule, GroupRole, ModuleGroup, Slot
 
@@ -86,7 +87,7 @@ def find_groups(model: nn.Module, rule: GroupRule = "auto") -> list[ModuleGroup]
         TypeError: ``rule`` is not one of these.
         ValueError: No module forms a group.
     """
-    model = original(model)  # the module that torch.compile was given
+    model = bare(model)
     rule = Blocks() if rule == "blocks" else rule
     if isinstance(rule, Blocks):
         claims = list(rule.claims(model))

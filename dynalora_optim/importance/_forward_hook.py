@@ -56,6 +56,8 @@ class ForwardHook:
     def __call__(self, module: nn.Module, args: tuple[object, ...], output: object) -> None:
         base_output, self._base_output = self._base_output, None
         if not (module.training and torch.is_grad_enabled()):
+            if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+                self._window.skipped = True
             return
         rows = first_tensor(output)
         if torch.compiler.is_compiling():

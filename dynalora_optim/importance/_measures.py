@@ -115,7 +115,7 @@ class GradientNorm:
     def score_gradients(self, parameters: Sequence[Tensor]) -> Tensor:
         """Return ||(g_1, ..., g_n)||_p in float32."""
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-        norms = torch.stack([_norm(gradient, self.p) for gradient in gradients])
+        norms = torch.stack([_norm(_values(gradient), self.p) for gradient in gradients])
         return _norm(norms, self.p)
 
 
@@ -150,7 +150,9 @@ class Sensitivity:
     def score_gradients(self, parameters: Sequence[Tensor]) -> Tensor:
         """Return s = the sum over the adapter's weights of ``|w * g|``, in float32."""
         products = [
-            (parameter.detach() * parameter.grad).abs().sum(dtype=torch.float32)
+            (_values(parameter.detach(), like=parameter.grad) * _values(parameter.grad))
+            .abs()
+            .sum(dtype=torch.float32)
             for parameter in parameters
             if parameter.grad is not None
         ]
@@ -184,6 +186,19 @@ def as_measure(importance: str | ImportanceMeasure) -> ImportanceMeasure:
 def _check_norm(kind: str, p: object) -> None:
     if p not in (1, 2):
         raise ValueError(f"{kind}(p={p!r}): pass 1 or 2, the norms of the paper.")
+
+
+def _values(tensor: Tensor, like: Tensor | None = None) -> Tensor:
+    """Return the elements of a tensor that a gradient may have (``like``, or the tensor itself).
+
+    A sparse gradient, such as of ``nn.Embedding(sparse=True)``, has few; the others are 0.
+    """
+    shape = tensor if like is None else like
+    if shape.layout == torch.strided:
+        return tensor
+    if like is not None:
+        tensor = tensor.sparse_mask(like.coalesce())
+    return tensor.coalesce().values()
 
 
 def _norm(tensor: Tensor, p: int, dim: int | None = None) -> Tensor:

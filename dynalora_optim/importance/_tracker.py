@@ -20,6 +20,7 @@ from dynalora_optim._base.collectives import whole
 from dynalora_optim._base.torch_private import has_child
 from dynalora_optim.groups._module_group import ModuleGroup
 from dynalora_optim.importance._forward_hook import ForwardHook, Watch
+from dynalora_optim.importance._mask import masks_of
 from dynalora_optim.importance._measures import (
     ForwardMeasure,
     GradientMeasure,
@@ -27,10 +28,11 @@ from dynalora_optim.importance._measures import (
     as_measure,
 )
 from dynalora_optim.importance._normalise import normalised, usable_scores
+from dynalora_optim.importance._sharing import counts, share_with_ranks, take_counts
+from dynalora_optim.importance._unscored import warn_of_evaluation
 from dynalora_optim.importance._windows import (
     Window,
     WindowSpec,
-    average_over_ranks,
     to_host,
     window_maker,
 )
@@ -58,8 +60,9 @@ class ImportanceTracker:
             a probe, an inactive module keeps its last score.
 
     Attributes:
-        attention_mask: (batch, tokens), nonzero where a token counts. Set it before the forward
-            pass to leave padding out; it is used until you set another one, or None.
+        attention_mask: (batch, tokens), nonzero where a token counts, to leave padding out. It is
+            taken from the ``attention_mask=`` with which the model is called. If you set it, it is
+            used in the next forward pass of the model only.
 
     Raises:
         TypeError: ``measure`` is neither a name nor a measure.
@@ -91,6 +94,7 @@ class ImportanceTracker:
         self._hooks: list[ForwardHook] = []
         self._handles: list[RemovableHandle] = []
         self._watch = Watch()
+        self._has_warned = False
 
     @property
     def attention_mask(self) -> Tensor | None:
@@ -105,6 +109,10 @@ class ImportanceTracker:
                 "tokenizer's mask, not an attention bias."
             )
         self._watch.mask = mask
+
+    def follow(self, model: nn.Module) -> None:
+        """Take the attention mask of each batch from the call of ``model``."""
+        self._handles += masks_of(model, self._watch)
 
     def attach(self, groups: Sequence[ModuleGroup]) -> None:
         """Measure the modules of ``groups`` too, in addition to those measured already."""
@@ -167,13 +175,15 @@ class ImportanceTracker:
                 self.observe(group)
 
     def share(self, device: torch.device) -> None:
-        """Add this step's scores to the windows, and average the windows over all ranks.
+        """Add this step's scores to the windows, and share the windows with all ranks.
+
+        A window has then the mean over the ranks that have added to it.
 
         This is done at each step, so that all ranks save the same checkpoint, also within a period.
         """
         self._watch.passes.settle()
         if self._watch.enabled:
-            average_over_ranks(list(self._windows.values()), device)
+            share_with_ranks(list(self._windows.values()), device)
 
     def end_step(self, step: int) -> None:
         """Tell the tracker that optimizer step number ``step`` (counted from 1) is done."""
@@ -212,6 +222,7 @@ class ImportanceTracker:
         """Begin a new period; return the scores that the reallocation uses."""
         values = self._read()
         scores = self._scores(values)
+        self._has_warned = self._has_warned or warn_of_evaluation(self._windows)
         for name, window in self._windows.items():
             window.roll(values[name])
         return scores
@@ -220,18 +231,6 @@ class ImportanceTracker:
         """Return the content of each group's window, as plain values."""
         values = self._read()
         return {name: window.state(values[name]) for name, window in self._windows.items()}
-
-    def check_description(self, saved: str) -> None:
-        """Raise unless this tracker can continue scores saved with the description ``saved``.
-
-        Raises:
-            ValueError: The scores are of another measure or window.
-        """
-        if saved != self.description:
-            raise ValueError(
-                f"state_dict was saved with importance {saved}, but this optimizer has "
-                f"{self.description}. Build it with the importance that it was saved with."
-            )
 
     def check_state(self, state: Mapping[str, Mapping[str, Any]]) -> None:
         """Raise unless each window can load the values that are saved for it.
@@ -260,9 +259,14 @@ class ImportanceTracker:
 
     def _read(self) -> dict[str, list[float]]:
         self._watch.passes.settle()
-        tensors = [tensor for window in self._windows.values() for tensor in window.tensors]
-        values = iter(to_host(tensors))
-        return {n: [next(values) for _ in w.tensors] for n, w in self._windows.items()}
+        windows = list(self._windows.values())
+        passes = counts(windows)
+        tensors = [tensor for window in windows for tensor in window.tensors]
+        values = to_host([*passes, *tensors])
+        rest = iter(values[len(passes) :])
+        read = {n: [next(rest) for _ in w.tensors] for n, w in self._windows.items()}
+        take_counts(windows, values[: len(passes)])
+        return {n: values if self._windows[n].tensors else [] for n, values in read.items()}
 
 
 def as_tracker(importance: str | ImportanceMeasure | ImportanceTracker) -> ImportanceTracker:

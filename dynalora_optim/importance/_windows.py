@@ -18,7 +18,6 @@ from typing import Any, ClassVar, Literal, TypeAlias
 import torch
 from torch import Tensor
 
-from dynalora_optim._base.collectives import average, world_size
 from dynalora_optim._base.torch_private import add_all, distances, scale_all
 
 
@@ -48,6 +47,9 @@ class Window(ABC):
     def __init__(self) -> None:
         self.tensors: list[Tensor] = []
         self.count = 0  # passes collected
+        self.skipped = False  # whether a pass with gradients was left out, in evaluation mode
+        self.unshared = 0  # of these, passes that this rank has not yet shared with the others
+        self.shared_count: Tensor | None = None  # passes of all ranks, in the mean; on their device
 
     @property
     def is_empty(self) -> bool:
@@ -57,6 +59,14 @@ class Window(ABC):
     def first(self, value: Tensor) -> list[Tensor]:
         """Return ``tensors`` after a first pass of score ``value``."""
         return [value]
+
+    def if_begun(self, joined: list[Tensor], value: Tensor) -> list[Tensor]:
+        """Return ``joined``; or what a first pass gives, if no rank has collected one so far."""
+        if self.count or self.shared_count is None:
+            return joined
+        is_begun = self.shared_count.to(value.device) > 0
+        first = self.first(value)
+        return [torch.where(is_begun, j, f) for j, f in zip(joined, first, strict=True)]
 
     @abstractmethod
     def join(self, columns: Sequence[list[Tensor]], values: list[Tensor]) -> list[list[Tensor]]:
@@ -76,6 +86,10 @@ class Window(ABC):
     def roll(self, values: Sequence[float]) -> None:
         """Begin a new period."""
 
+    def empty(self) -> None:
+        """Forget all passes that are not closed."""
+        self.tensors, self.count, self.unshared, self.shared_count = [], 0, 0, None
+
     def state(self, values: Sequence[float]) -> dict[str, Any]:
         """Return the window as plain values, given ``tensors`` as numbers."""
         return {"window": list(values), "count": self.count}
@@ -83,7 +97,7 @@ class Window(ABC):
     def load(self, state: Mapping[str, Any]) -> None:
         """Load what `state` returned."""
         self.tensors = [torch.tensor(value, dtype=torch.float32) for value in state["window"]]
-        self.count = state["count"]
+        self.count, self.unshared, self.shared_count = state["count"], 0, None
 
 
 class SumWindow(Window):
@@ -123,7 +137,7 @@ class SumWindow(Window):
             self._closed_count += self.count
         elif not self._run and self.count:
             self._closed, self._closed_count = total, self.count
-        self.tensors, self.count = [], 0
+        self.empty()
 
     def state(self, values: Sequence[float]) -> dict[str, Any]:
         """Return the values of the current period and of the closed ones."""
@@ -142,7 +156,7 @@ class SmoothingWindow(Window):
     def roll(self, values: Sequence[float]) -> None:
         """Keep the values; if one is inf or nan, start again without any."""
         if not all(map(math.isfinite, values)):
-            self.tensors, self.count = [], 0
+            self.empty()
 
 
 class EmaWindow(SmoothingWindow):
@@ -212,20 +226,6 @@ def window_maker(
     return partial(SumWindow, run=spec != "period", mean=mean)
 
 
-def average_over_ranks(windows: Sequence[Window], device: torch.device) -> None:
-    """Replace the tensors of the windows by their means over all ranks, without waiting."""
-    if world_size() == 1 or not windows:
-        return
-    empty = [torch.zeros(())] * max(window.width for window in windows)
-    rows = [(window.tensors or empty)[: window.width] for window in windows]
-    flat = torch.stack([scalar.to(device, torch.float32) for row in rows for scalar in row])
-    values = iter(average(flat).unbind())
-    for window in windows:
-        row = [next(values) for _ in range(window.width)]
-        if window.tensors:
-            window.tensors = row
-
-
 def to_host(scalars: Sequence[Tensor]) -> list[float]:
     """Read scalars with one copy per device."""
     values = [0.0] * len(scalars)
@@ -261,13 +261,15 @@ class Passes:
         waiting, self._waiting = self._waiting, {}
         begun = {window: score for window, score in waiting.items() if window.tensors}
         for window, score in waiting.items():
-            window.count += 1
             window.tensors = [t.to(score.device) for t in window.tensors] or window.first(score)
         if begun:
             columns = [list(column) for column in zip(*(w.tensors for w in begun), strict=True)]
             columns = next(iter(begun)).join(columns, list(begun.values()))
             for window, tensors in zip(begun, zip(*columns, strict=True), strict=True):
-                window.tensors = list(tensors)
+                window.tensors = window.if_begun(list(tensors), begun[window])
+        for window in waiting:
+            window.count += 1
+            window.unshared += 1
 
     def forget(self) -> None:
         """Delete the waiting scores."""

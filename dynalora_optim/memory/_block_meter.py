@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dynalora_optim._base.collectives import is_fully_sharded
-from dynalora_optim._base.torch_private import is_wrapped_by_compile
+from dynalora_optim._base.torch_private import original
 from dynalora_optim.allocation._costs import Costs
 from dynalora_optim.groups._blocks import Block, model_blocks
 from dynalora_optim.groups._layout import blocks_of
@@ -50,7 +50,7 @@ class BlockMeter:
             model_blocks(self.model, must=True)
         blocks_of(groups, self.blocks)
         for block in self.blocks:
-            if is_wrapped_by_compile(block.module):
+            if original(block.module) is not block.module:
                 raise ValueError(
                     f"Budget: {block.name} is wrapped by torch.compile, so that it cannot be "
                     "measured; compile the block itself, in place: block.compile()."

@@ -45,6 +45,11 @@ class Allocating(Protocol):
         ...
 
     @property
+    def module_groups(self) -> list[dict[str, Any]]:
+        """The param groups, split by module group."""
+        ...
+
+    @property
     def allocator(self) -> Allocator:
         """The allocator, which chooses the active groups."""
         ...
@@ -161,7 +166,7 @@ def _choices(optimizer: Optimizer, active: int | Collection[str] | None) -> list
         return [tuple(active)]
     count = len(optimizer.active_groups) if active is None else active
     sizes = dict.fromkeys(names, 0)
-    for group in optimizer.param_groups:
+    for group in optimizer.module_groups:
         if group["name"] in sizes:
             sizes[group["name"]] += sum(map(tensor_bytes, group["params"]))
     largest = sorted(names, key=lambda name: -sizes[name])[:count]

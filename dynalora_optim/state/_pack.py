@@ -1,4 +1,4 @@
-"""The state dict: torch's own, with the allocation as one string in each param group.
+"""The state dict: the wrapped optimizer's own, with the allocation as a string in its groups.
 
 ``torch.distributed.checkpoint`` keeps only ``state`` and ``param_groups``. In a group it keeps any
 string, but lists and dicts only if the loading optimizer has the same ones. In its flattened form
@@ -10,107 +10,135 @@ history: it is a separate entry of the state dict.
 from __future__ import annotations
 
 import json
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from dynalora_optim.state._placeholders import MARK, drop_placeholders
 from dynalora_optim.state._validate import check_value, damaged
-from dynalora_optim.update._param_groups import PACKED, ParamGroup
+from dynalora_optim.update._param_groups import PACKED
+
+NAMES = "param_names"  # of the parameters of a group, in their order
+_TENSOR = "tensor of"
 
 
 def pack(packed: dict[str, Any], values: Sequence[Mapping[str, Any]]) -> None:
-    """Put ``values``, one mapping per param group, into torch's state dict ``packed``."""
+    """Put ``values``, one mapping per param group, into the state dict ``packed``."""
     for group, extra in zip(packed["param_groups"], values, strict=True):
-        group[PACKED] = json.dumps(extra)
+        group[PACKED] = json.dumps(extra, default=_as_json)
 
 
 def unpack(
-    packed: Mapping[str, Any], groups: Sequence[ParamGroup]
+    packed: Mapping[str, Any], names: Sequence[Sequence[str]]
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Return torch's own part of the state dict ``packed``, and the values that `pack` added.
+    """Return the wrapped optimizer's part of the state dict, and the values that `pack` added.
 
-    Both are in the order of ``groups``; groups and their parameters are matched by name.
+    Both are in the order of ``names``, the names of the parameters of each group; groups and their
+    parameters are matched by name.
 
     Raises:
-        ValueError: ``packed`` has other module groups, or parts of it are missing.
+        ValueError: ``packed`` has other parameters, or parts of it are missing.
     """
-    saved = _matched(packed["param_groups"], groups)
-    values = [_values(group) for group in saved]
-    lean = drop_placeholders({**packed, "param_groups": saved}, values)
+    pairs = [(group, _values(i, group)) for i, group in enumerate(packed["param_groups"])]
+    matched = _matched(pairs, names)
+    saved = [_reordered(*pair, own) for pair, own in zip(matched, names, strict=True)]
+    values = [found for _, found in matched]
+    lean = drop_placeholders({**packed, "param_groups": saved}, values, names)
     lean["param_groups"] = [{**group, PACKED: ""} for group in saved]
+    lean.pop("record", None)
     return lean, values
 
 
-def _values(group: Mapping[str, Any]) -> dict[str, Any]:
+def _values(position: int, group: Mapping[str, Any]) -> dict[str, Any]:
     """Return the values of one saved group; most of them are checked later."""
+    if not group.get(PACKED):
+        raise ValueError(
+            f"state_dict lacks '{PACKED}' in param group {position}, where this optimizer keeps "
+            "the allocation: it was saved without one. Load a plain optimizer's state with "
+            "load_state_dict(its state_dict()), or load it into the optimizer before wrapping."
+        )
     try:
-        values = json.loads(group[PACKED])
-    except (TypeError, json.JSONDecodeError, RecursionError) as error:
-        raise damaged(f"{type(error).__name__} in group {group['name']}") from error
+        values = json.loads(group[PACKED], object_hook=_from_json)
+    except (TypeError, ValueError, RecursionError, AttributeError) as error:
+        raise damaged(f"{type(error).__name__} in param group {position}") from error
     if not isinstance(values, dict):
-        raise damaged(f"group {group['name']} packs a {type(values).__name__}")
-    check_value(f"group {group['name']}", values, MARK)
+        raise damaged(f"param group {position} packs a {type(values).__name__}")
+    for key in (NAMES, MARK):
+        check_value(f"param group {position}", values, key)
     return values
 
 
-def _matched(
-    saved_groups: Sequence[Mapping[str, Any]], groups: Sequence[ParamGroup]
-) -> list[Mapping[str, Any]]:
-    if any(not group.get(PACKED) for group in saved_groups):
+def names_of_modules(packed: Mapping[str, Any]) -> set[str]:
+    """Return the names of the module groups of the run that was saved.
+
+    Raises:
+        ValueError: The state dict is damaged.
+    """
+    groups = enumerate(packed["param_groups"])
+    modules = [_values(position, group).get("modules") for position, group in groups]
+    return {name for found in modules if isinstance(found, dict) for name in found}
+
+
+_Pair = tuple[Mapping[str, Any], dict[str, Any]]
+
+
+def _matched(pairs: Sequence[_Pair], names: Sequence[Sequence[str]]) -> list[_Pair]:
+    by_names = {frozenset(values[NAMES]): (group, values) for group, values in pairs}
+    saved = set().union(*by_names)
+    ours = {name for own in names for name in own}
+    if saved != ours:
+        raise _other_names(
+            "parameters than this optimizer", missing=ours - saved, unexpected=saved - ours
+        )
+    if len(by_names) != len(names) or not all(frozenset(own) in by_names for own in names):
         raise ValueError(
-            f"state_dict lacks '{PACKED}' in some of its param_groups, where this optimizer keeps "
-            "the allocation: it was saved without one, or torch.distributed.checkpoint has filled "
-            "these groups from a plain optimizer's. Load a plain optimizer's state with "
-            "load_state_dict(its state_dict()), or load it into the optimizer before wrapping."
+            f"state_dict has these parameters in other param groups: {len(pairs)}, here "
+            f"{len(names)}. Build the optimizer with the groups of the one that was saved."
         )
-    for position, group in enumerate(saved_groups):
-        if not isinstance(group.get("name"), str) or "param_names" not in group:
-            raise damaged(f"param group {position} lacks its name, or those of its parameters")
-    saved, ours = _keyed(saved_groups), _keyed(groups)
-    if saved.keys() != ours.keys():
-        raise _other_names(
-            "module groups than this optimizer",
-            missing={name for name, _ in ours.keys() - saved.keys()},
-            unexpected={name for name, _ in saved.keys() - ours.keys()},
-        )
-    return [_reordered(saved[key], group) for key, group in ours.items()]
+    return [by_names[frozenset(own)] for own in names]
 
 
-def _reordered(saved: Mapping[str, Any], group: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return the saved group with its parameters in the order of ``group``."""
-    if saved["params"] == [*group["param_names"]]:
-        names = group["param_names"]  # torch.distributed.checkpoint reorders "params" alone
-    else:
-        names = saved["param_names"]
+def _reordered(
+    saved: Mapping[str, Any], values: Mapping[str, Any], own: Sequence[str]
+) -> dict[str, Any]:
+    """Return the saved group with its parameters in the order of ``own``."""
+    # torch.distributed.checkpoint uses names as keys, and reorders them.
+    names = own if saved["params"] == [*own] else values[NAMES]
     keys = dict(zip(names, saved["params"], strict=False))
-    if keys.keys() != set(group["param_names"]) or len(keys) != len(saved["params"]):
+    if keys.keys() != set(own) or len(keys) != len(saved["params"]):
         raise _other_names(
-            f"parameters in group {group['name']}",
-            missing=set(group["param_names"]) - keys.keys(),
-            unexpected=keys.keys() - set(group["param_names"]),
+            "parameters in a param group",
+            missing=set(own) - keys.keys(),
+            unexpected=keys.keys() - set(own),
         )
-    return {
-        **saved,
-        "params": [keys[name] for name in group["param_names"]],
-        "param_names": group["param_names"],
-    }
+    group = {**saved, "params": [keys[name] for name in own]}
+    if "param_names" in saved:
+        given = dict(zip(values[NAMES], saved["param_names"], strict=False))
+        group["param_names"] = [given.get(name, name) for name in own]
+    return group
 
 
-def _keyed(groups: Sequence[Mapping[str, Any]]) -> dict[tuple[str, int], Mapping[str, Any]]:
-    """Key groups by name and by their order among those of one name (with other options)."""
-    keyed: dict[tuple[str, int], Mapping[str, Any]] = {}
-    seen: Counter[str] = Counter()
-    for group in groups:
-        name = group["name"]
-        keyed[name, seen[name]] = group
-        seen[name] += 1
-    return keyed
-
-
-def _other_names(what: str, *, missing: set[str], unexpected: set[str]) -> ValueError:
+def _other_names(what: str, *, missing: Collection[str], unexpected: Collection[str]) -> ValueError:
     lists = [", ".join(sorted(names)[:5]) or "none" for names in (missing, unexpected)]
     return ValueError(
         f"state_dict holds other {what}; missing: {lists[0]}; unexpected: {lists[1]}. Build the "
         "model and the optimizer with the settings that they were saved with."
     )
+
+
+def _as_json(value: object) -> object:
+    """Return a tensor that the wrapped optimizer stores in its groups as JSON."""
+    if isinstance(value, Tensor):
+        return {_TENSOR: str(value.dtype).removeprefix("torch."), "values": value.tolist()}
+    raise TypeError(
+        f"the wrapped optimizer stores a {type(value).__name__} in its param groups, with another "
+        "value in each module, which a state dict cannot hold"
+    )
+
+
+def _from_json(value: dict[str, Any]) -> Any:
+    if _TENSOR in value:
+        return torch.tensor(value["values"], dtype=getattr(torch, value[_TENSOR]))
+    return value

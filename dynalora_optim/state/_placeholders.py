@@ -23,27 +23,32 @@ MARK = "unmaterialized"
 def add_placeholders(
     packed: dict[str, Any],
     groups: Sequence[ParamGroup],
-    state: Mapping[Tensor, Any],
+    names: Sequence[Sequence[str]],
     *,
     provisional: bool = False,
 ) -> list[dict[str, Any]]:
     """Add placeholders to a packed state dict; return their names, per group and by parameter.
 
-    With ``provisional`` the whole state counts as placeholders: it was created only for a
-    checkpoint (see `is_rehearsal`).
+    Args:
+        packed: The wrapped optimizer's state dict, which is changed.
+        groups: The param groups.
+        names: The names of the parameters of each group.
+        provisional: Whether the whole state counts as placeholders, because it was created only for
+            a checkpoint (see `is_rehearsal`).
     """
-    held = [parameter for parameter in flatten(groups) if state.get(parameter)]
-    model = max(held, key=lambda parameter: len(state[parameter]), default=None)
+    keys = [key for saved in packed["param_groups"] for key in saved["params"]]
+    pairs = zip(keys, flatten(groups), strict=True)
+    held = {key: p for key, p in pairs if packed["state"].get(key)}
+    model = max(held, key=lambda key: len(packed["state"][key]), default=None)
+    example = dict(packed["state"][model]) if model is not None else {}
     marks = []
-    for group, saved in zip(groups, packed["param_groups"], strict=True):
+    for group, own, saved in zip(groups, names, packed["param_groups"], strict=True):
         unreal: dict[str, list[str]] = {}
-        for name, parameter, key in zip(
-            group["param_names"], group["params"], saved["params"], strict=True
-        ):
+        for name, parameter, key in zip(own, group["params"], saved["params"], strict=True):
             values = packed["state"].get(key, {})
             zeros = {}
             if model is not None and parameter.requires_grad:
-                zeros = _zeros(parameter, model, state[model])
+                zeros = _zeros(parameter, held[model], example)
             missing = {kind: zero for kind, zero in zeros.items() if kind not in values}
             if missing:
                 packed["state"][key] = {**values, **missing}
@@ -54,24 +59,31 @@ def add_placeholders(
 
 
 def drop_placeholders(
-    packed: Mapping[str, Any], marks: Sequence[Mapping[str, Any]]
+    packed: Mapping[str, Any],
+    marks: Sequence[Mapping[str, Any]],
+    names: Sequence[Sequence[str]],
 ) -> dict[str, Any]:
     """Return the packed state dict without the placeholders that ``marks``, one per group, name.
+
+    ``names`` has the names of the parameters of each group, in their order.
 
     Raises:
         ValueError: States that were saved are missing.
     """
     state = dict(packed["state"])
-    for group, mark in zip(packed["param_groups"], marks, strict=True):
-        keys = dict(zip(group["param_names"], group["params"], strict=True))
+    held: set[Any] = set()
+    for group, own, mark in zip(packed["param_groups"], names, marks, strict=True):
+        keys = dict(zip(own, group["params"], strict=True))
+        held.update(keys.values())
         for name, unreal in mark[MARK].items():
             if name not in keys:
-                raise ValueError(f"state_dict: group {group['name']} has no parameter {name!r}.")
+                raise ValueError(f"state_dict marks {name!r}, which its param group does not have.")
             values = state.pop(keys[name], {})
             if real := {kind: value for kind, value in values.items() if kind not in unreal}:
                 state[keys[name]] = real
-    empty = [key for key, value in state.items() if not value]
-    if 0 < len(empty) < len(state):
+    present = held & state.keys()
+    empty = [key for key in present if not state[key]]
+    if 0 < len(empty) < len(present):
         raise ValueError(
             f"state_dict has empty states, such as for {empty[0]!r}. "
             "torch.distributed.checkpoint with flatten_optimizer_state_dict=True drops the state "
@@ -100,21 +112,28 @@ def is_rehearsal(groups: Sequence[ParamGroup], state: Mapping[Tensor, Any]) -> b
     return not found
 
 
-def _is_zero_rate(rate: float | Tensor) -> bool:
+def _is_zero_rate(rate: float | Tensor | None) -> bool:
     # A rate on a device is the user's, because checkpointing makes a new one: do not wait for it.
-    return not (isinstance(rate, Tensor) and rate.device.type != "cpu") and float(rate) == 0
+    # Without a rate, the optimizer computes its own.
+    return (
+        rate is not None
+        and not (isinstance(rate, Tensor) and rate.device.type != "cpu")
+        and float(rate) == 0
+    )
 
 
 def _zeros(parameter: Tensor, model: Tensor, state: Mapping[str, Any]) -> dict[str, Any]:
     """Return zeros for ``parameter`` in the form of ``state`` of ``model``; {} if unknown."""
     zeros: dict[str, Any] = {}
     for kind, value in state.items():
+        if isinstance(value, (Mapping, list, tuple)):
+            return {}  # in a form that only the wrapped optimizer knows
         if not isinstance(value, Tensor):
             zeros[kind] = type(value)(0) if isinstance(value, (int, float)) else value
         elif value.ndim == 0:
             zeros[kind] = torch.zeros_like(value)
-        elif value.shape == model.shape:
+        elif value.shape == model.shape and type(local_part(value)) is Tensor:
             zeros[kind] = zeros_like(parameter, value.dtype)
         else:
-            return {}  # a factored state (Adafactor): the shape cannot be derived
+            return {}  # factored (Adafactor) or quantised: the form cannot be derived
     return zeros

@@ -8,7 +8,7 @@ from typing import Any
 
 from dynalora_optim.state._placeholders import MARK
 
-_OPTIONAL = ("lr_history", "costs", "loop")  # in some groups only; checked when they are used
+_OPTIONAL = ("costs", "loop")  # in one group only; checked when they are used
 
 
 def damaged(why: str) -> ValueError:
@@ -49,7 +49,8 @@ def check_structure(packed: object) -> None:
     keys = [key for group in packed["param_groups"] for key in group["params"]]
     if any(type(key) not in (int, str) for key in keys) or len(set(keys)) < len(keys):
         raise ValueError("state_dict does not have one key for each parameter in param_groups.")
-    for key, state in packed["state"].items():
+    for key in packed["state"].keys() & set(keys):  # other keys: state of no parameter (MADGRAD)
+        state = packed["state"][key]
         if not isinstance(state, Mapping):
             raise ValueError(f"state_dict has a {type(state).__name__} as the state of {key!r}.")
 
@@ -58,6 +59,8 @@ def check_values(
     values: Sequence[Mapping[str, Any]], own: Sequence[Mapping[str, Any]], record: object
 ) -> None:
     """Raise unless ``values`` has the keys of ``own`` with valid values, and ``record`` is valid.
+
+    The values of modules are checked by `check_modules`.
 
     Args:
         values: The saved values, one mapping per param group.
@@ -68,10 +71,8 @@ def check_values(
         ValueError: A value is missing, of another type, or out of range.
     """
     for position, (saved, template) in enumerate(zip(values, own, strict=True)):
-        for key in (template.keys() | {MARK}) - set(_OPTIONAL):
+        for key in template.keys() - set(_OPTIONAL):
             check_value(f"param group {position}", saved, key)
-        if "lr_history" in saved:
-            check_value(f"param group {position}", saved, "lr_history")
     if not isinstance(record, list):
         raise ValueError(f"state_dict has a record of kind {type(record).__name__}, not a list.")
     for position, entry in enumerate(record):
@@ -81,6 +82,27 @@ def check_values(
             check_value(f"record entry {position}", entry, key)
         if not entry["scores"].keys() >= set(entry["chosen"]):
             raise ValueError(f"state_dict: record entry {position} has no score of a chosen group.")
+
+
+def check_modules(
+    saved: Mapping[str, Mapping[str, Any]], own: Mapping[str, Mapping[str, Any]]
+) -> None:
+    """Raise unless ``saved`` has valid values of exactly the modules in ``own``.
+
+    Raises:
+        ValueError: It has other modules, or a value is missing or not valid.
+    """
+    if saved.keys() != own.keys():
+        lists = [sorted(names) for names in (own.keys() - saved.keys(), saved.keys() - own.keys())]
+        missing, unexpected = (", ".join(names[:5]) or "none" for names in lists)
+        raise ValueError(
+            f"state_dict holds other module groups than this optimizer; missing: {missing}; "
+            f"unexpected: {unexpected}. Build the model and the optimizer with the settings that "
+            "they were saved with."
+        )
+    for name, template in own.items():
+        for key in template:
+            check_value(f"module group {name}", saved[name], key)
 
 
 def check_value(where: str, saved: Mapping[str, Any], key: str) -> None:
@@ -116,6 +138,10 @@ def _are_strings(value: object) -> bool:
     return isinstance(value, list) and all(isinstance(item, str) for item in value)
 
 
+def _are_mappings(value: object) -> bool:
+    return isinstance(value, dict) and all(isinstance(item, dict) for item in value.values())
+
+
 _KINDS: dict[str, Callable[[Any], bool]] = {
     "steps": is_count,
     "step": is_count,
@@ -134,7 +160,10 @@ _KINDS: dict[str, Callable[[Any], bool]] = {
     "closed": _is_number,
     "window": _are_numbers,
     "lr_history": _are_numbers,
-    "importance": lambda value: isinstance(value, str),
+    "settings": lambda value: isinstance(value, dict) and _are_strings([*value.values()]),
+    "param_names": _are_strings,
+    "modules": _are_mappings,
+    "numbers": _are_mappings,
     MARK: lambda value: isinstance(value, dict) and all(map(_are_strings, value.values())),
     "scores": lambda value: isinstance(value, dict) and all(map(_is_number, value.values())),
     "chosen": _are_strings,

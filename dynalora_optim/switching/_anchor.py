@@ -51,12 +51,14 @@ class Anchor:
     def __init__(self) -> None:
         self._idle: list[Tensor] = []
         self._carrier: nn.Module | None = None
+        self.has_met_ddp = False  # whether a forward ran within DDP, which averages gradients
         self._handles: list[RemovableHandle] = []
         self._ddp: weakref.ref[DistributedDataParallel] | None = None
         self._checked: weakref.WeakSet[DistributedDataParallel] = weakref.WeakSet()
 
     def attach(self, groups: Sequence[ModuleGroup]) -> None:
         """Let ``groups`` be carriers too, in addition to those attached before."""
+        self._checked.clear()  # DDP may have been built while these were frozen
         for group in groups:
             self._handles.append(group.modules[-1].register_forward_hook(_Tied(self)))
 
@@ -101,6 +103,7 @@ class Anchor:
         if not in_backward():  # a recomputation comes after DDP's forward
             ddp = active_ddp()
             self._ddp = weakref.ref(ddp) if ddp is not None else None
+            self.has_met_ddp |= ddp is not None
         return self._ddp() if self._ddp else None
 
     def _check(self, ddp: DistributedDataParallel) -> None:

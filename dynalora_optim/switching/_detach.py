@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import copy
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -80,6 +83,76 @@ class DetachedForward:
         wake(self.slots)
         for handle in self._handles:
             handle.remove()
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy of a model has no optimizer that would make its modules active again.
+        return {**self.__dict__, "_active": True}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        set_gate(self._gate, True)
+
+
+class ActiveCopies:
+    """Makes each copy of a module with a flag active, by `copy` as well as by `pickle`.
+
+    A copy of a model (an EMA model, a file from ``torch.save(model)``) has no optimizer that would
+    make its modules active again: it would train some of its modules only, without a word.
+    """
+
+    _NAMES = ("__deepcopy__", "__reduce_ex__")  # looked up in the module itself before its class
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = module
+        self._own = module.__dict__
+        self._own.update(zip(self._NAMES, (self._deepcopy, self._reduce), strict=True))
+
+    @classmethod
+    def of(cls, module: nn.Module) -> None:
+        """Make copies of ``module`` active from now on, if it has a flag."""
+        if has_flag(module):
+            cls(module)
+
+    @classmethod
+    def stop(cls, module: nn.Module) -> None:
+        """Copy ``module`` as it is."""
+        for name in cls._NAMES:
+            if isinstance(getattr(module.__dict__.get(name), "__self__", None), cls):
+                del module.__dict__[name]
+
+    @contextmanager
+    def _aside(self) -> Iterator[None]:
+        mine = {name: self._own.pop(name) for name in self._NAMES if name in self._own}
+        try:
+            yield
+        finally:
+            self._own.update(mine)
+
+    def _deepcopy(self, memo: dict[int, Any]) -> nn.Module:
+        with self._aside():
+            new = copy.deepcopy(self._module, memo)
+        return activated(new)
+
+    def _reduce(self, protocol: Any) -> tuple[Any, ...]:
+        with self._aside():
+            reduced: Any = self._module.__reduce_ex__(protocol)
+        function, arguments, state, *more = reduced
+        if isinstance(state, dict):  # the attributes themselves
+            state = {key: value for key, value in state.items() if key not in self._NAMES}
+        items = (*more, None, None)[:2]
+        return function, arguments, state, *items, set_state_active
+
+
+def set_state_active(module: nn.Module, state: Any) -> None:
+    """Give ``module``, which is being unpickled, its ``state``, and make it active."""
+    module.__setstate__(state)  # type: ignore[no-untyped-call]
+    activated(module)
+
+
+def activated(module: nn.Module) -> nn.Module:
+    """Return ``module`` after setting its flag."""
+    module.active = True  # type: ignore[assignment]
+    return module
 
 
 def drop_copied_hooks(module: nn.Module) -> None:

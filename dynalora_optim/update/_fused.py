@@ -16,7 +16,6 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from dynalora_optim._base.collectives import world_size
-from dynalora_optim._base.torch_private import version_of
 from dynalora_optim.update._param_groups import ParamGroup
 
 Update: TypeAlias = Callable[[Tensor, int], None]
@@ -103,22 +102,26 @@ class FusedBackward:
         return updated
 
     def _changed(self) -> Iterator[bool]:
-        for parameter, (version, total) in self._marks.items():
+        # A write alone is no change: the Trainer always clips, to a norm of inf if it is not asked
+        # to, and thereby multiplies by 1.
+        for parameter, before in self._marks.items():
             if parameter.grad is None:
                 yield True
             else:
-                now, sum_now = _mark(parameter.grad)
-                yield now != version or not torch.allclose(sum_now, total, 0, 0, equal_nan=True)
+                yield not torch.allclose(_mark(parameter.grad), before, 0, 0, equal_nan=True)
 
     def _forget(self) -> None:
-        self._marks: dict[Tensor, tuple[int, Tensor]] = {}  # after the backward pass
+        self._marks: dict[Tensor, Tensor] = {}  # after the backward pass
         self._arrived: set[Tensor] = set()
         self._twice = False
 
 
-def _mark(gradient: Tensor) -> tuple[int, Tensor]:
-    """Return values that change if ``gradient`` is written to; GradScaler changes only the sum."""
-    return version_of(gradient), gradient.detach().sum(dtype=torch.float32)
+def _mark(gradient: Tensor) -> Tensor:
+    """Return numbers that change if a value of ``gradient`` changes."""
+    gradient = gradient.detach()
+    values = (gradient.coalesce().values() if gradient.is_sparse else gradient).flatten().float()
+    places = torch.arange(1, values.numel() + 1, device=values.device, dtype=torch.float32)
+    return torch.stack([values.sum(), values.square().sum(), (values * places).sum()])
 
 
 def refusal(why: str) -> str:

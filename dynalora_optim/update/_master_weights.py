@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from dynalora_optim._base.collectives import local_part
 from dynalora_optim.update._param_groups import ParamGroup, State, flatten
 
 MASTER = "master_weight"  # the copy's key in a parameter's state
@@ -80,6 +81,7 @@ class MasterWeights:
             return
         owners = {copy: parameter for parameter, copy in copies.items()}
         their_state: State = type(state)(dict)  # type: ignore[call-arg]
+        their_state.update((k, v) for k, v in state.items() if not isinstance(k, Tensor))
         for parameter in flatten(groups):
             values = state.get(parameter, {})
             if parameter in copies:
@@ -109,7 +111,8 @@ class MasterWeights:
                 generator = torch.Generator(parameter.device)
                 seeds = random.Random(f"{self._seed}:{number}:{position}")
                 generator.manual_seed(seeds.getrandbits(63))
-                parameter.copy_(stochastically_rounded(copy, generator))
+                rounded = stochastically_rounded(local_part(copy), generator)
+                local_part(parameter).copy_(rounded)
 
 
 def _master_of(parameter: Tensor, state: State) -> Tensor:

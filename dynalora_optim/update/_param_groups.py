@@ -15,6 +15,7 @@ ParamGroup: TypeAlias = "dict[str, Any]"
 State: TypeAlias = "MutableMapping[Tensor, dict[str, Any]]"  # of an optimizer, by parameter
 
 PACKED = "dynalora"  # a group's key for values saved in a state dict; "" in the optimizer
+LINE = "user_group"  # a piece's key for the number of the param group that it is a piece of
 OUTSIDE = "always_active"  # the name of a param group without a module group
 
 
@@ -22,34 +23,31 @@ class ParameterIndex:
     """The module group and the name of each parameter of a model."""
 
     def __init__(self, model: nn.Module, groups: Sequence[ModuleGroup]) -> None:
+        self._model = model
         self._groups = groups
         self._names = {id(p): plain_name(name) for name, p in model.named_parameters()}
         self._owners = {id(p): group.name for group in groups for p in group.parameters()}
 
-    def split(self, group: Mapping[str, Any]) -> list[ParamGroup]:
-        """Split a param group by module groups, in forward order; other parameters come last.
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_names": {}, "_owners": {}}  # a copy has other parameters
 
-        Each piece has all options of the group, the ``"name"`` of its module group and the
-        ``"param_names"``. If the user gave the group a name, it is kept as ``"user_name"``.
+    def renewed(self) -> ParameterIndex:
+        """Return an index of the parameters that are in the model now; FSDP2 replaces them."""
+        return ParameterIndex(self._model, self._groups)
+
+    def knows(self, parameters: Iterable[Tensor]) -> bool:
+        """Return whether the model holds all ``parameters``."""
+        return all(id(parameter) in self._names for parameter in parameters)
+
+    def split(self, parameters: Sequence[Tensor]) -> dict[str, list[int]]:
+        """Return the positions of ``parameters`` by module group, in forward order.
+
+        Parameters outside all module groups come last, under the name `OUTSIDE`.
         """
-        pieces: dict[str, list[Tensor]] = {name: [] for name in [*self._order(), OUTSIDE]}
-        for parameter in group["params"]:
-            pieces[self._owners.get(id(parameter), OUTSIDE)].append(parameter)
-        options = {key: value for key, value in group.items() if key not in ("params", "name")}
-        if "name" in group:
-            options["user_name"] = group["name"]
-        return [
-            {
-                # A scheduler scales a tensor rate in place, once per group: each needs its own.
-                **{k: v.clone() if isinstance(v, Tensor) else v for k, v in options.items()},
-                "params": parameters,
-                "name": name,
-                "param_names": self.names_of(parameters),
-                PACKED: "",
-            }
-            for name, parameters in pieces.items()
-            if parameters
-        ]
+        pieces: dict[str, list[int]] = {name: [] for name in [*self._order(), OUTSIDE]}
+        for position, parameter in enumerate(parameters):
+            pieces[self._owners.get(id(parameter), OUTSIDE)].append(position)
+        return {name: positions for name, positions in pieces.items() if positions}
 
     def names_of(self, parameters: Iterable[Tensor]) -> list[str]:
         """Return the names of ``parameters`` in the model."""
@@ -78,9 +76,12 @@ class ParameterIndex:
                 "after adapters are injected and the model is on its device."
             )
 
-    def check_groups(self, parameters: Iterable[Tensor], named: Collection[str] = ()) -> None:
-        """Raise unless an optimizer that holds only ``parameters`` can train every module group.
+    def check_groups(
+        self, parameters: Iterable[Tensor], named: Collection[str] = ()
+    ) -> list[ModuleGroup]:
+        """Return the groups that wait, because requires_grad is False for all their parameters.
 
+        An optimizer that holds only ``parameters`` must be able to train every other module group.
         Groups that are not allocated may be missing, unless ``named`` contains them.
 
         Raises:
@@ -88,6 +89,11 @@ class ParameterIndex:
         """
         held = {id(parameter) for parameter in parameters}
         groups = [g for g in self._groups if g.role == "allocated" or g.name in named]
+        waiting = [g for g in groups if not any(p.requires_grad for p in g.parameters())]
+        if any(g.role == "allocated" and g.name not in named and g not in waiting for g in groups):
+            groups = [g for g in groups if g not in waiting or g.name in named]
+        else:
+            waiting = []
         missing = [g.name for g in groups if held.isdisjoint(map(id, g.parameters()))]
         if missing:
             raise ValueError(
@@ -103,6 +109,7 @@ class ParameterIndex:
                 f"{_some(frozen)}. They would never be trained. Leave requires_grad True: the "
                 "optimizer itself keeps inactive modules from changing."
             )
+        return [group for group in waiting if group.name not in named]
 
     def _order(self) -> list[str]:
         return [group.name for group in self._groups]

@@ -7,13 +7,14 @@ counts are always local: a module's optimizer state advances only while the modu
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, Protocol, TypeAlias
 
+import torch
+from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
-from dynalora_optim.update._param_groups import ParamGroup
+from dynalora_optim.update._param_groups import LINE, ParamGroup
 
 Factor: TypeAlias = Callable[[int], float]
 
@@ -73,31 +74,33 @@ class LocalLR:
                 f"LocalLR({factor!r}): pass a function of the step, or a LambdaLR; the rate of "
                 f"other schedulers is not a function of the step. Use lr_time='local' with these."
             )
-        self.is_from_scheduler = isinstance(factor, LambdaLR)
         self._factors = list(factor.lr_lambdas) if isinstance(factor, LambdaLR) else [factor]
         self._horizon = horizon
 
-    def factors(self, lines: Sequence[int]) -> list[Factor]:
-        """Return one factor per param group of the wrapper.
+    def __repr__(self) -> str:
+        names = [
+            getattr(factor, "__qualname__", type(factor).__qualname__) for factor in self._factors
+        ]
+        return f"LocalLR({', '.join(names)}, horizon={self._horizon!r})"
 
-        Args:
-            lines: Per param group, the number of the user group that it was split from.
+    def check(self, groups: int) -> None:
+        """Raise unless there is a function for each of so many param groups.
 
         Raises:
-            ValueError: The scheduler's functions are neither one, nor one per param group, nor one
-                per user group.
+            ValueError: The scheduler's functions are neither one nor one per param group.
         """
-        if len(self._factors) == 1:
-            return self._factors * len(lines)
-        if len(self._factors) == len(lines):
-            return self._factors
-        if len(self._factors) == len(set(lines)):
-            return [self._factors[line] for line in lines]
-        raise ValueError(
-            f"LocalLR got a scheduler of {len(self._factors)} functions, but your optimizer has "
-            f"{len(set(lines))} param groups, split into {len(lines)}. Build the scheduler on this "
-            "optimizer, before or after it is wrapped."
-        )
+        if len(self._factors) not in (1, groups):
+            raise ValueError(
+                f"LocalLR got a scheduler of {len(self._factors)} functions, but your optimizer "
+                f"has {groups} param groups. Build the scheduler on this optimizer, before or "
+                "after it is wrapped."
+            )
+
+    def factor(self, line: int) -> Factor:
+        """Return the factor of the param group of this number."""
+        if len(self._factors) > 1:
+            self.check(max(line + 1, len(self._factors)))
+        return self._factors[line if len(self._factors) > 1 else 0]
 
     def time(self, updates: int, share: float) -> int:
         """Return the step of the schedule for a module that has had ``updates`` updates."""
@@ -107,13 +110,8 @@ class LocalLR:
 LrTime: TypeAlias = "Literal['global', 'local'] | LocalLR"
 
 
-def is_from_scheduler(lr_time: LrTime) -> bool:
-    """Return whether the rates are computed with the functions of a scheduler."""
-    return isinstance(lr_time, LocalLR) and lr_time.is_from_scheduler
-
-
 class Rates:
-    """The learning rate that each param group uses at its next update.
+    """The learning rate that each piece of a param group uses at its next update.
 
     ``"local"`` makes any scheduler local: the rates that it sets are stored, and at its u-th update
     a module uses the rate of the scheduler at step u. This rate is always stored already, because
@@ -124,17 +122,18 @@ class Rates:
         if lr_time not in ("global", "local") and not isinstance(lr_time, LocalLR):
             raise ValueError(f"lr_time={lr_time!r}: pass 'global', 'local' or a LocalLR.")
         self.lr_time: LrTime = lr_time
-        self.last: list[Any] = []  # the rate of each param group at the last update
+        self.last: dict[tuple[int, str], Any] = {}  # the rate of each piece at its last update
         self.warmup = warmup
-        self._history: dict[int, list[float]] = {}  # "local": per user group, its rate by step
+        self._history: dict[int, list[float]] = {}  # "local": per param group, its rate by step
 
-    def replace(self, lr_time: LrTime, lines: Sequence[int], steps: int) -> None:
+    def replace(self, lr_time: LrTime, groups: Sequence[ParamGroup], steps: int) -> None:
         """Use another ``lr_time`` from now on.
 
         Raises:
-            ValueError: It does not fit ``lines``, or needs the rates of the ``steps`` already done.
+            ValueError: It does not fit ``groups``, or needs the rates of the ``steps`` already
+                done.
         """
-        Rates(lr_time, self.warmup).check(lines)
+        Rates(lr_time, self.warmup).check(groups)
         if steps and lr_time == "local":
             raise ValueError(
                 f"lr_time='local' needs the rates from the first step on, but {steps} steps are "
@@ -143,107 +142,94 @@ class Rates:
         self.lr_time = lr_time
         self.restart()
 
-    def check(self, lines: Sequence[int]) -> None:
-        """Raise if a `LocalLR` does not fit the param groups, which ``lines`` describes.
+    def check(self, groups: Sequence[ParamGroup]) -> None:
+        """Raise if the rates cannot be computed for these param groups.
 
         Raises:
-            ValueError: See `LocalLR.factors`.
+            ValueError: A `LocalLR` does not fit them, or a group has no rate.
         """
         if isinstance(self.lr_time, LocalLR):
-            self.lr_time.factors(lines)
+            self.lr_time.check(len(groups))
+        without = [i for i, group in enumerate(groups) if group.get("lr") is None]
+        if without and self._is_own:
+            option = "Pause(warmup)" if self.lr_time == "global" else "lr_time"
+            value = self.warmup if self.lr_time == "global" else self.lr_time
+            raise ValueError(
+                f"{option}={value!r} sets learning rates, but param group {without[0]} of the "
+                "optimizer has none (lr=None): the optimizer computes its own. Leave this option "
+                "out, or build the optimizer with a rate."
+            )
 
-    def _current(
-        self, groups: Sequence[ParamGroup], lines: Sequence[int], clock: RateClock
-    ) -> list[Any]:
-        """Return the rate of each group at its next update."""
-        ramps = [self._ramp(clock.age(group["name"])) for group in groups]
-        rates = self._scheduled(groups, lines, clock)
-        return [rate * ramp if ramp < 1 else rate for rate, ramp in zip(rates, ramps, strict=True)]
+    @property
+    def _is_own(self) -> bool:
+        """Whether a piece may use another rate than its param group."""
+        return self.lr_time != "global" or self.warmup > 0
+
+    def apply(self, pieces: Sequence[ParamGroup], clock: RateClock) -> None:
+        """Put the rates of the next update into ``pieces``."""
+        self._record(pieces, clock.steps)
+        if self._is_own:
+            made: dict[float, Tensor] = {}
+            for piece in pieces:
+                rate = self._scheduled(piece, clock) * self._ramp(clock.age(piece["name"]))
+                piece["lr"] = _like(piece["lr"], rate, made)
+        self.last.update({(piece[LINE], piece["name"]): piece.get("lr") for piece in pieces})
 
     def _ramp(self, age: int | None) -> float:
         """Return the factor of the first steps after a return: 1/n, 2/n, ... 1."""
         return 1.0 if age is None or not self.warmup else min(1.0, (age + 1) / self.warmup)
 
-    def _scheduled(
-        self, groups: Sequence[ParamGroup], lines: Sequence[int], clock: RateClock
-    ) -> list[Any]:
-        if self.lr_time == "global":
-            return [group["lr"] for group in groups]
+    def _scheduled(self, piece: ParamGroup, clock: RateClock) -> float:
+        name, line = piece["name"], piece[LINE]
         if isinstance(self.lr_time, LocalLR):
-            factors = self.lr_time.factors(lines)
-            return [
-                float(group["initial_lr"] if "initial_lr" in group else group["lr"])
-                * factor(self.lr_time.time(*clock.local_time(group["name"])))
-                for group, factor in zip(groups, factors, strict=True)
-            ]
-        return [
+            factor = self.lr_time.factor(line)
+            initial = piece["initial_lr"] if "initial_lr" in piece else piece["lr"]
+            return float(initial) * factor(self.lr_time.time(*clock.local_time(name)))
+        if self.lr_time == "local" and name in clock.updates:
             # The rate of the schedule at the step that equals the group's number of updates.
-            self._history[line][clock.updates[group["name"]]]
-            if group["name"] in clock.updates
-            else group["lr"]
-            for line, group in zip(lines, groups, strict=True)
-        ]
+            return self._history[line][clock.updates[name]]
+        return float(piece["lr"])
 
-    @contextmanager
-    def applied(
-        self, groups: Sequence[ParamGroup], lines: Sequence[int], clock: RateClock
-    ) -> Iterator[None]:
-        """Put the local rates into the groups for one update, then restore the scheduler's."""
-        self._record(groups, lines, clock.steps)
-        scheduled = [group["lr"] for group in groups]
-        is_global = self.lr_time == "global" and not self.warmup
-        self.last = scheduled if is_global else self._current(groups, lines, clock)
-        for group, rate in zip(groups, self.last, strict=True):
-            group["lr"] = rate
-        try:
-            yield
-        finally:
-            for group, rate in zip(groups, scheduled, strict=True):
-                group["lr"] = rate
+    def group_state(self, line: int) -> dict[str, Any]:
+        """Return the rates to save with a param group."""
+        return {"lr_history": list(self._history.get(line, []))}
 
-    def group_state(self, lines: Sequence[int], position: int) -> dict[str, Any]:
-        """Return the rates to save with a param group, if it is the first of its user group."""
-        line = lines[position]
-        is_first = lines.index(line) == position
-        return {"lr_history": list(self._history.get(line, []))} if is_first else {}
-
-    def check_state(self, lines: Sequence[int], states: Sequence[Mapping[str, Any]]) -> None:
+    def check_state(self, states: Sequence[Mapping[str, Any]]) -> None:
         """Raise if ``"local"`` needs rates of past steps that the saved run does not have.
 
         Raises:
-            ValueError: It was saved with another ``lr_time``, or other param groups of the user.
+            ValueError: It was saved with another ``lr_time``.
         """
-        history = self._saved_history(lines, states)
         steps = states[0]["steps"]
-        if self.lr_time == "local" and (
-            len(history.get(0, [])) < steps or history.keys() != set(lines)
-        ):
+        if self.lr_time == "local" and any(len(s["lr_history"]) < steps for s in states):
             raise ValueError(
                 f"state_dict lacks rates of its {steps} steps, which lr_time='local' needs: it was "
-                "saved with another lr_time or other param groups. Build the optimizer with the "
-                "settings of the one that saved it."
+                "saved with another lr_time. Build the optimizer with the settings of the one that "
+                "saved it."
             )
 
-    def load_state(self, lines: Sequence[int], states: Sequence[Mapping[str, Any]]) -> None:
+    def load_state(self, states: Sequence[Mapping[str, Any]]) -> None:
         """Load what `group_state` returned, one mapping per param group."""
-        self._history = self._saved_history(lines, states)
+        self._history = {line: list(state["lr_history"]) for line, state in enumerate(states)}
 
     def restart(self) -> None:
         """Delete the rates of all steps."""
         self._history = {}
 
-    def _saved_history(
-        self, lines: Sequence[int], states: Sequence[Mapping[str, Any]]
-    ) -> dict[int, list[float]]:
-        return {
-            line: list(states[position]["lr_history"])
-            for line, position in ((line, lines.index(line)) for line in set(lines))
-            if "lr_history" in states[position]
-        }
-
-    def _record(self, groups: Sequence[ParamGroup], lines: Sequence[int], step: int) -> None:
+    def _record(self, pieces: Sequence[ParamGroup], step: int) -> None:
         """Store the rates that a scheduler has set for this step."""
         if self.lr_time == "local":
-            rates = dict(zip(lines, (group["lr"] for group in groups), strict=True))
-            for line, rate in rates.items():
-                self._history.setdefault(line, [])[step:] = [float(rate)]
+            for line, rate in {piece[LINE]: piece["lr"] for piece in pieces}.items():
+                history = self._history.setdefault(line, [])
+                # A param group that was added in mid-run has its rate of now at all steps before.
+                history += [float(rate)] * (step - len(history))
+                history[step:] = [float(rate)]
+
+
+def _like(former: Any, rate: float, made: dict[float, Tensor]) -> Any:
+    """Return ``rate`` as a tensor if the ``former`` rate is one; equal ones are one tensor."""
+    if not isinstance(former, Tensor):
+        return rate
+    if rate not in made:
+        made[rate] = torch.full_like(former, rate)
+    return made[rate]

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 from torch import Tensor
 from torch.optim import Optimizer
 
-from dynalora_optim._base.torch_private import has_scheduler
+from dynalora_optim._base.torch_private import has_scheduler, mark_stepped
 from dynalora_optim.update._master_weights import MasterWeights
-from dynalora_optim.update._param_groups import ParamGroup
+from dynalora_optim.update._param_groups import LINE, ParamGroup
+from dynalora_optim.update._pieces import NOT_OPTIONS, is_same
 
 
 class UpdateRule:
@@ -19,46 +22,120 @@ class UpdateRule:
     def __init__(self, optimizer: Optimizer, masters: MasterWeights) -> None:
         self.optimizer = optimizer
         self._masters = masters
+        self._per_group = [name for name in vars(optimizer) if _is_per_group(optimizer, name)]
 
-    def step(self, groups: Iterable[ParamGroup], state: Any) -> bool:
-        """Update the parameters of ``groups``, with their moments in ``state``.
+    def step(
+        self, pieces: Iterable[ParamGroup], state: Any, closure: Callable[[], Any] | None = None
+    ) -> list[ParamGroup]:
+        """Update the parameters of ``pieces``, with their moments in ``state``.
+
+        Args:
+            pieces: Pieces of param groups.
+            state: The state of all parameters.
+            closure: Returns the loss, for rules that use its value; None if the loop passes none.
 
         Returns:
-            Whether the rule stores its own numbers in the groups, as schedule-free optimizers do.
+            What the rule has stored in the pieces, as schedule-free optimizers do: for each of
+            these a mapping with its name, its line, and the changed values.
         """
-        return self._run(_unhooked_step(self.optimizer), groups, state)
+        step = _unhooked_step(self.optimizer)
+        changed = self._run(partial(step, closure) if closure else step, pieces, state)
+        mark_stepped(self.optimizer)
+        return changed
 
-    def switch_mode(self, mode: str, groups: Iterable[ParamGroup], state: Any) -> None:
+    def switch_mode(self, mode: str, pieces: Iterable[ParamGroup], state: Any) -> list[ParamGroup]:
         """Call ``train()`` or ``eval()`` of an optimizer that has them (schedule-free)."""
         if callable(method := getattr(self.optimizer, mode, None)):
-            self._run(method, groups, state)
+            return self._run(method, pieces, state)
+        return []
 
-    def _run(self, method: Callable[[], Any], groups: Iterable[ParamGroup], state: Any) -> bool:
-        merged = _coalesce(groups, state)
-        before = [dict(one) for one, _ in merged]
-        # Between updates the optimizer has the groups that the user gave it.
-        whole = self.optimizer.param_groups
-        self.optimizer.param_groups = [one for one, _ in merged]
+    def state_dict(self, groups: list[ParamGroup], state: Any) -> dict[str, Any]:
+        """Return the state dict of the optimizer, which alone knows the form of its state."""
+        with self.lent(groups, state):
+            packed: dict[str, Any] = self.optimizer.state_dict()
+        return packed
+
+    def load(
+        self, groups: list[ParamGroup], state: Any, packed: dict[str, Any]
+    ) -> tuple[list[ParamGroup], Any]:
+        """Return the groups and the state that the optimizer loads from ``packed``.
+
+        Raises:
+            ValueError: The optimizer cannot load it.
+        """
+        with self.lent(groups, state):
+            try:
+                self.optimizer.load_state_dict(packed)
+            except Exception as error:
+                raise ValueError(
+                    f"state_dict: load_state_dict() of the wrapped {type(self.optimizer).__name__} "
+                    f"raised {type(error).__name__}: {error}. Nothing was loaded."
+                ) from error
+            return self.optimizer.param_groups, self.optimizer.state
+
+    @contextmanager
+    def lent(self, groups: list[ParamGroup], state: Any) -> Iterator[None]:
+        """Give the optimizer these groups and this state within the context."""
+        optimizer = self.optimizer
+        before = optimizer.param_groups, optimizer.state
+        optimizer.param_groups, optimizer.state = groups, state
         try:
-            with self._masters.in_place(self.optimizer.param_groups, state) as copies:
-                self.optimizer.state = copies  # type: ignore[assignment]
-                method()
+            yield
         finally:
-            self.optimizer.param_groups = whole
-            self.optimizer.state = state
-        has_changed = False
-        for (one, sources), old in zip(merged, before, strict=True):
+            optimizer.param_groups, optimizer.state = before
+
+    @contextmanager
+    def _listed(self, lines: Sequence[int]) -> Iterator[None]:
+        """Give the lists of one value per param group the values of the groups ``lines``."""
+        kept = {name: getattr(self.optimizer, name) for name in self._per_group}
+        for name, values in kept.items():
+            setattr(self.optimizer, name, [values[line] for line in lines if line < len(values)])
+        try:
+            yield
+        finally:
+            for name, values in kept.items():
+                setattr(self.optimizer, name, values)
+
+    def _run(
+        self, method: Callable[[], Any], pieces: Iterable[ParamGroup], state: Any
+    ) -> list[ParamGroup]:
+        merged = _coalesce(pieces, state)
+        groups = [one for one, _ in merged]
+        before = [dict(one) for one in groups]
+        lines = [sources[0][LINE] for _, sources in merged]
+        with self._masters.in_place(groups, state) as copies, self.lent(groups, copies):
+            with self._listed(lines):
+                method()
+            groups = self.optimizer.param_groups
+        changed = []
+        for one, (_, sources), old in zip(groups, merged, before, strict=True):
             # Some rules store numbers in the group (schedule-free's k, Prodigy's d).
-            changed = {
-                k: v for k, v in one.items() if k != "params" and (k not in old or v is not old[k])
+            values = {
+                key: value
+                for key, value in one.items()
+                if key not in NOT_OPTIONS and not (key in old and is_same(value, old[key]))
             }
-            for source in sources:
-                source.update(changed)
-            has_changed |= bool(changed)
-        return has_changed
+            if values:
+                changed += [{**values, "name": s["name"], LINE: s[LINE]} for s in sources]
+        return changed
 
 
-def _unhooked_step(optimizer: Optimizer) -> Callable[[], Any]:
+def _is_per_group(optimizer: Optimizer, name: str) -> bool:
+    """Return whether an attribute is a list of an option of all param groups, such as AdaBound's.
+
+    AdaBound reads ``base_lrs[i]`` for group i, also if it is given other groups for an update.
+    """
+    value, groups = getattr(optimizer, name), optimizer.param_groups
+    if name == "param_groups" or not isinstance(value, list) or len(value) != len(groups):
+        return False
+    return any(
+        all(option is group.get(key) for option, group in zip(value, groups, strict=True))
+        for key, own in groups[0].items()
+        if isinstance(own, (float, Tensor))
+    )
+
+
+def _unhooked_step(optimizer: Optimizer) -> Callable[..., Any]:
     """Return the optimizer's ``step`` without torch's hooks.
 
     The wrapper's own step already calls the hooks, so that the process-wide ones would run twice.
@@ -68,35 +145,45 @@ def _unhooked_step(optimizer: Optimizer) -> Callable[[], Any]:
     if patched or not getattr(step, "hooked", False):
         return optimizer.step
     inner = getattr(step, "__wrapped__", step)
-    return lambda: inner(optimizer)
+    return partial(inner, optimizer)
 
 
 def _coalesce(
-    groups: Iterable[ParamGroup], state: Mapping[Tensor, Any]
+    pieces: Iterable[ParamGroup], state: Mapping[Tensor, Any]
 ) -> list[tuple[ParamGroup, list[ParamGroup]]]:
-    """Join groups of equal options, so that one fused or foreach call updates them all.
+    """Join the pieces of a user's group that have equal options; return each with its sources.
 
-    Groups at their first update are not joined with others: torch's fused SGD refuses a mix of
+    So one fused or foreach call updates them all. With all modules active, the result is the user's
+    group, with its parameters in their order.
+
+    Pieces at their first update are not joined with others: torch's fused SGD refuses a mix of
     parameters with and without a momentum buffer. Groups that are sharded in different ways are not
     joined either: no foreach call accepts both.
     """
     alike: dict[Hashable, list[ParamGroup]] = {}
-    for group in groups:
-        has_state = any(state.get(parameter) for parameter in group["params"])
-        meshes = frozenset(getattr(p, "device_mesh", None) for p in group["params"])
-        alike.setdefault((_options_key(group), has_state, meshes), []).append(group)
-    return [
-        ({**sources[0], "params": [p for source in sources for p in source["params"]]}, sources)
-        for sources in alike.values()
+    for piece in pieces:
+        has_state = any(state.get(parameter) for parameter in piece["params"])
+        meshes = frozenset(getattr(p, "device_mesh", None) for p in piece["params"])
+        key = (piece[LINE], _options_key(piece), has_state, meshes)
+        alike.setdefault(key, []).append(piece)
+    return [(_joined(sources), sources) for sources in alike.values()]
+
+
+def _joined(sources: Sequence[ParamGroup]) -> ParamGroup:
+    first = sources[0]
+    options = {key: value for key, value in first.items() if key not in NOT_OPTIONS}
+    if "user_name" in first:
+        options["name"] = first["user_name"]
+    placed = [
+        (position, parameter)
+        for source in sources
+        for position, parameter in zip(source["positions"], source["params"], strict=False)
     ]
+    return {**options, "params": [p for _, p in sorted(placed, key=lambda pair: pair[0])]}
 
 
-def _options_key(group: ParamGroup) -> Hashable:
-    return tuple(
-        (key, _hashable(value))
-        for key, value in group.items()
-        if key not in ("params", "param_names", "name")
-    )
+def _options_key(piece: ParamGroup) -> Hashable:
+    return tuple((key, _hashable(value)) for key, value in piece.items() if key not in NOT_OPTIONS)
 
 
 def _hashable(value: object) -> Hashable:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from copy import deepcopy
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -63,38 +64,41 @@ class Updater:
 
     def update(
         self,
-        groups: Sequence[ParamGroup],
-        lines: Sequence[int],
+        pieces: Sequence[ParamGroup],
         *,
         state: State,
         clock: RateClock,
         is_active: Callable[[ParamGroup], bool],
-    ) -> set[str]:
-        """Update the active groups; return the names of those that had a gradient."""
-        active = [group for group in groups if is_active(group)]
+        closure: Callable[[], Any] | None = None,
+    ) -> tuple[set[str], list[ParamGroup]]:
+        """Update the active pieces; ``closure``, if there is one, returns the loss.
+
+        Returns:
+            The names of the groups that had a gradient, and what the rule has stored in pieces.
+        """
+        active = [piece for piece in pieces if is_active(piece)]
         moved = {p for p in flatten(active) if p.grad is not None}
         if self._fused and moved and not self._fused.is_rehearsed:
             self._fused.check()
             self._check_fusible(active, state)
-        with self.rates.applied(groups, lines, clock):
-            self.rule.step(active, state)
+        self.rates.apply(pieces, clock)
+        changed = self.rule.step(active, state, closure)
         if self._fused:
             moved |= self._fused.end_step()
-        return {group["name"] for group in active if not moved.isdisjoint(group["params"])}
+        names = {piece["name"] for piece in active if not moved.isdisjoint(piece["params"])}
+        return names, changed
 
     def update_one(
         self,
         parameter: Tensor,
-        group: ParamGroup,
-        groups: Sequence[ParamGroup],
-        lines: Sequence[int],
+        piece: ParamGroup,
         *,
         state: State,
         clock: RateClock,
     ) -> None:
-        """Update one parameter of ``group``, one of ``groups``, within the backward pass."""
-        with self.rates.applied(groups, lines, clock):
-            self.rule.step([{**group, "params": [parameter]}], state)
+        """Update one parameter of ``piece`` within the backward pass."""
+        self.rates.apply([piece], clock)
+        self.rule.step([{**piece, "params": [parameter]}], state)
 
     def _check_fusible(self, groups: Sequence[ParamGroup], state: State) -> None:
         """Try the rule on a copy of one parameter; raise if it sums values over all parameters."""
@@ -121,3 +125,22 @@ class Updater:
     def wait(self) -> None:
         """Return when every value in the state can be read."""
         self._idle_state.settle()
+
+
+def evaluated(loss: Any) -> Callable[[], Any]:
+    """Return a closure for the wrapped optimizer that returns the ``loss`` already evaluated, once.
+
+    Raises:
+        RuntimeError: It is called again: the optimizer evaluates the loss at several points.
+    """
+    calls = iter((loss,))
+
+    def closure() -> Any:
+        for value in calls:
+            return value
+        raise RuntimeError(
+            "the wrapped optimizer calls its closure more than once in a step, to evaluate the "
+            "loss at several points. This cannot be wrapped; pass an optimizer such as AdamW."
+        )
+
+    return closure

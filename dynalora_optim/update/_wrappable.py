@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import inspect
+
 import torch
 from torch.optim import Optimizer
 
 from dynalora_optim._base.claims import is_owner
-from dynalora_optim._base.torch_private import has_scheduler
 
 
-def check_wrappable(optimizer: object, *, scheduled: bool = False) -> None:
-    """Raise unless ``optimizer`` can be wrapped; if ``scheduled``, it may have a scheduler.
+def check_wrappable(optimizer: object) -> None:
+    """Raise unless ``optimizer`` can be wrapped.
 
     Raises:
         TypeError: It is not a torch optimizer.
-        ValueError: It wraps another optimizer, has a learning-rate scheduler, or has one state for
-            all parameters together.
+        ValueError: It wraps another optimizer, evaluates the loss itself, or has one state for all
+            parameters together.
     """
     if not isinstance(optimizer, Optimizer):
         raise TypeError(
@@ -33,8 +34,30 @@ def check_wrappable(optimizer: object, *, scheduled: bool = False) -> None:
             "optimizer=LBFGS keeps one state over all parameters together, so modules cannot be "
             "active one by one; pass a per-parameter optimizer such as AdamW."
         )
-    if has_scheduler(optimizer) and not scheduled:
+    _check_alone(optimizer, kind)
+    _check_closure(optimizer, kind)
+
+
+def _check_alone(optimizer: Optimizer, kind: str) -> None:
+    """Raise if ``optimizer`` changes the weights through another optimizer."""
+    attributes = vars(optimizer)
+    inner = [name for name, value in attributes.items() if isinstance(value, Optimizer)]
+    if inner or "param_groups" not in attributes:
+        where = f" in its attribute {inner[0]!r}" if inner else ""
         raise ValueError(
-            f"optimizer={kind} has a learning-rate scheduler, which would change rates that are no "
-            "longer used; wrap first, then build the scheduler on the wrapper."
+            f"optimizer={kind} itself wraps an optimizer{where}, so that it cannot be given the "
+            "groups of active modules. Build it the other way round: wrap the inner optimizer in "
+            "DynamicAllocationOptimizer, and pass the result to what wraps it (Lookahead, "
+            "accelerator.prepare)."
+        )
+
+
+def _check_closure(optimizer: Optimizer, kind: str) -> None:
+    """Raise if ``optimizer`` evaluates the loss itself, at weights of its own choice."""
+    parameters = inspect.signature(type(optimizer).step).parameters
+    closure = parameters.get("closure")
+    if closure is not None and closure.default is inspect.Parameter.empty:
+        raise ValueError(
+            f"optimizer={kind} evaluates the loss itself in step(closure), at more than one point, "
+            "so that modules cannot be active one by one; pass an optimizer such as AdamW."
         )

@@ -9,7 +9,8 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-from dynalora_optim._base.torch_private import active_ddp, forward_hooks
+from dynalora_optim._base.torch_private import active_ddp
+from dynalora_optim._base.torch_private_hooks import forward_hooks
 from dynalora_optim.importance._forward_hook import ForwardHook
 from dynalora_optim.switching._anchor import _Tied
 

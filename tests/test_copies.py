@@ -1,0 +1,107 @@
+"""Copies of a model come out fully active; a plain optimizer over a live model is told."""
+
+from __future__ import annotations
+
+import copy
+import io
+import logging
+import pickle
+from collections.abc import Callable
+
+import pytest
+import torch
+from kinds import KINDS, each_kind, made
+from torch import nn
+from torch.optim import SGD, AdamW
+from toy import ToyModel, backward, same, train, weights, wrapped
+
+
+def through_torch_save(model: nn.Module) -> nn.Module:
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+COPIES: dict[str, Callable[[nn.Module], nn.Module]] = {
+    "deepcopy": copy.deepcopy,
+    "pickle": lambda model: pickle.loads(pickle.dumps(model)),
+    "torch.save": through_torch_save,
+    "twice": lambda model: copy.deepcopy(pickle.loads(pickle.dumps(model))),
+}
+
+
+@each_kind
+@pytest.mark.parametrize("how", COPIES)
+def test_a_copy_trains_all_its_modules_as_a_model_that_was_never_driven(kind, how):
+    model, optimizer = made(kind, active=1, period=3)
+    train(model, optimizer, 2)
+    duplicate = COPIES[how](model)
+    fresh = KINDS[kind][0]()
+    fresh.load_state_dict(model.state_dict())
+    active = list(optimizer.active_groups)
+    for one in (duplicate, fresh):
+        train(one, AdamW(one.parameters(), lr=0.01), 3)
+    assert same(weights(duplicate), weights(fresh))
+    backward(duplicate)
+    assert not any(p.grad is None for p in duplicate.parameters() if p.requires_grad)
+    assert optimizer.active_groups == active, "the model itself is as it was"
+    backward(model)
+    idle = set(optimizer.groups) - set(active)
+    held = {id(p) for g in optimizer.module_groups if g["name"] in idle for p in g["params"]}
+    assert all(p.grad is None for p in model.parameters() if id(p) in held)
+
+
+@each_kind
+def test_a_copy_of_model_and_optimizer_keeps_the_choice(kind):
+    model, optimizer = made(kind, active=1, period=3)
+    train(model, optimizer, 2)
+    for twin, other in (
+        copy.deepcopy((model, optimizer)),
+        pickle.loads(pickle.dumps((model, optimizer))),
+    ):
+        backward(model)
+        backward(twin)
+        pairs = zip(model.parameters(), twin.parameters(), strict=True)
+        assert [a.grad is None for a, _ in pairs] == [p.grad is None for p in twin.parameters()]
+        assert other.active_groups == optimizer.active_groups
+        optimizer.zero_grad()
+
+
+def test_after_close_nothing_is_left_in_the_modules():
+    model = ToyModel()
+    before = [set(vars(module)) for module in model.modules()]
+    optimizer = wrapped(model, active=1)
+    copy.deepcopy(model)
+    optimizer.close()
+    assert [set(vars(module)) for module in model.modules()] == before
+
+
+def test_a_plain_optimizer_over_a_live_model_is_told_once(caplog):
+    model = ToyModel()
+    optimizer = wrapped(model, active=1)
+    train(model, optimizer, 1)
+    assert not caplog.records
+    stranger = SGD(model.parameters(), lr=0.1)
+    with caplog.at_level(logging.WARNING):
+        train(model, stranger, 3)
+    (record,) = caplog.records
+    assert "SGD trains 6 of the 6 module groups" in record.getMessage()
+    assert "close()" in record.getMessage()
+
+
+def test_others_are_not_told(caplog):
+    model, other = ToyModel(), ToyModel()
+    head = list(model.head.parameters())
+    optimizer = wrapped(model, active=1)
+    strangers = [SGD(head, lr=0.1), SGD(other.parameters(), lr=0.1)]
+    backward(model)
+    backward(other)
+    for stranger in strangers:
+        stranger.step()
+    optimizer.step()
+    duplicate = copy.deepcopy(model)
+    train(duplicate, SGD(duplicate.parameters(), lr=0.1), 1)
+    optimizer.close()
+    train(model, SGD(model.parameters(), lr=0.1), 1)
+    assert not caplog.records

@@ -1,0 +1,112 @@
+"""Modules that are frozen at first join when the user unfreezes them."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from processes import on_ranks
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import AdamW
+from toy import ToyModel, batch, names, same, train, weights, wrapped
+
+from dynalora_optim import DynamicAllocationOptimizer
+
+
+def adapters(model: ToyModel, layers: slice) -> list[torch.nn.Parameter]:
+    return [p for layer in model.layers[layers] for p in (layer[0].A, layer[0].B)]
+
+
+def frozen(last: int = 3) -> ToyModel:
+    model = ToyModel()
+    for parameter in adapters(model, slice(last, None)):
+        parameter.requires_grad_(False)
+    return model
+
+
+def unfreeze(model: ToyModel, optimizer: torch.optim.Optimizer, added: bool) -> None:
+    found = adapters(model, slice(3, None))
+    for parameter in found:
+        parameter.requires_grad_(True)
+    if added:
+        optimizer.add_param_group({"params": found, "lr": 0.02})
+
+
+def held(model: ToyModel, added: bool) -> AdamW:
+    parameters = [p for p in model.parameters() if p.requires_grad or not added]
+    return AdamW(parameters, lr=0.05)
+
+
+@pytest.mark.parametrize("added", [False, True])
+def test_all_active_is_the_plain_optimizer(added, caplog):
+    model, twin = frozen(), frozen()
+    plain = held(model, added)
+    optimizer = DynamicAllocationOptimizer(held(twin, added), twin, active=1.0)
+    (line,) = caplog.messages
+    assert "every parameter of 3 module group(s), such as layers.3.0" in line
+    assert optimizer.groups == names(3)
+    for one, of in ((model, plain), (twin, optimizer)):
+        train(one, of, 2)
+        unfreeze(one, of, added)
+        train(one, of, 3, start=2)
+    assert same(weights(model), weights(twin))
+    assert optimizer.groups == optimizer.active_groups == names()
+
+
+@pytest.mark.parametrize("added", [False, True])
+def test_they_are_chosen_like_the_others_from_then_on(added):
+    model = frozen()
+    optimizer = DynamicAllocationOptimizer(
+        held(model, added), model, active=2, period=1, allocator="round_robin"
+    )
+    train(model, optimizer, 2)
+    unfreeze(model, optimizer, added)
+    chosen = set()
+    for step in range(2, 9):
+        before = weights(model)
+        idle = set(optimizer.groups) - set(optimizer.active_groups)
+        train(model, optimizer, 1, start=step)
+        after = weights(model)
+        for name in idle:
+            assert torch.equal(before[f"{name}.A"], after[f"{name}.A"])
+        chosen |= set(optimizer.active_groups)
+        assert len(optimizer.active_groups) == 2
+    assert chosen == set(names())
+
+
+def test_a_run_resumes_after_they_have_joined():
+    def make():
+        model = frozen()
+        return model, wrapped(model, active=2, period=2)
+
+    (model, optimizer), (twin, other) = make(), make()
+    train(model, optimizer, 2)
+    unfreeze(model, optimizer, added=False)
+    train(model, optimizer, 3, start=2)
+    twin.load_state_dict(model.state_dict())
+    unfreeze(twin, other, added=False)
+    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for one, of in ((model, optimizer), (twin, other)):
+        train(one, of, 4, start=5)
+    assert same(weights(model), weights(twin))
+    assert optimizer.record.state_dict() == other.record.state_dict()
+
+
+def under_ddp(rank: int) -> None:
+    model = frozen()
+    optimizer = wrapped(model, active=1.0)
+    ddp = DistributedDataParallel(model)
+    for step in range(4):
+        ddp(batch(2 * step + rank)).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if step == 1:
+            unfreeze(model, optimizer, added=False)
+
+
+@pytest.mark.distributed
+def test_under_ddp_it_is_refused_because_ddp_would_not_average_them():
+    for error in on_ranks(under_ddp):
+        assert isinstance(error, RuntimeError)
+        assert "was built while only 8 of the 14 parameters" in str(error)
