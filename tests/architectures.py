@@ -1,4 +1,4 @@
-"""Every architecture of transformers in a tiny size: the auto classes, shrunk by the names of sizes."""
+"""Every architecture of transformers in a tiny size: its defaults, shrunk by their names."""
 
 from __future__ import annotations
 
@@ -34,7 +34,10 @@ _INTEGERS = [
     (r".*_heads|n_head", 4),
     (r".*intermediate_size.*|.*ffn_dim|d_ff|n_inner|.*mlp_dim|ffn_hidden_size|inner_dim", 48),
     (r".*_layers|n_layers?|depth", 2),
-    (r".*hidden_size|d_model|n_embd|n_embed|dim|.*_dim|.*embedding_size|width|.*_width|d_inner", 32),
+    (
+        r".*hidden_size|d_model|n_embd|n_embed|dim|.*_dim|.*embedding_size|width|.*_width|d_inner",
+        32,
+    ),
     (r"image_size|img_size|input_size", 32),
     (r"patch_size", 8),
     (r"max_position_embeddings|n_positions|max_(source|target)_positions", 64),

@@ -7,8 +7,12 @@ from typing import TypeGuard
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
-from dynalora_adapters._torch_private import is_lazy, is_watched
+from dynalora_adapters._torch_private import is_lazy, is_watched, own_parameter
+
+# The dtypes of weights that are numbers as they are, so that a delta can be added to them.
+DENSE = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 @dataclass(frozen=True)
@@ -29,9 +33,11 @@ class LinearShape:
 def linear_shape(module: nn.Module) -> LinearShape | None:
     """Return the shape of a module that computes what ``nn.Linear`` does, None for any other.
 
-    These are ``nn.Linear`` and its subclasses; transformers' ``Conv1D``; and any module with
-    ``in_features``, ``out_features`` and a 2-d ``weight``, which may be packed or not floating
-    (quantised layers). They are recognised by their attributes, so no library is imported.
+    These are ``nn.Linear``, transformers' ``Conv1D``, and any other module with ``in_features``,
+    ``out_features`` and a 2-d ``weight``. They are recognised by their attributes, so no library is
+    imported. A weight may be packed or not floating (quantised layers). If it is an ordinary one
+    and the module has a forward of its own, the module is called once to see what it computes:
+    routers and grouped layers are often subclasses of ``nn.Linear``.
     """
     weight = getattr(module, "weight", None)
     if not isinstance(weight, torch.Tensor) or is_lazy(weight):
@@ -43,8 +49,46 @@ def linear_shape(module: nn.Module) -> LinearShape | None:
     sizes = getattr(module, "in_features", None), getattr(module, "out_features", None)
     match sizes:
         case (int(in_features), int(out_features)):
-            return LinearShape(in_features, out_features)
+            return _as_computed(module, LinearShape(in_features, out_features))
     return None
+
+
+def _as_computed(module: nn.Module, shape: LinearShape) -> LinearShape | None:
+    """Return the shape, transposed if the module multiplies by W; None if it does neither."""
+    weight = own_parameter(module, "weight")
+    if type(module).forward is nn.Linear.forward and "forward" not in module.__dict__:
+        return shape
+    if weight is None or not is_dense(weight) or weight.is_meta or weight.dtype not in DENSE:
+        return shape  # quantised: only its own library knows
+    turned = LinearShape(shape.in_features, shape.out_features, transposed=True)
+    sizes = (shape.out_features, shape.in_features)
+    fitting = [shape] if weight.shape == sizes else []
+    fitting += [turned] if weight.shape == sizes[::-1] else []
+    if not fitting and weight.numel() != shape.in_features * shape.out_features:
+        return shape  # packed
+    return next((one for one in fitting if _computes(module, weight, one)), None)
+
+
+@torch.no_grad()
+def _computes(module: nn.Module, weight: Tensor, shape: LinearShape) -> bool:
+    """Whether W + D instead of W adds x D^T to the output of the module (x D if transposed)."""
+    generator = torch.Generator().manual_seed(0)
+    home = weight.device, weight.dtype
+    x = torch.randn(2, shape.in_features, generator=generator).to(*home)
+    change = torch.randn(weight.shape, generator=generator).to(*home)
+    state = {name: buffer.clone() for name, buffer in module.named_buffers()}
+    try:
+        with torch.random.fork_rng(devices=[]):
+            outs = [
+                functional_call(module, {**state, "weight": w}, (x,))
+                for w in (change, torch.zeros_like(change))
+            ]
+        seen = (outs[0] - outs[1]).double()
+    except Exception:  # a forward of any kind: this one does not take rows alone
+        return False
+    right = x.double() @ (change if shape.transposed else change.T).double()
+    close = 5e-2 if weight.dtype.itemsize == 2 else 1e-3
+    return seen.shape == right.shape and bool((seen - right).norm() <= close * right.norm())
 
 
 def is_conv1d(module: nn.Module) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -14,6 +15,7 @@ from dynalora_adapters._bases import adapter_dtype, frozen_weight, is_dense, lin
 from dynalora_adapters._checks import positive_int, positive_number, probability_below_one
 from dynalora_adapters._gate import gated, needs_gate, new_gate, set_gate
 from dynalora_adapters._lora_function import lora_linear
+from dynalora_adapters._state_names import with_base, without_base
 from dynalora_adapters._torch_private import runs_eagerly
 
 
@@ -56,7 +58,23 @@ class AdapterLinear(nn.Module, ABC):
         self._active = True
         self._gate = new_gate()
         self.merged = False
+        self.register_state_dict_post_hook(without_base)  # type: ignore[no-untyped-call]
+        self.register_load_state_dict_pre_hook(with_base)  # type: ignore[no-untyped-call]
         self.train(base_layer.training)
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """Register a parameter. A new weight or bias goes to the base: so weights are tied."""
+        if name not in ("weight", "bias"):
+            super().register_parameter(name, param)
+            return
+        old = getattr(self, name)
+        if param is not None and old is not None and param.shape != old.shape:
+            raise ValueError(
+                f"{name} of an adapted layer must keep its shape {tuple(old.shape)}, got "
+                f"{tuple(param.shape)}; call remove(model), resize the embeddings, then adapt "
+                f"the model again."
+            )
+        self.base_layer.register_parameter(name, param)
 
     @abstractmethod
     def delta(self, x: Tensor) -> Tensor:
@@ -122,8 +140,23 @@ class AdapterLinear(nn.Module, ABC):
 
     @property
     def out_features(self) -> int:
-        """Size of an output row."""
+        """Size of an output row. transformers sets it when it has resized a tied head."""
         return self.shape.out_features
+
+    @out_features.setter
+    def out_features(self, size: int) -> None:
+        if size != self.out_features:
+            self.resize_outputs(size)
+            self.shape = replace(self.shape, out_features=size)
+        if hasattr(self.base_layer, "out_features"):
+            setattr(self.base_layer, "out_features", size)  # noqa: B010
+
+    def resize_outputs(self, size: int) -> None:
+        """Give the adapter ``size`` outputs. A kind of adapter that can do this overrides it."""
+        raise ValueError(
+            f"out_features of a {type(self).__name__} cannot change from {self.out_features} to "
+            f"{size}; call remove(model), resize the embeddings, then adapt the model again."
+        )
 
 
 class LoRALinear(AdapterLinear):
@@ -208,6 +241,11 @@ class LoRALinear(AdapterLinear):
         """Return scaling B A dropout(x), (..., out), computed in the same order as in peft."""
         A, B = self.adapter_param("lora_A"), self.adapter_param("lora_B")
         return F.linear(F.linear(self.dropout(x.to(A.dtype)), A), B) * self.scaling
+
+    def resize_outputs(self, size: int) -> None:
+        """Cut rows of B, or add rows of zeros: new outputs are those of the base."""
+        rows = self.lora_B.data[:size]
+        self.lora_B.data = F.pad(rows, (0, 0, 0, size - len(rows)))
 
     @torch.no_grad()
     def delta_weight(self) -> Tensor:

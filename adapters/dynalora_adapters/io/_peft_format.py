@@ -16,9 +16,11 @@ from torch import Tensor, nn
 from dynalora_adapters._bases import linear_shape
 from dynalora_adapters._config import AdapterConfig, Names
 from dynalora_adapters._layers import AdapterLinear
-from dynalora_adapters._models import first_names, inside, task_type
+from dynalora_adapters._models import first_names, inside
 from dynalora_adapters._targets import head_names, is_all_linear, matches
+from dynalora_adapters._tasks import task_type
 from dynalora_adapters.io._peft_kinds import IGNORED, KINDS, SHARED
+from dynalora_adapters.io._peft_layers import LAYER_OPTIONS
 
 PREFIX = "base_model.model."
 # Modules that peft saves and expects for a task, even if modules_to_save does not name them.
@@ -44,7 +46,7 @@ def decode_config(raw: Mapping[str, Any]) -> AdapterConfig:
         raise ValueError(f"peft_type must be one of {sorted(KINDS)}, got {name!r}.")
     options = {**SHARED, **kind.options}
     for option, value in raw.items():
-        if option not in options and option not in IGNORED and option not in kind.ignored:
+        if option not in {*options, *IGNORED, *LAYER_OPTIONS, *kind.ignored}:
             _check_implemented(option, value, kind.accepted.get(option, ()))
     given = {ours: raw[theirs] for theirs, ours in options.items() if raw.get(theirs) is not None}
     for theirs in kind.required:
@@ -60,7 +62,8 @@ def _check_implemented(option: str, value: object, accepted: Collection[object])
         return
     raise ValueError(
         f"{option}={value!r} is not implemented here, and may change what the adapter computes; "
-        f"load it with peft, or remove the option if it has no effect on the forward pass."
+        f"load it with peft.PeftModel.from_pretrained: the optimizer drives peft's layers with the "
+        f"same line. Or remove the option if it has no effect on the forward pass."
     )
 
 
@@ -158,7 +161,7 @@ def head_tensors(tree: Mapping[str, nn.Module], trainable: Names) -> dict[str, T
     return {
         f"{PREFIX}{name}.{key}": tensor
         for name in head_names(tree, trainable)
-        for key, tensor in tree[name].state_dict().items()
+        for key, tensor in tree[name].state_dict(keep_vars=True).items()
     }
 
 
