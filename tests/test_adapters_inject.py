@@ -231,10 +231,10 @@ BAD: dict[str, tuple[Callable[[], nn.Module], dict[str, object], str]] = {
         {"targets": "query"},
         r"A string is a regular expression for the whole dotted name; \['query'\]",
     ),
-    "embedding": (
+    "normalisation": (
         lambda: build("bert").model,
-        {"targets": ["word_embeddings"]},
-        r"'word_embeddings' matches only modules that are not linear layers \(Embedding\)",
+        {"targets": ["LayerNorm"]},
+        r"'LayerNorm' matches only modules that are not linear layers \(LayerNorm\)",
     ),
     "container": (
         lambda: build("bert").model,

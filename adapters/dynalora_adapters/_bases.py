@@ -23,11 +23,13 @@ class LinearShape:
         in_features: Size of an input row.
         out_features: Size of an output row.
         transposed: True if the weight is stored as (in, out), as in transformers' ``Conv1D``.
+        lookup: True for an embedding, a linear map of one-hot rows: its input is their indices.
     """
 
     in_features: int
     out_features: int
     transposed: bool = False
+    lookup: bool = False
 
 
 def linear_shape(module: nn.Module) -> LinearShape | None:
@@ -44,6 +46,8 @@ def linear_shape(module: nn.Module) -> LinearShape | None:
         return None
     if weight.dim() != 2:
         return None
+    if isinstance(module, nn.Embedding):
+        return _embedding_shape(module)
     if is_conv1d(module):
         return LinearShape(weight.shape[0], weight.shape[1], transposed=True)
     sizes = getattr(module, "in_features", None), getattr(module, "out_features", None)
@@ -51,6 +55,24 @@ def linear_shape(module: nn.Module) -> LinearShape | None:
         case (int(in_features), int(out_features)):
             return _as_computed(module, LinearShape(in_features, out_features))
     return None
+
+
+def _embedding_shape(module: nn.Embedding) -> LinearShape | None:
+    """Return the shape of an embedding that looks its rows up and may scale them, None else."""
+    shape = LinearShape(module.num_embeddings, module.embedding_dim, transposed=True, lookup=True)
+    if module.max_norm is not None:
+        return None
+    plain = type(module).forward is nn.Embedding.forward and "forward" not in module.__dict__
+    weight = module.weight
+    if plain or not is_dense(weight) or weight.is_meta or weight.dtype not in DENSE:
+        return shape
+    return shape if _computes(module, weight, shape) else None
+
+
+def embed_scale(module: nn.Module) -> Tensor | float:
+    """Return the factor by which an embedding multiplies its rows, as those of Gemma do."""
+    scale: Tensor | float | None = getattr(module, "embed_scale", None)
+    return 1.0 if scale is None else scale
 
 
 def _as_computed(module: nn.Module, shape: LinearShape) -> LinearShape | None:
@@ -75,18 +97,22 @@ def _computes(module: nn.Module, weight: Tensor, shape: LinearShape) -> bool:
     generator = torch.Generator().manual_seed(0)
     home = weight.device, weight.dtype
     x = torch.randn(2, shape.in_features, generator=generator).to(*home)
+    if shape.lookup:
+        x = torch.eye(2, shape.in_features, device=weight.device, dtype=weight.dtype)
     change = torch.randn(weight.shape, generator=generator).to(*home)
+    given = x.argmax(1) if shape.lookup else x
     state = {name: buffer.clone() for name, buffer in module.named_buffers()}
     try:
         with torch.random.fork_rng(devices=[]):
             outs = [
-                functional_call(module, {**state, "weight": w}, (x,))
+                functional_call(module, {**state, "weight": w}, (given,))
                 for w in (change, torch.zeros_like(change))
             ]
         seen = (outs[0] - outs[1]).double()
     except Exception:  # a forward of any kind: this one does not take rows alone
         return False
     right = x.double() @ (change if shape.transposed else change.T).double()
+    right = right * embed_scale(module) if shape.lookup else right
     close = 5e-2 if weight.dtype.itemsize == 2 else 1e-3
     return seen.shape == right.shape and bool((seen - right).norm() <= close * right.norm())
 

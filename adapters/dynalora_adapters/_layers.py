@@ -199,10 +199,22 @@ class LoRALinear(AdapterLinear):
         self.rank = rank
         self.alpha = alpha
         self.scaling = lora_scaling(rank, alpha, rslora=rslora)
-        A, B = _draw(self.in_features, self.out_features, rank)
+        A, B = self.draw()
         weight = self.weight
         self.lora_A = nn.Parameter(A.to(weight.device, adapter_dtype(weight)))
         self.lora_B = nn.Parameter(B.to(weight.device, adapter_dtype(weight)))
+
+    def draw(self) -> tuple[Tensor, Tensor]:
+        """Draw A, and return a B of zeros. The generator is used exactly as peft uses it.
+
+        peft builds two ``nn.Linear``, which initialise themselves, and then draws A again. So with
+        the same seed and the same order of modules, both start from the same weights.
+        """
+        down = nn.Linear(self.in_features, self.rank, bias=False)
+        up = nn.Linear(self.rank, self.out_features, bias=False)
+        nn.init.kaiming_uniform_(down.weight, a=math.sqrt(5))
+        nn.init.zeros_(up.weight)
+        return down.weight.detach(), up.weight.detach()
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Return the output of the base module plus the delta, as one autograd node if possible.
@@ -264,16 +276,3 @@ def _keeps_all(dropout: nn.Module) -> bool:
 def lora_scaling(rank: int, alpha: float, *, rslora: bool) -> float:
     """Return alpha / rank, or alpha / sqrt(rank) for rsLoRA (arXiv:2312.03732)."""
     return alpha / (math.sqrt(rank) if rslora else rank)
-
-
-def _draw(in_features: int, out_features: int, rank: int) -> tuple[Tensor, Tensor]:
-    """Draw A, and return a B of zeros. The generator is used exactly as peft uses it.
-
-    peft builds two ``nn.Linear``, which initialise themselves, and then draws A again. So with the
-    same seed and the same order of modules, both libraries start from the same weights.
-    """
-    down = nn.Linear(in_features, rank, bias=False)
-    up = nn.Linear(rank, out_features, bias=False)
-    nn.init.kaiming_uniform_(down.weight, a=math.sqrt(5))
-    nn.init.zeros_(up.weight)
-    return down.weight.detach(), up.weight.detach()

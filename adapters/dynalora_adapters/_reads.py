@@ -11,6 +11,7 @@ import functools
 import inspect
 import textwrap
 from dataclasses import dataclass, field
+from types import CodeType, FunctionType
 
 from torch import nn
 
@@ -56,28 +57,52 @@ def read_layers(model: nn.Module) -> dict[nn.Module, bool]:
 def _uses(kind: type) -> _Uses:
     """Look through the methods that instances of ``kind`` run. Empty if there is no source."""
     uses = _Uses()
-    hidden: set[str] = set()
-    for base in kind.__mro__:
-        if base in (nn.Module, object):
-            continue
-        for method in _methods(base):
-            if method.name not in hidden and method.name not in _NOT_FORWARD:
-                _look_through(method, uses)
-            if not any(isinstance(n, ast.Name) and n.id == "super" for n in ast.walk(method)):
-                hidden.add(method.name)
+    methods = _methods(kind)
+    reading = [method for method in methods if _names_weight(method.__code__)]
+    for method in reading:
+        _look_through(method, uses)
+    if uses.read:
+        for method in methods:
+            _look_through(method, uses)
     return uses
 
 
-def _methods(kind: type) -> list[ast.FunctionDef]:
+def _methods(kind: type) -> list[FunctionType]:
+    """Return the methods that instances run: not those that a subclass replaces for good."""
+    found: list[FunctionType] = []
+    hidden = set(_NOT_FORWARD)
+    for base in kind.__mro__:
+        if base in (nn.Module, object):
+            continue
+        own = {name: inspect.unwrap(value) for name, value in vars(base).items() if callable(value)}
+        for name, method in own.items():
+            if isinstance(method, FunctionType) and name not in hidden:
+                found.append(method)
+                if "super" not in method.__code__.co_names:
+                    hidden.add(name)
+    return found
+
+
+def _names_weight(code: CodeType) -> bool:
+    inner = (const for const in code.co_consts if isinstance(const, CodeType))
+    return "weight" in code.co_names or any(_names_weight(one) for one in inner)
+
+
+@functools.cache
+def _parsed(method: FunctionType) -> list[ast.FunctionDef]:
     try:
-        tree = ast.parse(textwrap.dedent(inspect.getsource(kind)))
+        tree = ast.parse(textwrap.dedent(inspect.getsource(method)))
     except (OSError, TypeError, SyntaxError, ValueError):  # typed in, frozen or generated code
         return []
-    body = tree.body[0].body if tree.body and isinstance(tree.body[0], ast.ClassDef) else []
-    return [node for node in body if isinstance(node, ast.FunctionDef) and node.args.args]
+    return [n for n in tree.body if isinstance(n, ast.FunctionDef) and n.args.args]
 
 
-def _look_through(method: ast.FunctionDef, uses: _Uses) -> None:
+def _look_through(function: FunctionType, uses: _Uses) -> None:
+    for method in _parsed(function):
+        _look_through_tree(method, uses)
+
+
+def _look_through_tree(method: ast.FunctionDef, uses: _Uses) -> None:
     names: dict[str, Path] = {method.args.args[0].arg: ()}
     parents = {child: node for node in ast.walk(method) for child in ast.iter_child_nodes(node)}
     for node in ast.walk(method):  # breadth first: an outer loop's name is known in the inner one

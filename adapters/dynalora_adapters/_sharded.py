@@ -65,8 +65,9 @@ def is_sharded(tensor: object) -> bool:
 def settle(model: nn.Module) -> None:
     """Let FSDP2 put its shards back, which it replaces by whole weights during a step."""
     for module in model.modules():
-        if hasattr(module, "reshard") and hasattr(module, "unshard"):
-            module.reshard()
+        reshard = getattr(module, "reshard", None)
+        if callable(reshard) and hasattr(module, "unshard"):
+            reshard()
 
 
 def whole(tensor: Tensor) -> Tensor:

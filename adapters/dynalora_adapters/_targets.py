@@ -73,7 +73,7 @@ def make_plan(model: nn.Module, config: AdapterConfig) -> Plan:
     if is_all_linear(config.targets):
         chosen = _all_linear(model, tree) - left_out - read.keys()
     else:
-        found = [_resolve(rule, tree, left_out) for rule in _rules(config.targets)]
+        found = [_resolve(rule, tree, config) - left_out for rule in _rules(config.targets)]
         chosen = set().union(*found)
         _check_called(tree, {m for m in chosen if not read.get(m, True)})
     if not chosen:
@@ -117,21 +117,19 @@ def _outermost(modules: dict[str, nn.Module]) -> dict[str, nn.Module]:
     }
 
 
-def _resolve(
-    rule: Names, tree: Mapping[str, nn.Module], left_out: set[nn.Module]
-) -> set[nn.Module]:
-    """Return the linear layers that one entry of ``targets`` selects, without those left out."""
+def _resolve(rule: Names, tree: Mapping[str, nn.Module], config: AdapterConfig) -> set[nn.Module]:
+    """Return the layers that one entry of ``targets`` selects and that can be adapted."""
     found = {name: module for name, module in tree.items() if matches(rule, name)}
     if not found:
         raise _unknown("targets", rule, tree)
-    linear = {module for module in found.values() if linear_shape(module) is not None}
-    if not linear:
+    fitting = {module for module in found.values() if config.class_for(module) is not None}
+    if not fitting:
         kinds = sorted({type(module).__name__ for module in found.values()})
         raise ValueError(
             f"targets entry {_show(rule)} matches only modules that are not linear layers "
             f"({', '.join(kinds)}); name linear layers, such as {_linear_leaves(tree)}."
         )
-    return linear - left_out
+    return fitting
 
 
 def _check_called(tree: Mapping[str, nn.Module], dead: set[nn.Module]) -> None:

@@ -142,6 +142,12 @@ def layer_keys(name: str, layer_class: type[AdapterLinear]) -> dict[str, str]:
     return {param: f"{PREFIX}{name}.{key}" for param, key in layer_class.peft_names.items()}
 
 
+def _class_of(module: nn.Module, config: AdapterConfig) -> type[AdapterLinear]:
+    if isinstance(module, AdapterLinear):
+        return type(module)
+    return config.class_for(module) or config.layer_class
+
+
 def layer_shapes(
     tree: Mapping[str, nn.Module], names: Collection[str], config: AdapterConfig
 ) -> dict[str, tuple[int, ...]]:
@@ -150,7 +156,7 @@ def layer_shapes(
     for name in names:
         base = linear_shape(tree[name])
         assert base is not None
-        keys = layer_keys(name, config.layer_class)
+        keys = layer_keys(name, _class_of(tree[name], config))
         for param, shape in config.param_shapes(name, base).items():
             shapes[keys[param]] = shape
     return shapes
