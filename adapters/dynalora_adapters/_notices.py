@@ -22,7 +22,7 @@ def notices(model: nn.Module, config: AdapterConfig, plan: Plan) -> Iterator[str
     tree = first_names(module_tree(model))
     yield from _read_past(model, tree, config, plan)
     yield from _frozen_experts(tree, config)
-    yield from _frozen_heads(model, tree, plan)
+    yield from _frozen_heads(model, tree, config, plan)
 
 
 def _read_past(
@@ -82,13 +82,16 @@ def _meant(config: AdapterConfig, name: str) -> bool:
     return any(matches(config.targets, f"{owner}.{word}") for word in words)
 
 
-def _frozen_heads(model: nn.Module, tree: Mapping[str, nn.Module], plan: Plan) -> Iterator[str]:
+def _frozen_heads(
+    model: nn.Module, tree: Mapping[str, nn.Module], config: AdapterConfig, plan: Plan
+) -> Iterator[str]:
     free = {name for name, module in tree.items() if module in set(plan.trainable)}
     frozen = [n for n in new_heads(model) if not _all_inside(n, tree, free)]
     if frozen:
         yield (
-            f"{few(frozen)}: the head of {type(model).__name__} stays frozen and is not saved. If "
-            f"it is new (its first weights are random), pass trainable={frozen!r}."
+            f"{few(frozen)}: the head of {type(model).__name__} stays frozen. If it is new (its "
+            f"first weights are random), pass trainable={[*config.trainable, *frozen]!r}: then it "
+            f"is trained and saved."
         )
 
 

@@ -190,5 +190,6 @@ def _show(rule: Names) -> str:
 
 
 def _linear_leaves(tree: Mapping[str, nn.Module]) -> str:
-    leaves = {n.rpartition(".")[2] for n, m in tree.items() if linear_shape(m) is not None}
-    return ", ".join(sorted(leaves)[:12]) or "(it has no linear layer)"
+    shapes = {name: linear_shape(module) for name, module in tree.items()}
+    leaves = ends(name for name, shape in shapes.items() if shape and not shape.lookup)
+    return ", ".join(leaves[:12]) or "(it has no linear layer)"
