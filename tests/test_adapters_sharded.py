@@ -89,15 +89,14 @@ def refusals(folder: Path) -> dict[str, str]:
     model = shard(stack(config))
     mesh = init_device_mesh("cpu", (2,))
     parts = {"blocks.0.0": ColwiseParallel(), "blocks.1.0": ColwiseParallel()}
+    split = parallelize_module(stack(), mesh, parts)
     blocked = folder / "a file"
     if dist.get_rank() == 0:
         blocked.write_text("")
     dist.barrier()
     return {
         "inject": message(lambda: inject(shard(stack()), config)),
-        "tensor parallel": message(
-            lambda: inject(parallelize_module(stack(), mesh, parts), config)
-        ),
+        "tensor parallel": message(lambda: inject(split, config)),
         "load bare": message(lambda: load_adapter(shard(stack()), folder / "lora")),
         "merge": message(lambda: merge(model)),
         "disk": message(lambda: save_adapter(model, blocked / "below")),
@@ -202,11 +201,12 @@ def test_a_base_that_is_not_in_memory_is_refused(
     model = {"meta": half_on_meta, "cpu": offloaded, "disk": lambda: on_disk(tmp_path)}[make]()
     names = {name: id(module) for name, module in model.named_modules()}
     free = {name: param.requires_grad for name, param in model.named_parameters()}
+    acts = {
+        "inject": lambda: inject(model, KINDS[kind]),
+        "load": lambda: load_adapter(model, tmp_path / "adapter"),
+    }
     with pytest.raises(ValueError, match=r"not in memory .*load the model without offloading"):
-        if act == "inject":
-            inject(model, KINDS[kind])
-        else:
-            load_adapter(model, tmp_path / "adapter")
+        acts[act]()
     assert names == {name: id(module) for name, module in model.named_modules()}
     assert free == {name: param.requires_grad for name, param in model.named_parameters()}
 

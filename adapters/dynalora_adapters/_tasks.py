@@ -40,11 +40,29 @@ def task_type(model: nn.Module) -> str | None:
 
 def output_head(model: nn.Module) -> nn.Module | None:
     """Return the output head, which "all-linear" does not adapt."""
-    embeddings = getattr(model, "get_output_embeddings", None)
-    head = embeddings() if callable(embeddings) else None
+    head = output_embeddings(model)
     if head is None and type(model).__name__.endswith("ForSequenceClassification"):
         head = getattr(model, "score", None) or getattr(model, "classifier", None)
     return head if isinstance(head, nn.Module) else None
+
+
+def input_embeddings(model: nn.Module) -> nn.Module | None:
+    """Return the embedding of the input tokens that a model of transformers tells."""
+    return _told(model, "get_input_embeddings")
+
+
+def output_embeddings(model: nn.Module) -> nn.Module | None:
+    """Return the head of a language model that a model of transformers tells."""
+    return _told(model, "get_output_embeddings")
+
+
+def _told(model: nn.Module, method: str) -> nn.Module | None:
+    ask = getattr(model, method, None)
+    try:
+        found = ask() if callable(ask) else None
+    except (NotImplementedError, AttributeError):  # a model without one need not define this
+        return None
+    return found if isinstance(found, nn.Module) else None
 
 
 def new_heads(model: nn.Module) -> list[str]:

@@ -15,16 +15,14 @@ from torch import Tensor, nn
 from dynalora_adapters._layers import AdapterLinear
 from dynalora_adapters._models import module_tree
 from dynalora_adapters._sharded import whole
+from dynalora_adapters._tasks import input_embeddings, output_embeddings
 
 _BASE = "base_layer."
 
 
 def embedding_tensors(model: nn.Module, prefix: str) -> dict[str, Tensor]:
     """Return the weights of the embeddings and of the output head, by each key they can have."""
-    asked = (
-        getattr(model, name, None) for name in ("get_input_embeddings", "get_output_embeddings")
-    )
-    modules = {id(ask()) for ask in asked if callable(ask)}
+    modules = {id(module) for module in (input_embeddings(model), output_embeddings(model))}
     found: dict[str, Tensor] = {}
     for name, module in module_tree(model).items():
         base = module.base_layer if isinstance(module, AdapterLinear) else module

@@ -9,13 +9,11 @@ from torch import nn
 
 from dynalora_adapters._bases import is_conv1d
 from dynalora_adapters._layers import AdapterLinear
-from dynalora_adapters._models import first_names, places
-from dynalora_adapters._notices import few, fused_experts
+from dynalora_adapters._models import places
+from dynalora_adapters._notices import few
 from dynalora_adapters._targets import ends
+from dynalora_adapters.io._peft_renames import renamed, taken_for_experts
 
-# Names that peft takes for those of experts, if a model has fused ones: it leaves out layers with
-# these names and adapts the experts instead (peft/utils/transformers_weight_conversion.py).
-_EXPERT_NAMES = {"gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"}
 # What peft refuses in models of these types (peft/tuners/tuners_utils.py).
 _MAMBA_TYPES = {"falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h"}
 _MAMBA_NAMES = {"out_proj", "conv1d"}
@@ -28,14 +26,19 @@ def unreadable(
 ) -> Iterator[str]:
     """Yield a line for each kind of adapted module that peft would not read back as it is."""
     ending = "Load the file with load_adapter of this package."
-    renamed = [name for name in layers if ends([name])[0] in _EXPERT_NAMES]
-    if renamed and (fused := fused_experts(first_names(tree))):
-        yield (
-            f"peft would leave out the adapters of {few(renamed)}: in a model with fused experts "
-            f"({few(fused)}), it takes their names for those of the experts. {ending} Or train "
-            f"without them: exclude={ends(renamed)!r}."
-        )
     kind = getattr(getattr(model, "config", None), "model_type", None)
+    if taken := taken_for_experts(kind, tree, layers):
+        yield (
+            f"peft would leave out the adapters of {few(taken)}: in a model with fused experts it "
+            f"takes their names for those of the experts. {ending} Or train without them: "
+            f"exclude={ends(taken)!r}."
+        )
+    if lost := renamed(model, layers):
+        yield (
+            f"peft would leave out the adapters of {few(lost)}: it takes their names for those of "
+            f"an older version of the model. {ending} Or train without them: "
+            f"exclude={ends(lost)!r}."
+        )
     if refused := [n for n in layers if ends([n])[0] in _MAMBA_NAMES and kind in _MAMBA_TYPES]:
         yield (
             f"peft refuses {few(refused)} in models of the type {kind!r}. {ending} Or train "
