@@ -11,6 +11,10 @@ from typing import Any
 
 import pytest
 import torch
+
+pytest.importorskip("transformers")
+pytest.importorskip("peft")
+
 from architectures import AUTO, batch, build, names
 from torch import Tensor, nn
 
@@ -19,6 +23,7 @@ from dynalora_adapters._layers import AdapterLinear
 
 SEVEN = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 TOLERANCE = 1e-5
+TABLE = Path(__file__).parent.parent / "docs" / "architectures.md"
 
 
 def targets_in(model: nn.Module, targets: str) -> str | list[str]:
@@ -135,18 +140,48 @@ def _in_peft(
         return f"TypeError: {error}"
 
 
-CASES = [
-    pytest.param(auto, kind, id=f"{auto.removeprefix('AutoModelFor')}-{kind}")
-    for auto in AUTO
-    for kind in names(auto)
-]
+ALL = [(auto, kind) for auto in AUTO for kind in names(auto)]
 
 
-@pytest.mark.parametrize("targets", ["all-linear", "seven"])
-@pytest.mark.parametrize(("auto", "kind"), CASES)
-def test_nothing_differs_in_silence(auto: str, kind: str, targets: str) -> None:
+def case(number: int, auto: str, kind: str) -> Any:
+    """Every tenth architecture is tried in the default suite, all others in the slow one."""
+    marks = [] if number % 10 == 0 else [pytest.mark.slow]
+    return pytest.param(auto, kind, marks=marks, id=f"{auto.removeprefix('AutoModelFor')}-{kind}")
+
+
+@pytest.mark.parametrize(("auto", "kind"), [case(i, *one) for i, one in enumerate(ALL)])
+def test_nothing_differs_in_silence(auto: str, kind: str) -> None:
     try:
-        said = outcome(auto, kind, targets)
+        said = {targets: outcome(auto, kind, targets) for targets in ("all-linear", "seven")}
     except LookupError as error:
         pytest.skip(str(error))
-    assert "DIFFERS" not in said
+    assert not any("DIFFERS" in one for one in said.values()), said
+
+
+def rows() -> list[str]:
+    """Return the lines of the table in docs/architectures.md."""
+    lines = []
+    for auto, kind in ALL:
+        try:
+            found = [_short(outcome(auto, kind, targets)) for targets in ("all-linear", "seven")]
+        except LookupError:
+            continue
+        lines.append(f"| {kind} | {auto.removeprefix('AutoModelFor')} | {' | '.join(found)} |")
+    return lines
+
+
+def _short(said: str) -> str:
+    words = said.partition(":")[0]
+    return {"no such names": "-", "equal although warned": "equal"}.get(words, words)
+
+
+def test_the_table_in_the_docs_names_enough_and_nothing_that_differs() -> None:
+    lines = TABLE.read_text(encoding="utf-8").splitlines()
+    cells = [line.strip("| ").split(" | ") for line in lines if line.startswith("| ")][1:]
+    assert len({kind for kind, *_ in cells}) >= 150
+    assert {one for _, _, *found in cells for one in found} <= {"equal", "warned", "refused", "-"}
+
+
+if __name__ == "__main__":
+    head, mark, _ = TABLE.read_text(encoding="utf-8").partition("|---|---|---|---|\n")
+    TABLE.write_text(head + mark + "\n".join(rows()) + "\n", encoding="utf-8")
