@@ -142,10 +142,10 @@ class Grouped(nn.Linear):
 
 
 class Logged(nn.Linear):
-    """The same computation in a forward of its own."""
+    """The same computation in a forward of its own, with dropout in training."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x).contiguous()
+        return F.dropout(super().forward(x), 0.5, self.training)
 
 
 @pytest.mark.parametrize(("rows", "columns"), [(6, 6), (6, 4)])
@@ -183,7 +183,8 @@ def test_a_layer_that_computes_something_else_is_no_target(
 
 def test_a_subclass_that_computes_the_same_is_adapted() -> None:
     model = inject(nn.Sequential(Logged(6, 6)), config())
-    randomize_trainable(model)
+    assert model[0].base_layer.training
+    randomize_trainable(model.eval())
     x = torch.randn(2, 6)
     wanted = model(x)
     torch.testing.assert_close(merge(model, remove=True)(x), wanted)

@@ -62,9 +62,13 @@ def _embedding_shape(module: nn.Embedding) -> LinearShape | None:
     shape = LinearShape(module.num_embeddings, module.embedding_dim, transposed=True, lookup=True)
     if module.max_norm is not None:
         return None
-    plain = type(module).forward is nn.Embedding.forward and "forward" not in module.__dict__
     weight = module.weight
-    if plain or not is_dense(weight) or weight.is_meta or weight.dtype not in DENSE:
+    if (
+        _has_forward_of(nn.Embedding, module)
+        or not is_dense(weight)
+        or weight.is_meta
+        or weight.dtype not in DENSE
+    ):
         return shape
     return shape if _computes(module, weight, shape) else None
 
@@ -78,7 +82,7 @@ def embed_scale(module: nn.Module) -> Tensor | float:
 def _as_computed(module: nn.Module, shape: LinearShape) -> LinearShape | None:
     """Return the shape, transposed if the module multiplies by W; None if it does neither."""
     weight = own_parameter(module, "weight")
-    if type(module).forward is nn.Linear.forward and "forward" not in module.__dict__:
+    if _has_forward_of(nn.Linear, module):
         return shape
     if weight is None or not is_dense(weight) or weight.is_meta or weight.dtype not in DENSE:
         return shape  # quantised: only its own library knows
@@ -91,6 +95,12 @@ def _as_computed(module: nn.Module, shape: LinearShape) -> LinearShape | None:
     return next((one for one in fitting if _computes(module, weight, one)), None)
 
 
+def _has_forward_of(kind: type[nn.Module], module: nn.Module) -> bool:
+    """Whether the forward is that of ``kind``, perhaps with accelerate's moves around it."""
+    replaced = "forward" in module.__dict__ and not hasattr(module, "_hf_hook")
+    return type(module).forward is kind.forward and not replaced
+
+
 @torch.no_grad()
 def _computes(module: nn.Module, weight: Tensor, shape: LinearShape) -> bool:
     """Whether W + D instead of W adds x D^T to the output of the module (x D if transposed)."""
@@ -99,10 +109,13 @@ def _computes(module: nn.Module, weight: Tensor, shape: LinearShape) -> bool:
     x = torch.randn(2, shape.in_features, generator=generator).to(*home)
     if shape.lookup:
         x = torch.eye(2, shape.in_features, device=weight.device, dtype=weight.dtype)
-    change = torch.randn(weight.shape, generator=generator).to(*home)
+    rows, columns = (torch.randn(size, generator=generator) for size in weight.shape)
+    change = torch.outer(rows, columns).to(*home)
+    training = [inner for inner in module.modules() if inner.training]
     given = x.argmax(1) if shape.lookup else x
     state = {name: buffer.clone() for name, buffer in module.named_buffers()}
     try:
+        module.eval()  # without dropout
         with torch.random.fork_rng(devices=[]):
             outs = [
                 functional_call(module, {**state, "weight": w}, (given,))
@@ -111,6 +124,9 @@ def _computes(module: nn.Module, weight: Tensor, shape: LinearShape) -> bool:
         seen = (outs[0] - outs[1]).double()
     except Exception:  # a forward of any kind: this one does not take rows alone
         return False
+    finally:
+        for inner in training:
+            inner.training = True
     right = x.double() @ (change if shape.transposed else change.T).double()
     right = right * embed_scale(module) if shape.lookup else right
     close = 5e-2 if weight.dtype.itemsize == 2 else 1e-3

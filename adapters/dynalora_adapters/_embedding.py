@@ -35,6 +35,8 @@ class LoRAEmbedding(LoRALinear):
         "lora_B": "lora_embedding_B",
     }
 
+    lookup = True
+
     def draw(self) -> tuple[Tensor, Tensor]:
         """Return an A of zeros, and draw B. The generator is used exactly as peft uses it."""
         A = torch.randn(self.rank, self.in_features)

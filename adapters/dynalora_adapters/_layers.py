@@ -40,11 +40,12 @@ class AdapterLinear(nn.Module, ABC):
     """
 
     peft_names: ClassVar[dict[str, str]]
+    lookup: ClassVar[bool] = False  # whether the base is an embedding
 
     def __init__(self, base_layer: nn.Module, *, dropout: float = 0.0) -> None:
         super().__init__()
         shape = linear_shape(base_layer)
-        if shape is None:
+        if shape is None or shape.lookup is not self.lookup:
             raise TypeError(
                 f"base_layer must be a linear layer with a 2-d weight, got "
                 f"{type(base_layer).__name__}; pass nn.Linear, Conv1D or a module with "
