@@ -264,7 +264,7 @@ BAD: dict[str, tuple[Callable[[], nn.Module], dict[str, object], str]] = {
     "attention projection": (
         Encoder,
         {"targets": ["linear1", "out_proj"]},
-        r"targets matches encoder.layers.0.self_attn.out_proj, whose weight MultiheadAttention",
+        r"targets matches encoder.layers.0.self_attn.out_proj, .*whose weight MultiheadAttention",
     ),
     "attention projection by regex": (Encoder, {"targets": r".*proj"}, "MultiheadAttention reads"),
     "shared trainable": (

@@ -84,8 +84,8 @@ def _as_computed(module: nn.Module, shape: LinearShape) -> LinearShape | None:
     weight = own_parameter(module, "weight")
     if _has_forward_of(nn.Linear, module):
         return shape
-    if weight is None or not is_dense(weight) or weight.is_meta or weight.dtype not in DENSE:
-        return shape  # quantised: only its own library knows
+    if weight is None or not _can_be_tried(weight):
+        return shape
     turned = LinearShape(shape.in_features, shape.out_features, transposed=True)
     sizes = (shape.out_features, shape.in_features)
     fitting = [shape] if weight.shape == sizes else []
@@ -93,6 +93,11 @@ def _as_computed(module: nn.Module, shape: LinearShape) -> LinearShape | None:
     if not fitting and weight.numel() != shape.in_features * shape.out_features:
         return shape  # packed
     return next((one for one in fitting if _computes(module, weight, one)), None)
+
+
+def _can_be_tried(weight: Tensor) -> bool:
+    """Whether the weight can be replaced by numbers. What a quantised layer does, is its own."""
+    return is_dense(weight) and not weight.is_meta and weight.dtype in DENSE
 
 
 def _has_forward_of(kind: type[nn.Module], module: nn.Module) -> bool:
