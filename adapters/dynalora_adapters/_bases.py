@@ -63,12 +63,7 @@ def _embedding_shape(module: nn.Embedding) -> LinearShape | None:
     if module.max_norm is not None:
         return None
     weight = module.weight
-    if (
-        _has_forward_of(nn.Embedding, module)
-        or not is_dense(weight)
-        or weight.is_meta
-        or weight.dtype not in DENSE
-    ):
+    if _has_forward_of(nn.Embedding, module) or not _can_be_tried(weight):
         return shape
     return shape if _computes(module, weight, shape) else None
 
