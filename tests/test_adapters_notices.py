@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import logging
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from architectures import batch, build
+from architectures import batch, names
+from architectures import build as build_architecture
 from tiny_models import build as build_tiny
 from tiny_models import randomize_trainable, same, snapshot
 from torch import Tensor, nn
@@ -20,6 +22,12 @@ from dynalora_adapters import LoRAConfig, LoRALinear, inject, load_adapter, merg
 
 peft = pytest.importorskip("peft")
 pytest.importorskip("transformers")
+
+
+def build(auto: str, kind: str) -> nn.Module:
+    if kind not in names(auto):
+        pytest.skip(f"this transformers has no {kind}")
+    return build_architecture(auto, kind)
 
 
 def config(**options: Any) -> LoRAConfig:
@@ -41,6 +49,12 @@ class Reader(nn.Module):
         self.several = nn.ModuleList([nn.Linear(4, 4) for _ in range(2)])
         self.inner = nn.Sequential(nn.Linear(4, 4))
         self.either = nn.Linear(4, 4)
+        self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.counted = nn.ModuleList([nn.Linear(4, 4)])
+        self.reset_rows()
+
+    def reset_rows(self) -> None:
+        self.asked.weight.data.mul_(1)
 
     def forward(self, x: Tensor) -> Tensor:
         x = F.linear(x, self.read.weight, self.read.bias)
@@ -50,6 +64,10 @@ class Reader(nn.Module):
             x = x @ layer.weight.t()
         proj = self.inner[0]
         x = x @ proj.weight
+        first, second = self.first, self.second
+        x = x @ first.weight + x @ second.weight
+        for i, layer in enumerate(self.counted):
+            x = x + F.linear(x, weight=layer.weight) * i
         return self.either(x) if self.training else F.linear(x, self.either.weight)
 
 
@@ -57,7 +75,7 @@ class Readers(Reader):
     """Inherits the forward that reads."""
 
 
-PAST = ["either", "inner.0", "read", "several.0", "several.1"]
+PAST = ["counted.0", "first", "inner.0", "read", "second", "several.0", "several.1"]
 
 
 @pytest.mark.parametrize("kind", [Reader, Readers])
@@ -66,10 +84,10 @@ def test_all_linear_leaves_out_layers_that_are_read(
 ) -> None:
     model = inject(kind(), config())
     assert adapted(model) == {"called", "asked"}
-    assert "leaves out read, several.0, several.1 and 2 more" in caplog.text
+    assert "leaves out read, several.0, several.1 and 5 more" in caplog.text
 
 
-@pytest.mark.parametrize("name", [name for name in PAST if name != "either"])
+@pytest.mark.parametrize("name", PAST)
 def test_a_layer_that_is_read_and_never_called_is_refused(name: str) -> None:
     model = Reader()
     before = snapshot(model)
@@ -206,6 +224,39 @@ def test_names_that_peft_takes_for_experts_are_named_at_save(
     assert "peft would leave out the adapters of " in caplog.text
     assert "mlp.gate_proj" in caplog.text or "shared_expert" in caplog.text
     assert "Load the file with load_adapter" in caplog.text
+
+
+def test_names_that_peft_takes_for_old_ones_are_named_at_save(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    base = build("AutoModelForCausalLM", "laguna")  # in transformers 5.17 and later
+    model = inject(base, config())
+    randomize_trainable(model)
+    save_adapter(model, tmp_path)
+    fresh = build("AutoModelForCausalLM", "laguna")
+    theirs = peft.PeftModel.from_pretrained(fresh, tmp_path)
+    lost = [n for n, p in theirs.named_parameters() if "lora_B" in n and not p.any()]
+    said = "mlp.shared_experts.down_proj" in caplog.text and "an older version" in caplog.text
+    assert said is bool(lost), "no warning without a reason"
+
+
+def test_a_model_that_peft_reads_as_it_is_needs_no_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = inject(build("AutoModelForCausalLM", "qwen2_moe"), config(targets=["gate_proj"]))
+    caplog.clear()
+    save_adapter(model, tmp_path)
+    assert caplog.text == ""
+
+
+def test_without_transformers_tables_any_fused_experts_count(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = inject(build("AutoModelForCausalLM", "qwen2_moe"), config(targets=["gate_proj"]))
+    monkeypatch.setitem(sys.modules, "transformers.conversion_mapping", None)
+    save_adapter(model, tmp_path)
+    assert "mlp.shared_expert.gate_proj" in caplog.text
+    assert "takes their names for those of the experts" in caplog.text
 
 
 @pytest.mark.parametrize(

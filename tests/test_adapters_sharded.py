@@ -229,6 +229,8 @@ def test_an_adapted_model_that_was_offloaded_is_not_saved(tmp_path: Path) -> Non
     model = accelerate.cpu_offload(stack(KINDS["lora"]), execution_device="cpu")
     with pytest.raises(ValueError, match="on the meta device, without numbers"):
         save_adapter(model, tmp_path)
+    with pytest.raises(ValueError, match="on the meta device, without numbers"):
+        merge(model)
 
 
 def test_a_whole_model_is_adapted_as_before() -> None:

@@ -85,6 +85,8 @@ def _check(name: str, layer: AdapterLinear, owners: dict[int, list[str]]) -> Non
     weight = layer.weight
     if own_parameter(layer.base_layer, "weight") is None:
         reason = "is not a parameter of its own (a buffer or a parametrization)"
+    elif weight.is_meta:
+        reason = "is on the meta device, without numbers (the model was offloaded)"
     elif is_sharded(weight):
         reason = "is sharded over processes (save the adapter and merge it into a whole model)"
     elif weight.dtype not in DENSE:

@@ -9,7 +9,9 @@ from __future__ import annotations
 import ast
 import functools
 import inspect
+import re
 import textwrap
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from types import CodeType, FunctionType
 
@@ -17,13 +19,13 @@ from torch import nn
 
 Path = tuple[str, ...]  # attribute names from the module on; EACH stands for an index
 EACH = "*"
+Aliases = dict[str, set[Path]]  # a local name -> the submodules that it may stand for
 
 # Methods that read weights for another purpose than computing the output.
-_NOT_FORWARD = {"__init__", "_init_weights", "reset_parameters", "init_weights", "tie_weights"}
-_NOT_FORWARD |= {"get_input_embeddings", "get_output_embeddings", "extra_repr"}
-# What is asked about a weight without computing with it.
+_NOT_FORWARD = re.compile(r"_*(init|reset|tie|resize|prune|load|save|extra_repr|get_.*embed).*")
+# What is asked about a weight without computing with it, or while it is set.
 _QUESTIONS = {"dtype", "device", "shape", "size", "dim", "ndim", "numel", "requires_grad"}
-_QUESTIONS |= {"is_floating_point", "is_cuda", "is_meta"}
+_QUESTIONS |= {"is_floating_point", "is_cuda", "is_meta", "data", "requires_grad_"}
 _ASKING = {"isinstance", "hasattr", "getattr", "id", "type"}
 
 
@@ -70,13 +72,15 @@ def _uses(kind: type) -> _Uses:
 def _methods(kind: type) -> list[FunctionType]:
     """Return the methods that instances run: not those that a subclass replaces for good."""
     found: list[FunctionType] = []
-    hidden = set(_NOT_FORWARD)
+    hidden: set[str] = set()
     for base in kind.__mro__:
         if base in (nn.Module, object):
             continue
         own = {name: inspect.unwrap(value) for name, value in vars(base).items() if callable(value)}
         for name, method in own.items():
-            if isinstance(method, FunctionType) and name not in hidden:
+            if not isinstance(method, FunctionType) or _NOT_FORWARD.match(name):
+                continue
+            if name not in hidden:
                 found.append(method)
                 if "super" not in method.__code__.co_names:
                     hidden.add(name)
@@ -103,49 +107,57 @@ def _look_through(function: FunctionType, uses: _Uses) -> None:
 
 
 def _look_through_tree(method: ast.FunctionDef, uses: _Uses) -> None:
-    names: dict[str, Path] = {method.args.args[0].arg: ()}
+    names: Aliases = {method.args.args[0].arg: {()}}
     parents = {child: node for node in ast.walk(method) for child in ast.iter_child_nodes(node)}
     for node in ast.walk(method):  # breadth first: an outer loop's name is known in the inner one
-        names.update(_aliases(node, names))
+        for name, paths in _aliases(node, names):
+            names.setdefault(name, set()).update(paths)
     for node in ast.walk(method):
         if isinstance(node, ast.Call):
-            if path := _path(node.func, names):
-                uses.called.add(path)
-        elif isinstance(node, ast.Attribute) and node.attr == "weight":
-            path = _path(node.value, names)
-            if path and _computes(node, parents):
-                uses.read.add(path)
+            uses.called |= _paths(node.func, names)
+        elif isinstance(node, ast.Attribute) and _computes_with_weight(node, parents):
+            uses.read |= _paths(node.value, names) - {()}
 
 
-def _aliases(node: ast.AST, names: dict[str, Path]) -> dict[str, Path]:
-    """Return the local name that a statement gives to a submodule, or to each one of a list."""
-    given: tuple[ast.expr, ast.expr, Path]
+def _aliases(node: ast.AST, names: Aliases) -> Iterator[tuple[str, set[Path]]]:
+    """Yield the local names that a statement gives to submodules, or to each one of a list."""
     if isinstance(node, ast.Assign):
-        given = node.targets[0], node.value, ()
+        target, value = node.targets[0], node.value
+        pairs = [(target, value)]
+        if isinstance(target, ast.Tuple) and isinstance(value, ast.Tuple):
+            pairs = list(zip(target.elts, value.elts, strict=False))
+        for one, other in pairs:
+            yield from _named(one, _paths(other, names))
     elif isinstance(node, (ast.For, ast.comprehension)):
-        given = node.target, node.iter, (EACH,)
-    else:
-        return {}
-    name, value, each = given
-    path = _path(value, names)
-    return {name.id: (*path, *each)} if path and isinstance(name, ast.Name) else {}
+        target, value = node.target, node.iter
+        if isinstance(value, ast.Call) and isinstance(target, ast.Tuple) and value.args:
+            target, value = target.elts[-1], value.args[-1]  # enumerate, or the last of a zip
+        yield from _named(target, {(*path, EACH) for path in _paths(value, names)})
 
 
-def _path(node: ast.expr, names: dict[str, Path]) -> Path | None:
-    """Return the path of ``self.a.b[i]``: ("a", "b", EACH). None if this is something else."""
+def _named(target: ast.expr, paths: set[Path]) -> Iterator[tuple[str, set[Path]]]:
+    if isinstance(target, ast.Name) and paths:
+        yield target.id, paths
+
+
+def _paths(node: ast.expr, names: Aliases) -> set[Path]:
+    """Return what ``self.a.b[i]`` may be: ("a", "b", EACH). Empty if this is something else."""
     if isinstance(node, ast.Name):
-        return names.get(node.id)
+        return names.get(node.id, set())
     if isinstance(node, (ast.Attribute, ast.Subscript)):
-        inner = _path(node.value, names)
         last = node.attr if isinstance(node, ast.Attribute) else EACH
-        return None if inner is None else (*inner, last)
-    return None
+        return {(*path, last) for path in _paths(node.value, names)}
+    return set()
 
 
-def _computes(node: ast.Attribute, parents: dict[ast.AST, ast.AST]) -> bool:
-    """Whether the weight is read to compute with it, not only asked about or assigned."""
+def _computes_with_weight(node: ast.Attribute, parents: dict[ast.AST, ast.AST]) -> bool:
+    """Whether this reads a weight to compute with it, not only to ask about it or to set it."""
     parent = parents[node]
-    if not isinstance(node.ctx, ast.Load) or isinstance(parent, ast.Compare):
+    if (
+        node.attr != "weight"
+        or not isinstance(node.ctx, ast.Load)
+        or isinstance(parent, ast.Compare)
+    ):
         return False
     if isinstance(parent, ast.Attribute):
         return parent.attr not in _QUESTIONS and isinstance(parent.ctx, ast.Load)
