@@ -324,3 +324,24 @@ def test_other_options_are_refused_with_the_remedy(
     path = tmp_path / "adapter_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
     assert_refused(llama(tied=False), tmp_path, message)
+
+
+def test_a_trainer_writes_and_resumes_checkpoints_of_a_tied_adapted_head(tmp_path: Path) -> None:
+    pytest.importorskip("accelerate")
+    rows = [{"input_ids": row, "labels": row} for row in IDS]
+
+    def train(folder: Path, resume: str | None = None) -> nn.Module:
+        model = inject(llama(tied=True), config(targets=["lm_head", "q_proj"]))
+        arguments = transformers.TrainingArguments(
+            output_dir=str(folder), max_steps=4, save_steps=2, per_device_train_batch_size=2,
+            report_to="none", use_cpu=True, disable_tqdm=True, seed=0,
+        )  # fmt: skip
+        trainer = transformers.Trainer(model=model, args=arguments, train_dataset=rows)
+        trainer.train(resume_from_checkpoint=resume)
+        return model.eval()
+
+    whole = train(tmp_path)
+    resumed = train(tmp_path, str(tmp_path / "checkpoint-2"))
+    assert torch.equal(logits(resumed), logits(whole))
+    plain = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "checkpoint-4").eval()
+    assert torch.equal(logits(plain), logits(llama(tied=True))), "the base is untouched"

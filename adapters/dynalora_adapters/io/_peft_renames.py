@@ -44,17 +44,23 @@ def taken_for_experts(
 
 
 def renamed(model: nn.Module, names: Collection[str]) -> list[str]:
-    """Return those layers that get the name of no layer of the model."""
-    rules = [rule for rule in _rules(model) if "WeightRenaming" in _ancestors(rule)]
-    lost = []
-    for name in names:
-        new = f"{name}.lora_A.weight"
-        for rule in rules:
-            new, _ = rule.rename_source_key(new)
-        new = new.removesuffix(".lora_A.weight")
-        if new != name and new not in names and not name.endswith(new):
-            lost.append(name)
-    return lost
+    """Return those layers that get the name of no layer of the model.
+
+    None if transformers has changed its tables: they are not made for others.
+    """
+    try:
+        rules = [rule for rule in _rules(model) if "WeightRenaming" in _ancestors(rule)]
+        new = {name: _new_name(name, rules) for name in names}
+    except (AttributeError, TypeError, ValueError):
+        return []
+    return [name for name in names if new[name] not in names and not name.endswith(new[name])]
+
+
+def _new_name(name: str, rules: list[Any]) -> str:
+    key = f"{name}.lora_A.weight"
+    for rule in rules:
+        key, _ = rule.rename_source_key(key)
+    return key.removesuffix(".lora_A.weight")
 
 
 def _rules(model: nn.Module) -> list[Any]:
