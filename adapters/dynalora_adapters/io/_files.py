@@ -142,7 +142,7 @@ def _load_into_bare(
         config = in_layers(known_names(config, tree), raw, first_names(tree))
         plan = make_plan(model, config)
         check_read_alike(model, raw, plan.bases)
-    except (TypeError, ValueError) as error:
+    except ValueError as error:
         raise ValueError(f"{folder / CONFIG_NAME} does not fit the model: {error}") from error
     heads, found = _whole_modules(model, tree, config, tensors)
     check_fit(tree, plan.bases, config, tensors, heads={**heads, **found}, folder=folder)

@@ -20,7 +20,7 @@ from dynalora_adapters._models import first_names, inside
 from dynalora_adapters._targets import head_names, is_all_linear, matches
 from dynalora_adapters._tasks import task_type
 from dynalora_adapters.io._peft_kinds import IGNORED, KINDS, SHARED
-from dynalora_adapters.io._peft_layers import LAYER_OPTIONS
+from dynalora_adapters.io._peft_layers import LAYER_OPTIONS, check_layer_options
 
 PREFIX = "base_model.model."
 # Modules that peft saves and expects for a task, even if modules_to_save does not name them.
@@ -48,6 +48,7 @@ def decode_config(raw: Mapping[str, Any]) -> AdapterConfig:
     for option, value in raw.items():
         if option not in {*options, *IGNORED, *LAYER_OPTIONS, *kind.ignored}:
             _check_implemented(option, value, kind.accepted.get(option, ()))
+    check_layer_options(raw)
     given = {ours: raw[theirs] for theirs, ours in options.items() if raw.get(theirs) is not None}
     for theirs in kind.required:
         if options[theirs] not in given:

@@ -19,13 +19,10 @@ def in_layers(
     """Return the configuration with only those targets that lie in the layers of the file.
 
     Raises:
-        TypeError: If an option has the wrong type.
         ValueError: If the targets are not a list of names, or none of them lies in the layers.
     """
     layers, patterns = _layers(raw), _patterns(raw)
     if not layers:
-        if patterns:
-            raise ValueError("layers_pattern needs layers_to_transform; add it, or remove both.")
         return config
     if isinstance(config.targets, str):
         raise ValueError(
@@ -39,6 +36,12 @@ def in_layers(
             f"{sorted(layers)}; correct layers_to_transform or layers_pattern."
         )
     return replace(config, targets=tuple(chosen))
+
+
+def check_layer_options(raw: Mapping[str, Any]) -> None:
+    """Raise TypeError or ValueError if an option has a wrong type, or is there without the other."""
+    if _patterns(raw) and not _layers(raw):
+        raise ValueError("layers_pattern needs layers_to_transform; add it, or remove both.")
 
 
 def _layers(raw: Mapping[str, Any]) -> set[int]:

@@ -46,7 +46,7 @@ def taken_for_experts(
 def renamed(model: nn.Module, names: Collection[str]) -> list[str]:
     """Return those layers that get the name of no layer of the model.
 
-    None if transformers has changed its tables: they are not made for others.
+    Empty if transformers has changed its tables, which are not made for others.
     """
     try:
         rules = [rule for rule in _rules(model) if "WeightRenaming" in _ancestors(rule)]
