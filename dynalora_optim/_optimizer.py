@@ -157,9 +157,13 @@ class DynamicAllocationOptimizer(SavedOptimizer):
         self._begin()
 
     def _begin(self) -> None:
-        rates, pieces = self._updater.rates, self._pieces
         self._run = RunState(
-            self._allocation, self._costing, self.tracker, rates, pieces, self._settings
+            self._allocation,
+            self._costing,
+            self.tracker,
+            self._updater.rates,
+            pieces=self._pieces,
+            settings=self._settings,
         )
         self._has_agreed = False  # with the other ranks, in this process
         self._take_charge()

@@ -25,6 +25,7 @@ class RunState:
         costing: StepCosting,
         tracker: ImportanceTracker,
         rates: Rates,
+        *,
         pieces: Pieces,
         settings: Mapping[str, str],
     ) -> None:

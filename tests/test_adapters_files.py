@@ -310,7 +310,6 @@ REFUSED = {
     "use_dora": True,
     "bias": "all",
     "lora_bias": True,
-    "layers_to_transform": [0],
     "layer_replication": [[0, 1]],
     "target_parameters": ["weight"],
     "trainable_token_indices": [1, 2],

@@ -231,10 +231,10 @@ BAD: dict[str, tuple[Callable[[], nn.Module], dict[str, object], str]] = {
         {"targets": "query"},
         r"A string is a regular expression for the whole dotted name; \['query'\]",
     ),
-    "embedding": (
+    "normalisation": (
         lambda: build("bert").model,
-        {"targets": ["word_embeddings"]},
-        r"'word_embeddings' matches only modules that are not linear layers \(Embedding\)",
+        {"targets": ["LayerNorm"]},
+        r"'LayerNorm' matches only modules that are not linear layers \(LayerNorm\)",
     ),
     "container": (
         lambda: build("bert").model,
@@ -264,9 +264,9 @@ BAD: dict[str, tuple[Callable[[], nn.Module], dict[str, object], str]] = {
     "attention projection": (
         Encoder,
         {"targets": ["linear1", "out_proj"]},
-        r"targets matches encoder.layers.0.self_attn.out_proj, whose weight nn.MultiheadAttention",
+        r"targets matches encoder.layers.0.self_attn.out_proj, .*whose weight MultiheadAttention",
     ),
-    "attention projection by regex": (Encoder, {"targets": r".*proj"}, "nn.MultiheadAttention"),
+    "attention projection by regex": (Encoder, {"targets": r".*proj"}, "MultiheadAttention reads"),
     "shared trainable": (
         tied_head,
         {"targets": ["blocks.0.0"], "trainable": ["decoder"]},

@@ -156,9 +156,9 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
     "bad key": (lambda f: edit(f, projection_prng_key="x"), f"{CONFIG}: key must be an int"),
     "bad flag": (lambda f: edit(f, save_projection="no"), "save_projection must be a bool"),
     "bias": (lambda f: edit(f, bias="vera_only"), "bias='vera_only' is not implemented here"),
-    "some layers": (
-        lambda f: edit(f, layers_to_transform=[0]),
-        r"layers_to_transform=\[0\] is not",
+    "no such layers": (
+        lambda f: edit(f, layers_to_transform=["0"]),
+        r"layers_to_transform must hold whole numbers, got \['0'\]",
     ),
     "of LoRA": (lambda f: edit(f, lora_alpha=8), "lora_alpha=8 is not implemented here"),
     "of the future": (lambda f: edit(f, a_new_option=3), "a_new_option=3 is not implemented here"),

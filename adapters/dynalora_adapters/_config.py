@@ -10,13 +10,14 @@ from typing import ClassVar, TypeVar
 
 from torch import nn
 
-from dynalora_adapters._bases import LinearShape
+from dynalora_adapters._bases import LinearShape, linear_shape
 from dynalora_adapters._checks import (
     boolean,
     positive_int,
     positive_number,
     probability_below_one,
 )
+from dynalora_adapters._embedding import LoRAEmbedding
 from dynalora_adapters._layers import AdapterLinear, LoRALinear, lora_scaling
 
 Names = str | Sequence[str]
@@ -33,13 +34,14 @@ class AdapterConfig(ABC):
         targets: The modules to adapt. In a list, an entry matches the module with that dotted name,
             and every module whose dotted name ends with a dot and the entry. A string is a regular
             expression for the whole dotted name. ``"all-linear"`` means every ``nn.Linear`` and
-            ``Conv1D`` except the output head.
+            ``Conv1D`` that the model calls, except the output head. Embeddings can be named (LoRA).
         exclude: Modules to leave out of ``targets``: a list or a regular expression, as above.
         trainable: Modules of which all parameters stay trainable, such as a new classification
             head, by name or dotted suffix. They are never adapted, and ``save_adapter`` saves them.
     """
 
     layer_class: ClassVar[type[AdapterLinear]]
+    lookup_class: ClassVar[type[AdapterLinear] | None] = None  # for embeddings, if there is one
 
     targets: Names
     exclude: Names = ()
@@ -55,6 +57,13 @@ class AdapterConfig(ABC):
                 f"targets must name at least one module, got {self.targets!r}; pass a list of "
                 f'module names, a regular expression or "all-linear".'
             )
+
+    def class_for(self, base: nn.Module) -> type[AdapterLinear] | None:
+        """Return the class of the layer over ``base``, or None if this kind has none for it."""
+        shape = linear_shape(base)
+        if shape is None:
+            return None
+        return self.lookup_class if shape.lookup else self.layer_class
 
     @abstractmethod
     def layer_options(self, name: str) -> dict[str, object]:
@@ -94,6 +103,7 @@ class LoRAConfig(AdapterConfig):
     """
 
     layer_class = LoRALinear
+    lookup_class = LoRAEmbedding
 
     rank: int
     alpha: float
@@ -132,11 +142,12 @@ class LoRAConfig(AdapterConfig):
         return {"lora_A": (rank, base.in_features), "lora_B": (base.out_features, rank)}
 
     def build(self, bases: Mapping[str, nn.Module]) -> dict[str, AdapterLinear]:
-        """Make a ``LoRALinear`` over each base."""
+        """Make a ``LoRALinear`` over each base, a ``LoRAEmbedding`` over an embedding."""
         layers: dict[str, AdapterLinear] = {}
         for name, base in bases.items():
             rank, alpha = self._rank_and_alpha(name)
-            layers[name] = LoRALinear(
+            kind = LoRAEmbedding if self.class_for(base) is LoRAEmbedding else LoRALinear
+            layers[name] = kind(
                 base, rank=rank, alpha=alpha, dropout=self.dropout, rslora=self.rslora
             )
         return layers

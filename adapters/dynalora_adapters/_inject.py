@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
@@ -11,13 +12,17 @@ from torch import nn
 from dynalora_adapters._config import AdapterConfig
 from dynalora_adapters._layers import AdapterLinear
 from dynalora_adapters._models import replace_modules, require_adapters, unwrap
+from dynalora_adapters._notices import notices
 from dynalora_adapters._quantised import (
     check_not_repacked,
     forbid_repacking,
     restore_repacking,
 )
+from dynalora_adapters._sharded import check_here, check_not_fsdp1
 from dynalora_adapters._targets import Plan, make_plan
 from dynalora_adapters._torch_private import plain_name
+
+logger = logging.getLogger(__name__)
 
 _RECORD = "_dynalora_injection"  # an attribute of the adapted model
 _NESTED = "use_nested_tensor"  # an attribute of nn.TransformerEncoder
@@ -32,12 +37,15 @@ class Injection:
         required_grad: The former ``requires_grad`` of every base parameter, by name.
         nested_tensor: The former ``use_nested_tensor`` of the transformer encoders, by name.
         repacks: Which quantised layers may repack their weight for evaluation, by name.
+        embeddings: Keys in the adapter's file of embeddings that a file has replaced. They must be
+            saved again.
     """
 
     config: AdapterConfig
     required_grad: dict[str, bool]
     nested_tensor: dict[str, bool]
     repacks: dict[str, bool]
+    embeddings: frozenset[str] = frozenset()
 
 
 def inject(model: nn.Module, config: AdapterConfig) -> nn.Module:
@@ -66,6 +74,8 @@ def inject(model: nn.Module, config: AdapterConfig) -> nn.Module:
         )
     check_bare(model)
     plan = make_plan(model, config)
+    for notice in notices(model, config, plan):
+        logger.warning(notice)
     install(model, config, plan, config.build(plan.bases))
     return model
 
@@ -106,8 +116,15 @@ def injection_of(model: nn.Module) -> Injection:
     return record
 
 
+def note_embeddings(model: nn.Module, keys: frozenset[str]) -> None:
+    """Store on an adapted model which embeddings a file has replaced."""
+    record = injection_of(model)
+    setattr(model, _RECORD, replace(record, embeddings=record.embeddings | keys))
+
+
 def check_bare(model: nn.Module) -> None:
-    """Raise if the model is wrapped, or has adapters, of this package or of another library."""
+    """Raise if the model is wrapped, adapted already by any library, or not here as a whole."""
+    check_not_fsdp1(model)
     if unwrap(model) is not model:
         raise ValueError(
             f"model is wrapped in {type(model).__name__}, which already holds its parameters; "
@@ -121,6 +138,7 @@ def check_bare(model: nn.Module) -> None:
                 f"model is adapted already by peft (at {name}); unload() that adapter first."
             )
     check_not_repacked(model)
+    check_here(model)
 
 
 def install(

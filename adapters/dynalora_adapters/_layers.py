@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -14,6 +15,7 @@ from dynalora_adapters._bases import adapter_dtype, is_dense, is_plain_and_froze
 from dynalora_adapters._checks import positive_int, positive_number, probability_below_one
 from dynalora_adapters._gate import gated, needs_gate, new_gate, set_gate
 from dynalora_adapters._lora_function import lora_linear
+from dynalora_adapters._state_names import with_base, without_base
 from dynalora_adapters._torch_private import runs_eagerly
 from dynalora_adapters._way import Way
 
@@ -39,11 +41,12 @@ class AdapterLinear(nn.Module, ABC):
     """
 
     peft_names: ClassVar[dict[str, str]]
+    lookup: ClassVar[bool] = False  # whether the base is an embedding
 
     def __init__(self, base_layer: nn.Module, *, dropout: float = 0.0) -> None:
         super().__init__()
         shape = linear_shape(base_layer)
-        if shape is None:
+        if shape is None or shape.lookup is not self.lookup:
             raise TypeError(
                 f"base_layer must be a linear layer with a 2-d weight, got "
                 f"{type(base_layer).__name__}; pass nn.Linear, Conv1D or a module with "
@@ -57,7 +60,23 @@ class AdapterLinear(nn.Module, ABC):
         self._active = True
         self._gate = new_gate()
         self.merged = False
+        self.register_state_dict_post_hook(without_base)  # type: ignore[no-untyped-call]
+        self.register_load_state_dict_pre_hook(with_base)  # type: ignore[no-untyped-call]
         self.train(base_layer.training)
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """Register a parameter. A new weight or bias goes to the base: so weights are tied."""
+        if name not in ("weight", "bias"):
+            super().register_parameter(name, param)
+            return
+        old = getattr(self, name)
+        if param is not None and old is not None and param.shape != old.shape:
+            raise ValueError(
+                f"{name} of an adapted layer must keep its shape {tuple(old.shape)}, got "
+                f"{tuple(param.shape)}; call remove(model), resize the embeddings, then adapt "
+                f"the model again."
+            )
+        self.base_layer.register_parameter(name, param)
 
     @abstractmethod
     def delta(self, x: Tensor) -> Tensor:
@@ -123,8 +142,23 @@ class AdapterLinear(nn.Module, ABC):
 
     @property
     def out_features(self) -> int:
-        """Size of an output row."""
+        """Size of an output row. transformers sets it when it has resized a tied head."""
         return self.shape.out_features
+
+    @out_features.setter
+    def out_features(self, size: int) -> None:
+        if size != self.out_features:
+            self.resize_outputs(size)
+            self.shape = replace(self.shape, out_features=size)
+        if hasattr(self.base_layer, "out_features"):
+            setattr(self.base_layer, "out_features", size)  # noqa: B010
+
+    def resize_outputs(self, size: int) -> None:
+        """Give the adapter ``size`` outputs. A kind of adapter that can do this overrides it."""
+        raise ValueError(
+            f"out_features of a {type(self).__name__} cannot change from {self.out_features} to "
+            f"{size}; call remove(model), resize the embeddings, then adapt the model again."
+        )
 
 
 class LoRALinear(AdapterLinear):
@@ -167,11 +201,23 @@ class LoRALinear(AdapterLinear):
         self.rank = rank
         self.alpha = alpha
         self.scaling = lora_scaling(rank, alpha, rslora=rslora)
-        A, B = _draw(self.in_features, self.out_features, rank)
+        A, B = self.draw()
         weight = self.weight
         self.lora_A = nn.Parameter(A.to(weight.device, adapter_dtype(weight)))
         self.lora_B = nn.Parameter(B.to(weight.device, adapter_dtype(weight)))
         self._one_step = Way()
+
+    def draw(self) -> tuple[Tensor, Tensor]:
+        """Draw A, and return a B of zeros. The generator is used exactly as peft uses it.
+
+        peft builds two ``nn.Linear``, which initialise themselves, and then draws A again. So with
+        the same seed and the same order of modules, both start from the same weights.
+        """
+        down = nn.Linear(self.in_features, self.rank, bias=False)
+        up = nn.Linear(self.rank, self.out_features, bias=False)
+        nn.init.kaiming_uniform_(down.weight, a=math.sqrt(5))
+        nn.init.zeros_(up.weight)
+        return down.weight.detach(), up.weight.detach()
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Return the output of the base module plus the delta, as one autograd node if possible.
@@ -216,6 +262,11 @@ class LoRALinear(AdapterLinear):
         A, B = self.adapter_param("lora_A"), self.adapter_param("lora_B")
         return F.linear(F.linear(self.dropout(x.to(A.dtype)), A), B) * self.scaling
 
+    def resize_outputs(self, size: int) -> None:
+        """Cut rows of B, or add rows of zeros: new outputs are those of the base."""
+        rows = self.lora_B.data[:size]
+        self.lora_B.data = F.pad(rows, (0, 0, 0, size - len(rows)))
+
     @torch.no_grad()
     def delta_weight(self) -> Tensor:
         """Return scaling B A, (out, in)."""
@@ -233,16 +284,3 @@ def _keeps_all(dropout: nn.Module) -> bool:
 def lora_scaling(rank: int, alpha: float, *, rslora: bool) -> float:
     """Return alpha / rank, or alpha / sqrt(rank) for rsLoRA (arXiv:2312.03732)."""
     return alpha / (math.sqrt(rank) if rslora else rank)
-
-
-def _draw(in_features: int, out_features: int, rank: int) -> tuple[Tensor, Tensor]:
-    """Draw A, and return a B of zeros. The generator is used exactly as peft uses it.
-
-    peft builds two ``nn.Linear``, which initialise themselves, and then draws A again. So with the
-    same seed and the same order of modules, both libraries start from the same weights.
-    """
-    down = nn.Linear(in_features, rank, bias=False)
-    up = nn.Linear(rank, out_features, bias=False)
-    nn.init.kaiming_uniform_(down.weight, a=math.sqrt(5))
-    nn.init.zeros_(up.weight)
-    return down.weight.detach(), up.weight.detach()

@@ -5,18 +5,27 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from dynalora_adapters._bases import DENSE
+from dynalora_adapters._checks import boolean
+from dynalora_adapters._inject import remove as remove_adapters
 from dynalora_adapters._layers import AdapterLinear
 from dynalora_adapters._models import parameter_owners, require_adapters, unwrap
 from dynalora_adapters._quantised import is_packed
+from dynalora_adapters._sharded import is_sharded
 from dynalora_adapters._torch_private import own_parameter
 
 
-def merge(model: nn.Module) -> nn.Module:
+def merge(model: nn.Module, *, remove: bool = False) -> nn.Module:
     """Add every adapter's delta to its base weight, in place.
 
     A merged layer costs no more than its base module. The sum is computed in float32 (in float64 if
     the weight is in float64) and rounded to the weight's dtype. Layers that are merged already do
     not change.
+
+    Args:
+        model: An adapted model.
+        remove: Whether to put the base modules back afterwards. Then ``model`` is a plain model
+            with new weights, and there is nothing left to unmerge.
 
     Returns:
         The same model.
@@ -26,7 +35,9 @@ def merge(model: nn.Module) -> nn.Module:
             is packed, not floating, computed by a parametrization or shared with another module,
             or would become infinite or nan. Then nothing has changed.
     """
-    return _fold(model, merged=True)
+    boolean("remove", remove)
+    _fold(model, merged=True)
+    return remove_adapters(model) if remove else model
 
 
 def unmerge(model: nn.Module) -> nn.Module:
@@ -75,7 +86,11 @@ def _check(name: str, layer: AdapterLinear, owners: dict[int, list[str]]) -> Non
     weight = layer.weight
     if own_parameter(layer.base_layer, "weight") is None:
         reason = "is not a parameter of its own (a buffer or a parametrization)"
-    elif weight.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+    elif weight.is_meta:
+        reason = "is on the meta device, without numbers (the model was offloaded)"
+    elif is_sharded(weight):
+        reason = "is sharded over processes (save the adapter and merge it into a whole model)"
+    elif weight.dtype not in DENSE:
         reason = f"is {weight.dtype}, which cannot hold the delta"
     elif is_packed(weight):
         reason = f"is quantised ({type(weight).__name__}), so that it cannot hold the delta"

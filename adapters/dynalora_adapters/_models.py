@@ -7,19 +7,9 @@ from collections.abc import Container, Mapping
 from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
-from dynalora_adapters._bases import is_conv1d, linear_shape
 from dynalora_adapters._layers import AdapterLinear
+from dynalora_adapters._sharded import check_not_fsdp1
 from dynalora_adapters._torch_private import children, original, plain_name
-
-_TASKS = {  # the end of a transformers class name -> peft's task_type
-    "ForSequenceClassification": "SEQ_CLS",
-    "ForTokenClassification": "TOKEN_CLS",
-    "ForQuestionAnswering": "QUESTION_ANS",
-    "ForCausalLM": "CAUSAL_LM",
-    "LMHeadModel": "CAUSAL_LM",
-    "ForConditionalGeneration": "SEQ_2_SEQ_LM",
-    "Seq2Seq": "SEQ_2_SEQ_LM",
-}
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -67,6 +57,7 @@ def adapters_of(model: nn.Module) -> dict[str, AdapterLinear]:
 
 def require_adapters(model: nn.Module) -> dict[str, AdapterLinear]:
     """Return the model's adapters, or raise ValueError if there is none."""
+    check_not_fsdp1(model)
     adapters = adapters_of(model)
     if not adapters:
         raise ValueError(
@@ -76,12 +67,26 @@ def require_adapters(model: nn.Module) -> dict[str, AdapterLinear]:
 
 
 def parameter_owners(model: nn.Module) -> dict[int, list[str]]:
-    """Return, for the id of every parameter, its names in different modules."""
+    """Return, for the id of every parameter, its names: one for each place of each owner."""
     owners: dict[int, list[str]] = {}
-    for prefix, module in model.named_modules():
-        for name, param in module.named_parameters(prefix, recurse=False):
-            owners.setdefault(id(param), []).append(name)
+    for module, names in {model: [""], **places(model)}.items():
+        for prefix in names:
+            for name, param in module.named_parameters(prefix, recurse=False):
+                owners.setdefault(id(param), []).append(plain_name(name))
     return owners
+
+
+def places(model: nn.Module) -> dict[nn.Module, list[str]]:
+    """Return, for every module, a name for each attribute that holds it.
+
+    Most modules have one. A module that two parents hold has two, and peft replaces the first only.
+    A parent that is held twice counts once: what is replaced inside it is replaced everywhere.
+    """
+    found: dict[nn.Module, list[str]] = {}
+    for path, parent in model.named_modules():
+        for name, child in children(parent):
+            found.setdefault(child, []).append(plain_name(f"{path}.{name}" if path else name))
+    return found
 
 
 def replace_modules(model: nn.Module, new: Mapping[nn.Module, nn.Module]) -> None:
@@ -96,23 +101,3 @@ def inside(name: str, names: Container[str]) -> bool:
     """Whether ``name`` is one of ``names``, or the name of a module inside one of them."""
     parts = name.split(".")
     return any(".".join(parts[:end]) in names for end in range(1, len(parts) + 1))
-
-
-def task_type(model: nn.Module) -> str | None:
-    """Return peft's task type of the model, found by the end of its class name."""
-    kind = type(model).__name__
-    return next((task for end, task in _TASKS.items() if kind.endswith(end)), None)
-
-
-def output_head(model: nn.Module) -> nn.Module | None:
-    """Return the output head, which "all-linear" does not adapt."""
-    embeddings = getattr(model, "get_output_embeddings", None)
-    head = embeddings() if callable(embeddings) else None
-    if head is None and task_type(model) == "SEQ_CLS":
-        head = getattr(model, "score", None) or getattr(model, "classifier", None)
-    return head if isinstance(head, nn.Module) else None
-
-
-def is_plain_linear(module: nn.Module) -> bool:
-    """Whether "all-linear" adapts a module of this class."""
-    return linear_shape(module) is not None and (isinstance(module, nn.Linear) or is_conv1d(module))

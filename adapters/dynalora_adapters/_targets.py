@@ -14,11 +14,11 @@ from dynalora_adapters._config import AdapterConfig, Names
 from dynalora_adapters._models import (
     first_names,
     inside,
-    is_plain_linear,
     module_tree,
-    output_head,
     parameter_owners,
 )
+from dynalora_adapters._reads import read_layers
+from dynalora_adapters._tasks import is_plain_linear, output_head
 
 ALL_LINEAR = "all-linear"
 
@@ -69,12 +69,13 @@ def make_plan(model: nn.Module, config: AdapterConfig) -> Plan:
     _check_known("trainable", config.trainable, tree)
     _check_not_shared(model, config, tree)
     left_out = _left_out(tree, config)
+    read = read_layers(model)
     if is_all_linear(config.targets):
-        chosen = _all_linear(model, tree) - left_out
+        chosen = _all_linear(model, tree) - left_out - read.keys()
     else:
-        bypassed = _bypassed(model)
-        found = [_resolve(rule, tree, left_out, bypassed) for rule in _rules(config.targets)]
+        found = [_resolve(rule, tree, config) - left_out for rule in _rules(config.targets)]
         chosen = set().union(*found)
+        _check_called(tree, {m for m in chosen if not read.get(m, True)})
     if not chosen:
         raise ValueError(
             f"targets={config.targets!r} leaves no module to adapt: every match is an output head, "
@@ -104,13 +105,7 @@ def _all_linear(model: nn.Module, tree: Mapping[str, nn.Module]) -> set[nn.Modul
     head = output_head(model)
     inner = set(head.modules()) if head is not None else set()
     linear = {module for module in tree.values() if is_plain_linear(module)}
-    return linear - inner - _bypassed(model)
-
-
-def _bypassed(model: nn.Module) -> set[nn.Module]:
-    """Return linear layers whose weight is used without calling their forward."""
-    attentions = (m for m in model.modules() if isinstance(m, nn.MultiheadAttention))
-    return {attention.out_proj for attention in attentions}
+    return linear - inner
 
 
 def _outermost(modules: dict[str, nn.Module]) -> dict[str, nn.Module]:
@@ -122,31 +117,37 @@ def _outermost(modules: dict[str, nn.Module]) -> dict[str, nn.Module]:
     }
 
 
-def _resolve(
-    rule: Names,
-    tree: Mapping[str, nn.Module],
-    left_out: set[nn.Module],
-    bypassed: set[nn.Module],
-) -> set[nn.Module]:
-    """Return the linear layers that one entry of ``targets`` selects, without those left out."""
+def _resolve(rule: Names, tree: Mapping[str, nn.Module], config: AdapterConfig) -> set[nn.Module]:
+    """Return the layers that one entry of ``targets`` selects and that can be adapted."""
     found = {name: module for name, module in tree.items() if matches(rule, name)}
     if not found:
         raise _unknown("targets", rule, tree)
-    kept = {name: module for name, module in found.items() if module not in left_out}
-    for name, module in kept.items():
-        if module in bypassed:
-            raise ValueError(
-                f"targets matches {name}, whose weight nn.MultiheadAttention uses without calling "
-                f"it: an adapter there would have no effect; leave it out with exclude=[{name!r}]."
-            )
-    linear = {module for module in found.values() if linear_shape(module) is not None}
-    if not linear:
+    fitting = {module for module in found.values() if config.class_for(module) is not None}
+    if not fitting:
         kinds = sorted({type(module).__name__ for module in found.values()})
         raise ValueError(
             f"targets entry {_show(rule)} matches only modules that are not linear layers "
             f"({', '.join(kinds)}); name linear layers, such as {_linear_leaves(tree)}."
         )
-    return linear - left_out
+    return fitting
+
+
+def _check_called(tree: Mapping[str, nn.Module], dead: set[nn.Module]) -> None:
+    """Raise if a layer that is read but never called would be adapted."""
+    names = [name for name, module in tree.items() if module in dead]
+    if names:
+        parent = tree.get(names[0].rpartition(".")[0])
+        raise ValueError(
+            f"targets matches {', '.join(names[:3])}, whose weight "
+            f"{'the model' if parent is None else type(parent).__name__} reads without calling "
+            f"the layer: an adapter there would have no effect; leave it out with "
+            f"exclude={ends(names)!r}."
+        )
+
+
+def ends(names: Iterable[str]) -> list[str]:
+    """Return the last parts of dotted names, each once."""
+    return sorted({name.rpartition(".")[2] for name in names})
 
 
 def _check_known(option: str, names: Names, tree: Mapping[str, nn.Module]) -> None:
@@ -189,5 +190,6 @@ def _show(rule: Names) -> str:
 
 
 def _linear_leaves(tree: Mapping[str, nn.Module]) -> str:
-    leaves = {n.rpartition(".")[2] for n, m in tree.items() if linear_shape(m) is not None}
-    return ", ".join(sorted(leaves)[:12]) or "(it has no linear layer)"
+    shapes = {name: linear_shape(module) for name, module in tree.items()}
+    leaves = ends(name for name, shape in shapes.items() if shape and not shape.lookup)
+    return ", ".join(leaves[:12]) or "(it has no linear layer)"

@@ -2,18 +2,37 @@
 
 from __future__ import annotations
 
+import logging
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from dynalora_adapters._config import AdapterConfig
-from dynalora_adapters._inject import check_bare, injection_of, install
+from dynalora_adapters._inject import check_bare, injection_of, install, note_embeddings
 from dynalora_adapters._layers import AdapterLinear
-from dynalora_adapters._models import adapters_of, module_tree, require_adapters, unwrap
+from dynalora_adapters._models import (
+    adapters_of,
+    first_names,
+    module_tree,
+    require_adapters,
+    unwrap,
+)
+from dynalora_adapters._sharded import (
+    check_not_fsdp1,
+    check_numbers,
+    fill,
+    is_sharded,
+    settle,
+    whole,
+    write_once,
+)
 from dynalora_adapters._targets import make_plan
+from dynalora_adapters.io._embeddings import changed, embedding_tensors
+from dynalora_adapters.io._fit import check_fit
 from dynalora_adapters.io._peft_format import (
     PREFIX,
     decode_config,
@@ -21,28 +40,28 @@ from dynalora_adapters.io._peft_format import (
     head_tensors,
     known_names,
     layer_keys,
-    layer_shapes,
 )
-from dynalora_adapters.io._peft_shared import as_saved, share, shared_shapes, shared_tensors
-from dynalora_adapters.io._storage import (
-    CONFIG_NAME,
-    WEIGHTS_NAME,
-    read_adapter,
-    write_adapter,
-)
+from dynalora_adapters.io._peft_layers import in_layers
+from dynalora_adapters.io._peft_limits import check_read_alike, unreadable
+from dynalora_adapters.io._peft_shared import as_saved, share, shared_tensors
+from dynalora_adapters.io._storage import CONFIG_NAME, read_adapter, write_adapter
+
+logger = logging.getLogger(__name__)
 
 
 def save_adapter(model: nn.Module, path: str | os.PathLike[str]) -> None:
     """Write the adapters and the trainable modules of ``model`` into the folder ``path``.
 
     The files ``adapter_model.safetensors`` and ``adapter_config.json`` have peft's format:
-    ``peft.PeftModel.from_pretrained(base_model, path)`` loads them. Inactive adapters are saved
-    like active ones, and merged adapters like those that are not merged. The folder is created if
-    it does not exist. If writing fails, older files in it are not damaged.
+    ``peft.PeftModel.from_pretrained(base_model, path)`` loads them; if peft would load something
+    else, a warning in the log names the modules. Inactive adapters are saved like active ones, and
+    merged adapters like those that are not merged. The folder is created if it does not exist. If
+    writing fails, older files in it are not damaged.
 
     Args:
         model: A model adapted by ``inject`` or ``load_adapter``. It may be wrapped in
-            DistributedDataParallel or by ``torch.compile``.
+            DistributedDataParallel or by ``torch.compile``, or sharded by ``fully_shard``: then
+            all processes must call this, and one of them writes.
         path: The folder.
 
     Raises:
@@ -51,12 +70,21 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str]) -> None:
     """
     model = unwrap(model)
     layers = require_adapters(model)
-    config = as_saved(injection_of(model).config, layers)
+    settle(model)
+    record = injection_of(model)
+    config = as_saved(record.config, layers)
     tree = module_tree(model)
     own = {**_layer_tensors(layers), **shared_tensors(config, layers)}
+    extra = embedding_tensors(model, PREFIX) if record.embeddings else {}
     tensors = {**own, **head_tensors(tree, config.trainable)}
+    tensors |= {key: extra[key] for key in record.embeddings}
+    check_numbers(tensors)
+    for notice in unreadable(model, tree, layers):
+        logger.warning(notice)
+    sharded = any(is_sharded(tensor) for tensor in tensors.values())
     dense = {key: _detached_copy(tensor) for key, tensor in tensors.items()}
-    write_adapter(Path(path), encode_config(model, tree, config), dense)
+    encoded = encode_config(model, tree, config)
+    write_once(lambda: write_adapter(Path(path), encoded, dense), sharded=sharded)
 
 
 def load_adapter(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
@@ -94,29 +122,37 @@ def _load(model: nn.Module, folder: Path) -> None:
         config = decode_config(raw)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{folder / CONFIG_NAME}: {error}") from error
+    check_not_fsdp1(model)
     if layers := adapters_of(unwrap(model)):
         _load_into_adapters(unwrap(model), layers, config, tensors, folder)
     else:
-        _load_into_bare(model, config, tensors, folder)
+        _load_into_bare(model, raw, config, tensors, folder)
 
 
 def _load_into_bare(
-    model: nn.Module, config: AdapterConfig, tensors: Mapping[str, Tensor], folder: Path
+    model: nn.Module,
+    raw: Mapping[str, Any],
+    config: AdapterConfig,
+    tensors: Mapping[str, Tensor],
+    folder: Path,
 ) -> None:
     check_bare(model)
     tree = module_tree(model)
     try:
-        config = known_names(config, tree)
+        config = in_layers(known_names(config, tree), raw, first_names(tree))
         plan = make_plan(model, config)
+        check_read_alike(model, raw, plan.bases)
     except ValueError as error:
         raise ValueError(f"{folder / CONFIG_NAME} does not fit the model: {error}") from error
-    heads = head_tensors(tree, config.trainable)
-    _check_tensors(tensors, _shapes(tree, plan.bases, config, tensors, folder), heads, folder)
+    heads, found = _whole_modules(model, tree, config, tensors)
+    check_fit(tree, plan.bases, config, tensors, heads={**heads, **found}, folder=folder)
     with torch.random.fork_rng(devices=[]):  # what the layers draw is overwritten below
         layers = config.build(plan.bases)
     share(config, layers, tensors)
-    _copy(tensors, {**_layer_tensors(layers), **heads})
+    replaced = changed(tensors, found)
+    _copy(tensors, {**_layer_tensors(layers), **heads, **found})
     install(model, config, plan, layers)
+    note_embeddings(model, replaced)
 
 
 def _load_into_adapters(
@@ -126,15 +162,29 @@ def _load_into_adapters(
     tensors: Mapping[str, Tensor],
     folder: Path,
 ) -> None:
+    settle(model)
     tree = module_tree(model)
-    heads = head_tensors(tree, injection_of(model).config.trainable)
     for name, layer in layers.items():
         _check_kind(name, layer, config, folder)
-    _check_tensors(tensors, _shapes(tree, layers, config, tensors, folder), heads, folder)
+    heads, found = _whole_modules(model, tree, injection_of(model).config, tensors)
+    check_fit(tree, layers, config, tensors, heads={**heads, **found}, folder=folder)
     for name, layer in layers.items():
         _check_agrees(name, layer, config, folder)
     share(config, layers, tensors)
-    _copy(tensors, {**_layer_tensors(layers), **heads})
+    note_embeddings(model, changed(tensors, found))
+    _copy(tensors, {**_layer_tensors(layers), **heads, **found})
+
+
+def _whole_modules(
+    model: nn.Module,
+    tree: Mapping[str, nn.Module],
+    config: AdapterConfig,
+    tensors: Mapping[str, Tensor],
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Return what the file sets beside adapters: the trainable modules, and embeddings in it."""
+    heads = head_tensors(tree, config.trainable)
+    known = embedding_tensors(model, PREFIX)
+    return heads, {k: v for k, v in known.items() if k in tensors and k not in heads}
 
 
 def _check_kind(name: str, layer: AdapterLinear, config: AdapterConfig, folder: Path) -> None:
@@ -156,65 +206,6 @@ def _check_agrees(name: str, layer: AdapterLinear, config: AdapterConfig, folder
             )
 
 
-def _shapes(
-    tree: Mapping[str, nn.Module],
-    names: Collection[str],
-    config: AdapterConfig,
-    tensors: Mapping[str, Tensor],
-    folder: Path,
-) -> dict[str, tuple[int, ...]]:
-    """Return the shapes of the adapters' tensors, and of the shared ones if the file has them."""
-    try:
-        shared = shared_shapes(tree, names, config, tensors)
-    except ValueError as error:
-        raise ValueError(f"{folder / WEIGHTS_NAME}: {error}") from error
-    return {**layer_shapes(tree, names, config), **shared}
-
-
-def _check_tensors(
-    tensors: Mapping[str, Tensor],
-    shapes: Mapping[str, tuple[int, ...]],
-    heads: Mapping[str, Tensor],
-    folder: Path,
-) -> None:
-    """Raise unless the file has exactly the expected tensors, in fitting shapes and dtypes."""
-    path = folder / WEIGHTS_NAME
-    wanted = {**shapes, **{key: tuple(tensor.shape) for key, tensor in heads.items()}}
-    if foreign := [key for key in tensors if key not in wanted and not key.startswith(PREFIX)]:
-        raise ValueError(
-            f"{path} holds names without the prefix {PREFIX!r}, which peft would ignore silently: "
-            f"{_few(foreign)}; rename them, or save the adapter again."
-        )
-    missing, unexpected = wanted.keys() - tensors.keys(), tensors.keys() - wanted.keys()
-    if missing or unexpected:
-        raise ValueError(
-            f"{path} does not fit the model: missing {_few(missing)}; unexpected "
-            f"{_few(unexpected)}; load it into a model like the one it was trained with."
-        )
-    for key, shape in wanted.items():
-        _check_tensor(path, key, tensors[key], shape, heads.get(key))
-
-
-def _check_tensor(
-    path: Path, key: str, tensor: Tensor, shape: tuple[int, ...], head: Tensor | None
-) -> None:
-    if tuple(tensor.shape) != shape:
-        raise ValueError(
-            f"{path}: {key} has the shape {tuple(tensor.shape)}, but the model and the rank in "
-            f"{CONFIG_NAME} need {shape}."
-        )
-    if tensor.is_floating_point() is not (head is None or head.is_floating_point()):
-        raise ValueError(
-            f"{path}: {key} is {tensor.dtype}, but the model needs "
-            f"{'a floating dtype' if head is None else head.dtype}."
-        )
-
-
-def _few(keys: Collection[str]) -> str:
-    first = ", ".join(sorted(keys)[:3])
-    return f"{first} and {len(keys) - 3} more" if len(keys) > 3 else first or "nothing"
-
-
 def _layer_tensors(layers: Mapping[str, AdapterLinear]) -> dict[str, Tensor]:
     """Return the parameters of the adapters, by their keys in the file."""
     return {
@@ -224,12 +215,11 @@ def _layer_tensors(layers: Mapping[str, AdapterLinear]) -> dict[str, Tensor]:
     }
 
 
-@torch.no_grad()
 def _copy(tensors: Mapping[str, Tensor], into: Mapping[str, Tensor]) -> None:
     for key, target in into.items():
-        target.copy_(tensors[key])
+        fill(target, tensors[key])
 
 
 def _detached_copy(tensor: Tensor) -> Tensor:
     """Return a contiguous copy on the CPU that shares no memory with another tensor."""
-    return tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+    return whole(tensor.detach()).cpu().clone(memory_format=torch.contiguous_format)

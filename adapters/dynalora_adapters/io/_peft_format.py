@@ -16,9 +16,11 @@ from torch import Tensor, nn
 from dynalora_adapters._bases import linear_shape
 from dynalora_adapters._config import AdapterConfig, Names
 from dynalora_adapters._layers import AdapterLinear
-from dynalora_adapters._models import first_names, inside, task_type
+from dynalora_adapters._models import first_names, inside
 from dynalora_adapters._targets import head_names, is_all_linear, matches
+from dynalora_adapters._tasks import task_type
 from dynalora_adapters.io._peft_kinds import IGNORED, KINDS, SHARED
+from dynalora_adapters.io._peft_layers import LAYER_OPTIONS, check_layer_options
 
 PREFIX = "base_model.model."
 # Modules that peft saves and expects for a task, even if modules_to_save does not name them.
@@ -44,8 +46,9 @@ def decode_config(raw: Mapping[str, Any]) -> AdapterConfig:
         raise ValueError(f"peft_type must be one of {sorted(KINDS)}, got {name!r}.")
     options = {**SHARED, **kind.options}
     for option, value in raw.items():
-        if option not in options and option not in IGNORED and option not in kind.ignored:
+        if option not in {*options, *IGNORED, *LAYER_OPTIONS, *kind.ignored}:
             _check_implemented(option, value, kind.accepted.get(option, ()))
+    check_layer_options(raw)
     given = {ours: raw[theirs] for theirs, ours in options.items() if raw.get(theirs) is not None}
     for theirs in kind.required:
         if options[theirs] not in given:
@@ -60,7 +63,8 @@ def _check_implemented(option: str, value: object, accepted: Collection[object])
         return
     raise ValueError(
         f"{option}={value!r} is not implemented here, and may change what the adapter computes; "
-        f"load it with peft, or remove the option if it has no effect on the forward pass."
+        f"load it with peft.PeftModel.from_pretrained: the optimizer drives peft's layers with the "
+        f"same line. Or remove the option if it has no effect on the forward pass."
     )
 
 
@@ -139,6 +143,12 @@ def layer_keys(name: str, layer_class: type[AdapterLinear]) -> dict[str, str]:
     return {param: f"{PREFIX}{name}.{key}" for param, key in layer_class.peft_names.items()}
 
 
+def _class_of(module: nn.Module, config: AdapterConfig) -> type[AdapterLinear]:
+    if isinstance(module, AdapterLinear):
+        return type(module)
+    return config.class_for(module) or config.layer_class
+
+
 def layer_shapes(
     tree: Mapping[str, nn.Module], names: Collection[str], config: AdapterConfig
 ) -> dict[str, tuple[int, ...]]:
@@ -147,7 +157,7 @@ def layer_shapes(
     for name in names:
         base = linear_shape(tree[name])
         assert base is not None
-        keys = layer_keys(name, config.layer_class)
+        keys = layer_keys(name, _class_of(tree[name], config))
         for param, shape in config.param_shapes(name, base).items():
             shapes[keys[param]] = shape
     return shapes
@@ -158,7 +168,7 @@ def head_tensors(tree: Mapping[str, nn.Module], trainable: Names) -> dict[str, T
     return {
         f"{PREFIX}{name}.{key}": tensor
         for name in head_names(tree, trainable)
-        for key, tensor in tree[name].state_dict().items()
+        for key, tensor in tree[name].state_dict(keep_vars=True).items()
     }
 
 

@@ -1,0 +1,74 @@
+"""peft's options ``layers_to_transform`` and ``layers_pattern``: adapt some layers of a stack."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Mapping
+from dataclasses import replace
+from typing import Any
+
+from dynalora_adapters._config import AdapterConfig, compile_pattern
+from dynalora_adapters._targets import matches
+
+LAYER_OPTIONS = ("layers_to_transform", "layers_pattern")
+
+
+def in_layers(
+    config: AdapterConfig, raw: Mapping[str, Any], names: Collection[str]
+) -> AdapterConfig:
+    """Return the configuration with only those targets that lie in the layers of the file.
+
+    Raises:
+        ValueError: If the targets are not a list of names, or none of them lies in the layers.
+    """
+    layers, patterns = _layers(raw), _patterns(raw)
+    if not layers:
+        return config
+    if isinstance(config.targets, str):
+        raise ValueError(
+            f"layers_to_transform needs a list of names in target_modules, got "
+            f"{config.targets!r}; put the layers into the regular expression instead."
+        )
+    chosen = [n for n in names if matches(config.targets, n) and _index(n, patterns) in layers]
+    if not chosen:
+        raise ValueError(
+            f"target_modules={list(config.targets)} match no module in the layers "
+            f"{sorted(layers)}; correct layers_to_transform or layers_pattern."
+        )
+    return replace(config, targets=tuple(chosen))
+
+
+def check_layer_options(raw: Mapping[str, Any]) -> None:
+    """Raise TypeError or ValueError if an option has a wrong type, or lacks the other one."""
+    if _patterns(raw) and not _layers(raw):
+        raise ValueError("layers_pattern needs layers_to_transform; add it, or remove both.")
+
+
+def _layers(raw: Mapping[str, Any]) -> set[int]:
+    value = raw.get("layers_to_transform")
+    layers = [] if value is None else value if isinstance(value, list) else [value]
+    if not all(isinstance(layer, int) and not isinstance(layer, bool) for layer in layers):
+        raise TypeError(f"layers_to_transform must hold whole numbers, got {value!r}.")
+    return set(layers)
+
+
+def _patterns(raw: Mapping[str, Any]) -> list[str]:
+    value = raw.get("layers_pattern") or []
+    patterns = [value] if isinstance(value, str) else value
+    if not isinstance(patterns, list) or not all(isinstance(p, str) for p in patterns):
+        raise TypeError(f"layers_pattern must hold names of lists of layers, got {value!r}.")
+    for pattern in patterns:
+        compile_pattern("layers_pattern", pattern)
+    return patterns
+
+
+def _index(name: str, patterns: list[str]) -> int | None:
+    """Return the index of the layer that holds a module, found by peft's rule; None if none does.
+
+    That is the first number in the name, or the first one behind one of the patterns.
+    """
+    rules = [rf"(?:^|.*?\.){pattern}\.(?P<index>\d+)\." for pattern in patterns]
+    for rule in rules or [r".*?\.[^.]*\.(?P<index>\d+)\."]:
+        if found := re.match(rule, name):
+            return int(found["index"])
+    return None
