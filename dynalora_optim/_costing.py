@@ -246,7 +246,7 @@ class StepCosting:
             if not self._meter.model.training:
                 raise RuntimeError("memory_report() measures training: call model.train() first.")
             costs = self._measured(args, kwargs)
-            if self._allocation.needs_costs:
+            if self._habits.is_known:
                 costs = self._habits.in_loop(costs, [], carried=0, stale=0)
         if costs is None:
             raise RuntimeError(

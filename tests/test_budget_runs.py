@@ -102,7 +102,9 @@ def test_a_copy_of_model_and_optimizer_goes_its_own_way():
     run(tiny, optimizer, 4)
     assert same(weights(tiny.model), weights(model))
     copied.close()
-    assert (model.config.use_cache, tiny.model.config.use_cache) == (True, False)
+    model.train()
+    caches = [one(**tiny.batch).past_key_values for one in (model, tiny.model)]
+    assert caches[1] is None
     run(tiny, optimizer, 1)
 
 
@@ -124,6 +126,7 @@ def test_a_larger_batch_is_measured_and_the_choice_shrinks_until_it_fits():
     clear(tiny)
     peak, _ = measured(tiny.loss)
     assert peak <= memory
+    clear(tiny)
     tiny.batch = usual
     run(tiny, optimizer, 1)  # a smaller one changes nothing
     assert optimizer.active_groups == kept

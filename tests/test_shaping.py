@@ -152,7 +152,10 @@ def test_a_budget_decides_also_what_the_user_has_checkpointed(reentrant):
     optimizer, other = on_budget(tiny, Budget(memory=1.0)), on_budget(plain, Budget(memory=1.0))
     tiny.loss()
     plain.loss()
-    assert costs_of(optimizer) == costs_of(other)
+    costs, uncheckpointed = costs_of(optimizer), costs_of(other)
+    assert costs.flops(costs.all_active) == uncheckpointed.flops(costs.all_active)
+    # The embeddings' graph, which the switch of transformers asks for, is alive in the forward.
+    assert 1 <= costs.peak(costs.all_active) / uncheckpointed.peak(costs.all_active) < 1.1
     shape(optimizer, Plan(frozenset({2}), frozenset({3})))
     blocks = [block.module for block in optimizer._driver._blocks]
     assert [bool(block.gradient_checkpointing) for block in blocks] == [False, False, False, True]

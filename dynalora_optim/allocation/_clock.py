@@ -56,9 +56,7 @@ class Clock:
     def advance(self) -> bool:
         """Count one step; return whether to select now."""
         self.steps += 1
-        if self.is_warming_up:
-            self._is_due = False
-        else:
+        if not self.is_warming_up:
             self._is_due |= self.steps == self._warmup or self.schedule.due(self.steps)
         return self._is_due
 

@@ -16,9 +16,10 @@ def joined(one: Costs, other: Costs) -> Costs:
     """
     if one is other or one == other:
         return one
-    # A larger entry would lower the peak: see `Costs.base`.
-    entry = min(one.entry, other.entry)
-    both = replace(_largest(one, other), entry=entry, loop=ALONE)
+    both = replace(_largest(one, other), loop=ALONE)
+    # The entry lowers the base, which may not be less than those of the two: see `Costs.base`.
+    base = max(costs.in_no_loop().base(0) for costs in (one, other))
+    both = replace(both, entry=min(both.entry, max(both.forward_base - base, 0)))
     return one if both == one else both
 
 
