@@ -60,6 +60,7 @@ class Assembly:
         choosing: Choosing,
         tracker: ImportanceTracker,
     ) -> None:
+        self._choosing = choosing
         allocator, groups = choosing.allocator, grouping.allocated
         needs_costs = isinstance(allocator, CostAware)
         if needs_costs and backward.checkpoint_idle:
@@ -86,6 +87,18 @@ class Assembly:
         self._tracker.check(self._grouping.allocated)
         if backward.fused and isinstance(self._tracker.measure, GradientMeasure):
             raise ValueError(refusal("importance= measures gradients at step()"))
+
+    def settings(self) -> dict[str, object]:
+        """Return the settings by which groups are scored and chosen."""
+        return {
+            "active": self.allocation.active,
+            "seed": self._choosing.seed,
+            "period": self._choosing.schedule,
+            "allocator": self._choosing.allocator,
+            "importance": self._tracker.description,
+            "every": self._tracker.every,
+            "probe": self._tracker.probe,
+        }
 
     def attach(self) -> tuple[ModuleDriver, StepCosting]:
         """Set the hooks; return the driver of the modules, and the part that measures costs."""

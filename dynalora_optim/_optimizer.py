@@ -135,21 +135,9 @@ class DynamicAllocationOptimizer(SavedOptimizer):
         replace_owners(former)
         log_waiting(grouping)
         self.tracker, self.pause = tracker, pause
-        self._model, self._group_rule = model, groups
-        self._settings = described(
-            active=assembly.allocation.active,
-            seed=seed,
-            period=choosing.schedule,
-            allocator=choosing.allocator,
-            importance=tracker.description,
-            every=tracker.every,
-            probe=tracker.probe,
-            lr_time=lr_time,
-            pause=pause,
-            backward=backward,
-            master_weights=master_weights,
-        )
-        self._waiting = grouping.waiting
+        self._model, self._group_rule, self._waiting = model, groups, grouping.waiting
+        own = {"lr_time": lr_time, "pause": pause, "backward": backward}
+        self._settings = described(**own, **assembly.settings(), master_weights=master_weights)
         self._frozen = frozenset(group.name for group in grouping.frozen)
         self._updater, self._allocation = updater, assembly.allocation
         super().__init__(optimizer, grouping.index, updater.rule)

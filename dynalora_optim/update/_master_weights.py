@@ -142,9 +142,9 @@ def restore_dtypes(
     This is done only if the run has copies. Without copies, the state has the precision of its
     parameter, as in torch.
     """
-    if not any(MASTER in values for values in packed["state"].values()):
+    keys = [key for group in packed["param_groups"] for key in group["params"]]
+    if not any(MASTER in packed["state"].get(key, {}) for key in keys):
         return
-    keys = (key for group in packed["param_groups"] for key in group["params"])
     for key, parameter in zip(keys, flatten(groups), strict=True):
         for name, value in packed["state"].get(key, {}).items():
             if isinstance(value, Tensor) and value.dtype != state[parameter][name].dtype:
