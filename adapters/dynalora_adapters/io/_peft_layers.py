@@ -40,7 +40,8 @@ def in_layers(
 
 def check_layer_options(raw: Mapping[str, Any]) -> None:
     """Raise TypeError or ValueError if an option has a wrong type, or stands without the other."""
-    if _patterns(raw) and not _layers(raw):
+    layers, patterns = _layers(raw), _patterns(raw)
+    if patterns and not layers:
         raise ValueError("layers_pattern needs layers_to_transform; add it, or remove both.")
 
 
