@@ -39,8 +39,9 @@ def in_layers(
 
 
 def check_layer_options(raw: Mapping[str, Any]) -> None:
-    """Raise TypeError or ValueError if an option has a wrong type, or lacks the other one."""
-    if _patterns(raw) and not _layers(raw):
+    """Raise TypeError or ValueError if an option has a wrong type, or stands without the other."""
+    layers, patterns = _layers(raw), _patterns(raw)
+    if patterns and not layers:
         raise ValueError("layers_pattern needs layers_to_transform; add it, or remove both.")
 
 

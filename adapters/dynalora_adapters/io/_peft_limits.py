@@ -12,6 +12,7 @@ from dynalora_adapters._layers import AdapterLinear
 from dynalora_adapters._models import places
 from dynalora_adapters._notices import few
 from dynalora_adapters._targets import ends
+from dynalora_adapters._tasks import input_embeddings
 from dynalora_adapters.io._peft_renames import renamed, taken_for_experts
 
 # What peft refuses in models of these types (peft/tuners/tuners_utils.py).
@@ -49,7 +50,19 @@ def unreadable(
             f"peft refuses {few(foreign)}, of the class "
             f"{type(layers[foreign[0]].base_layer).__name__}. {ending}"
         )
+    if _cannot_be_asked(model):
+        yield (
+            f"peft refuses {type(model).__name__}, whose get_input_embeddings is not implemented: "
+            f"it asks for it because the model can tie weights. {ending}"
+        )
     yield from _held_twice(model, layers)
+
+
+def _cannot_be_asked(model: nn.Module) -> bool:
+    """Whether peft asks for the input embeddings, and the model does not tell them."""
+    ties = getattr(getattr(model, "config", None), "tie_word_embeddings", True) is not False
+    asked = ties and isinstance(getattr(model, "_tied_weights_keys", None), dict)
+    return asked and input_embeddings(model) is None
 
 
 def _held_twice(model: nn.Module, layers: Mapping[str, AdapterLinear]) -> Iterator[str]:
