@@ -344,6 +344,8 @@ COMPUTED = {
         z.view(-1, CLASSES), y.view(-1), weight=torch.ones(CLASSES)
     ),
     "changed in place": lambda z, y: (z.__setitem__((..., slice(3)), -9.0), z.sum())[1],
+    "operators": lambda z, y: (z - 1) * 2 + z / torch.tensor(3.0) - (1 - z) ** 2 + abs(-z),
+    "compared": lambda z, y: (z > 0).float() + (z <= 0.5).float(),
     "added": lambda z, y: torch.add(torch.ones(CLASSES), z),
 }
 

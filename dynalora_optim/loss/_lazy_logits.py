@@ -19,19 +19,6 @@ CrossEntropy = Callable[..., Tensor]
 _REDUCTIONS = {torch.argmax: 0, torch.logsumexp: 0, torch.linalg.vector_norm: 1}  # place of dim
 
 
-class WithoutHooks(nn.Module):
-    """Calls a module without its hooks, which have seen the model's own call of it."""
-
-    def __init__(self, module: nn.Module) -> None:
-        super().__init__()
-        self.module = module
-
-    def forward(self, rows: Tensor) -> Tensor:
-        """Return what the module's forward returns."""
-        out: Tensor = self.module.forward(rows)
-        return out
-
-
 class LazyLogits:
     """Stands for ``head(hidden)``, (..., classes), and computes it when something needs it.
 
@@ -47,9 +34,6 @@ class LazyLogits:
         classes: The number of logits per row.
         cross_entropy: Called like `linear_cross_entropy`.
         told: Called with the name of what needs the logits, before they are computed.
-
-    Attributes:
-        hidden: (..., features).
     """
 
     def __init__(
@@ -153,6 +137,9 @@ class LazyLogits:
 
     def __len__(self) -> int:
         return len(self.hidden)
+
+    def __repr__(self) -> str:
+        return f"LazyLogits(shape={tuple(self.shape)}, computed={self._tensor is not None})"
 
     def __mul__(self, other: object) -> Any:
         return torch.mul(cast(Tensor, self), cast(Tensor, other))
@@ -268,6 +255,19 @@ class LazyLogits:
         with self._same_autocast():
             reduced = [reduce(self._computed(part)) for part in parts]
         return torch.cat(reduced).view(self.shape[:-1])
+
+
+def _operator(name: str) -> Callable[..., Any]:
+    def compute(self: LazyLogits, *others: Any) -> Any:
+        return getattr(self.tensor(name), name)(*_real(others, name))
+
+    return compute
+
+
+# Python looks operators up in the class, not by __getattr__.
+_OPERATORS = ("add", "radd", "sub", "rsub", "rtruediv", "pow", "neg", "abs", "matmul")
+for _name in (*_OPERATORS, "lt", "le", "gt", "ge"):
+    setattr(LazyLogits, f"__{_name}__", _operator(f"__{_name}__"))
 
 
 def _leaves_classes(key: Any, ndim: int) -> bool:

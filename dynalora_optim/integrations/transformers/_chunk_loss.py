@@ -20,13 +20,13 @@ from transformers import PreTrainedModel
 
 from dynalora_optim._base.checks import whole_number
 from dynalora_optim.integrations.transformers._heads import (
+    WithoutHooks,
     causal_model,
     classes_of,
     has_labels,
     obstacle,
 )
 from dynalora_optim.loss import LazyLogits, linear_cross_entropy
-from dynalora_optim.loss._lazy_logits import WithoutHooks
 from dynalora_optim.loss._linear_cross_entropy import is_plain
 
 logger = logging.getLogger(__name__)
@@ -126,7 +126,7 @@ class ChunkedLossHandle:
             return inner(*args, **kwargs)
         forward = self._forward
         head = model.get_output_embeddings()
-        given = has_labels(self.__signature__, args, kwargs)
+        given = has_labels(forward, args, kwargs)
         reason = obstacle(head) if given else "a forward got no labels"
         if reason:
             self._say(reason)

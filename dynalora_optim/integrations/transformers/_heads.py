@@ -3,16 +3,29 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from dynalora_optim._base.torch_private import active_ddp
 from dynalora_optim._base.torch_private_hooks import forward_hooks
 from dynalora_optim.importance._forward_hook import ForwardHook
 from dynalora_optim.switching._anchor import _Tied
+
+
+class WithoutHooks(nn.Module):
+    """Calls a module without its hooks, which have seen the model's own call of it."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, rows: Tensor) -> Tensor:
+        """Return what the module's forward returns."""
+        out: Tensor = self.module.forward(rows)
+        return out
 
 
 def causal_model(model: nn.Module) -> PreTrainedModel:
@@ -66,10 +79,10 @@ def _takes_lazy_logits(hook: object) -> bool:
 
 
 def has_labels(
-    signature: inspect.Signature, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    forward: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> bool:
     """Whether a forward is called with labels, by name or by position."""
     if "labels" in kwargs:
         return kwargs["labels"] is not None
-    names = list(signature.parameters)[: len(args)]
+    names = list(inspect.signature(forward).parameters)[: len(args)] if args else []
     return "labels" in names and args[names.index("labels")] is not None
