@@ -196,7 +196,8 @@ def test_a_checkpoint_in_mid_period_goes_on_bit_for_bit(
     assert found.trainer.state.global_step == STEPS
     assert same(found.weights, expected.weights)
     assert found.record == expected.record
-    assert [entry.step for entry in found.optimizer.record] == [0, 3, 6]
+    first = [0, 1] if allocator == "budget" else [0]  # whose first step shows how the loop works
+    assert [entry.step for entry in found.optimizer.record] == [*first, 3, 6]
     assert found.optimizer.tracker.scores() == expected.optimizer.tracker.scores()
     assert found.optimizer.learning_rates() == expected.optimizer.learning_rates()
 
@@ -249,7 +250,7 @@ def test_gradient_checkpointing_changes_nothing_and_goes_on(allocator, tmp_path,
 
     caplog.set_level(logging.WARNING, logger="dynalora_optim")
     expected = run("checkpointed", **options)
-    assert "enable_input_require_grads() of the model is undone" in caplog.text
+    assert "requires a gradient that nothing uses" in caplog.text
     assert all(layer.gradient_checkpointing for layer in expected.trainer.model.model.layers)
     saved = tmp_path / "checkpointed" / f"checkpoint-{SAVED}"
     found = run("again", resume=saved, **options)

@@ -32,7 +32,13 @@ PRIVATE = {
     dynalora_adapters: ("_torch_private.py",),
 }
 # Private names of transformers, and a mark that our adapters leave on a model.
-NOT_OF_TORCH = {"_gradient_checkpointing_func", "_dynalora_injection"}
+NOT_OF_TORCH = {
+    "_gradient_checkpointing_func",
+    "_dynalora_injection",
+    "_hf_hook",  # accelerate's
+    "_tied_weights_keys",  # transformers'
+    "_fields",  # of a named tuple
+}
 
 
 def trees(package) -> dict[Path, ast.Module]:

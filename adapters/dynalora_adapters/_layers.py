@@ -15,7 +15,7 @@ from dynalora_adapters._bases import adapter_dtype, is_dense, is_plain_and_froze
 from dynalora_adapters._checks import positive_int, positive_number, probability_below_one
 from dynalora_adapters._gate import gated, needs_gate, new_gate, set_gate
 from dynalora_adapters._lora_function import lora_linear
-from dynalora_adapters._state_names import with_base, without_base
+from dynalora_adapters._state_names import names_in_base, with_base, without_base
 from dynalora_adapters._torch_private import runs_eagerly
 from dynalora_adapters._way import Way
 
@@ -63,6 +63,9 @@ class AdapterLinear(nn.Module, ABC):
         self.register_state_dict_post_hook(without_base)  # type: ignore[no-untyped-call]
         self.register_load_state_dict_pre_hook(with_base)  # type: ignore[no-untyped-call]
         self.train(base_layer.training)
+
+    def _fqn_modifiers(self) -> dict[str, str]:
+        return names_in_base(self, self.base_layer)
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         """Register a parameter. A new weight or bias goes to the base: so weights are tied."""

@@ -14,6 +14,17 @@ from torch import nn
 BASE = "base_layer."
 
 
+def names_in_base(module: nn.Module, base: nn.Module) -> dict[str, str]:
+    """Return the base module's name for each name of the adapter's that ``state_dict`` moves there.
+
+    torch.distributed.checkpoint asks a module for this in ``_fqn_modifiers``.
+    """
+    names = [name for name, _ in base.named_parameters(recurse=False)]
+    names += [name for name, _ in base.named_buffers(recurse=False)]
+    names += [name for name, _ in base.named_children()]
+    return dict.fromkeys(names, BASE.rstrip("."))
+
+
 def without_base(module: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
     """Rename what ``state_dict`` of an adapter has collected; a hook of that method."""
     own = [key for key in state if key.startswith(prefix)]

@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import dataclasses
 import weakref
-from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,7 +24,6 @@ from dynalora_optim._base.live_bytes import LiveBytes, tensor_bytes
 from dynalora_optim._base.trees import (
     elements,
     first_tensor,
-    hidden_states,
     replaced,
     tensors,
     trainable_leaves,
@@ -32,15 +32,17 @@ from dynalora_optim.allocation._costs import BlockCost, BlockUses, Costs, Use
 from dynalora_optim.groups._blocks import Block, outside
 from dynalora_optim.groups._module_group import ModuleGroup
 from dynalora_optim.memory._stand_ins import (
+    block_input,
     enter,
     leave,
     loss_of,
     no_autocast,
+    outside_checkpoint,
     own_loss,
     undisturbed,
 )
 from dynalora_optim.switching._module_switch import ModuleSwitch
-from dynalora_optim.switching._recompute import Recomputer, checkpoints_itself
+from dynalora_optim.switching._recompute import Recomputer
 
 _SCALARS = 1024  # bytes that no block shows: the loss, its gradient, data of a checkpoint
 # What a loss outside of the model may take, in sizes of the output: a cross entropy makes as many
@@ -63,6 +65,7 @@ class Profiler:
         self._groups = groups  # the allocated groups of each block
         self._switch = switch
         self._recomputer = Recomputer()
+        self._recompute = partial(self._recomputer.recompute, among=switch.held)
         self._memory = LiveBytes()
         self._costs: list[BlockCost] = []
         self._alike: dict[str, BlockCost] = {}
@@ -127,7 +130,7 @@ class Profiler:
                 return
             if position != len(self._costs):
                 raise ValueError(self._out_of_order(position))
-            x = _block_input(args, kwargs)
+            x = block_input(args, kwargs)
             if position == 0:
                 self._enter_blocks(x)
             self._arguments += [tensor for tensor in tensors((args, kwargs)) if tensor is not x]
@@ -141,7 +144,7 @@ class Profiler:
             if self._is_measuring:
                 return None
             self._is_measuring = True
-            with _outside_checkpoint(module):
+            with outside_checkpoint(module):
                 self._costs.append(self._block_cost(position, args, kwargs))
             self._is_measuring = False
             return self._leave_blocks(output) if position == len(self._blocks) - 1 else None
@@ -228,9 +231,6 @@ class Profiler:
             gradients=sum(tensor_bytes(p) for p in block.parameters() if p.requires_grad),
         )
 
-    def _recompute(self, blocks: Collection[nn.Module]) -> None:
-        self._recomputer.recompute(blocks, among=self._switch.held)
-
     def _run(
         self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, passes: bool
     ) -> Use:
@@ -244,7 +244,7 @@ class Profiler:
         leaves += [p for p in block.parameters() if p.requires_grad]
         with torch.enable_grad():
             loss = self._forward(block, args, kwargs, anchor if passes else None)
-        held_input = tensor_bytes(_block_input(args, kwargs)) if self._copy() else 0
+        held_input = tensor_bytes(block_input(args, kwargs)) if self._copy() else 0
         use = self._backward(loss, leaves, self._memory.peak - start, start)
         return dataclasses.replace(use, input=held_input)
 
@@ -255,7 +255,7 @@ class Profiler:
         kwargs: dict[str, Any],
         anchor: Tensor | None,
     ) -> Tensor:
-        x = _block_input(args, kwargs)
+        x = block_input(args, kwargs)
         copy = x.clone()  # only the graph must hold it
         self._copy = weakref.ref(copy.untyped_storage())
         if anchor is not None:
@@ -298,19 +298,3 @@ class Profiler:
             f"{self._blocks[position].name} did not (a shared block, or layer drop). Use an "
             "allocator without a memory budget, such as 'discounted'."
         )
-
-
-def _outside_checkpoint(block: nn.Module) -> AbstractContextManager[object]:
-    """Return a context in which the block's own checkpoint does not handle saved tensors.
-
-    Older releases of transformers (such as 5.17) run the hooks of a layer inside its checkpoint.
-    """
-    if checkpoints_itself(block):
-        return torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x)
-    return nullcontext()
-
-
-def _block_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    x = hidden_states(args, kwargs)
-    assert x is not None
-    return x

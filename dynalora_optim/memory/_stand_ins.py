@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from dynalora_optim._base.torch_private import is_batch_norm
-from dynalora_optim._base.trees import tensors
+from dynalora_optim._base.trees import hidden_states, tensors
+from dynalora_optim.switching._recompute import checkpoints_itself
 
 
 class _Enter(torch.autograd.Function):
@@ -96,3 +97,28 @@ def no_autocast() -> Iterator[None]:
             if torch.is_autocast_enabled(device):
                 stack.enter_context(torch.autocast(device, enabled=False))
         yield
+
+
+def outside_checkpoint(block: nn.Module) -> AbstractContextManager[object]:
+    """Return a context in which the block's own checkpoint does not handle saved tensors.
+
+    Older releases of transformers (such as 5.17) run the hooks of a layer inside its checkpoint.
+    """
+    if checkpoints_itself(block):
+        return torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x)
+    return nullcontext()
+
+
+def block_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """Return the hidden states that a block is called with.
+
+    Raises:
+        ValueError: No argument is a floating-point tensor.
+    """
+    x = hidden_states(args, kwargs)
+    if x is None:
+        raise ValueError(
+            "Budget: a block is called without a floating-point tensor, so that it cannot be "
+            "measured; use an allocator without a memory budget, such as 'discounted'."
+        )
+    return x

@@ -201,7 +201,8 @@ class Rates:
             ValueError: It was saved with another ``lr_time``.
         """
         steps = states[0]["steps"]
-        if self.lr_time == "local" and any(len(s["lr_history"]) < steps for s in states):
+        # A group that was added since the last step has none yet.
+        if self.lr_time == "local" and max(len(s["lr_history"]) for s in states) < steps:
             raise ValueError(
                 f"state_dict lacks rates of its {steps} steps, which lr_time='local' needs: it was "
                 "saved with another lr_time. Build the optimizer with the settings of the one that "
