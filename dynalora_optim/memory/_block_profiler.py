@@ -112,9 +112,7 @@ class Profiler:
             batch=elements(args, kwargs),
             before=self._before_blocks,
             prefix_gradients=sum(map(tensor_bytes, self.prefix_parameters)),
-            output=self._output,
-            output_alone=self._output_alone,
-            outside=self._outside,
+            **self._outputs,
         )
 
     def _hooks(self) -> Iterator[RemovableHandle]:
@@ -198,11 +196,11 @@ class Profiler:
         forward = self._memory.peak - self._forward_base
         output = outputs.pop()
         loss, own = loss_of(output), own_loss(output)
-        self._output = self._memory.size(t for t in tensors(output) if t is not own)
-        self._outside = 0 if own is not None else _LOSS * self._output
+        size = self._memory.size(t for t in tensors(output) if t is not own)
         alive = self._memory.live
         del output
-        self._output_alone = alive - self._memory.live
+        alone, outside = alive - self._memory.live, 0 if own is not None else _LOSS * size
+        self._outputs: dict[str, Any] = {"output": size, "output_alone": alone, "outside": outside}
         leaves = [self._anchor, *self._head_parameters()]
         return self._backward(loss, leaves, forward, self._backward_base)
 
