@@ -112,6 +112,7 @@ def refused(error: ValueError) -> bool:
     return "cannot hold a step" in str(error) and "pass at least memory=" in str(error)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:fan_in_fan_out")
 @given(script=scripts, memory=st.floats(0.3, 1.0), seed=st.integers(0, 9))
 def test_no_step_exceeds_the_limit(script, memory, seed):
@@ -122,13 +123,16 @@ def test_no_step_exceeds_the_limit(script, memory, seed):
     try:
         found = list(peaks(script, tiny, optimizer))
     except ValueError as error:
-        if not refused(error) or memory > 0.9:  # nine tenths of the whole hold some plan
+        # A budget must hold the largest batches together, and what is checkpointed in any case.
+        is_uniform = len(set(script.shapes)) == 1 and not script.own_checkpoints
+        if not refused(error) or (is_uniform and memory > 0.9):
             raise
         note(f"refused: {error}")
         return
     assert max(found) <= limit, [round(peak / limit, 3) for peak in found]
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:fan_in_fan_out")
 @given(script=scripts.filter(lambda s: not s.autocasts), memory=st.floats(0.5, 1.0))
 def test_gradients_of_what_is_active_are_those_of_the_unshaped_model(script, memory):
