@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import reduce
 from typing import Any, TypeVar
 
@@ -52,10 +52,14 @@ class StepCosting:
     def _follow(self, habits: Habits) -> None:
         self._habits = habits
         self._passes = Passes(habits.see_backward)
-        self._now: tuple[Costs, Plan] | None = None  # of the forward that runs
+        # Of the forward that runs: its costs, its costs in the loop, and its plan.
+        self._now: tuple[Costs, Costs, Plan] | None = None
         self._version: object = None  # of the habits that the allocation knows
         self._plans: dict[object, tuple[Costs, Plan]] = {}
         self._watched = 0  # optimizer steps whose temporary tensors were counted
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_plans": {}}  # their keys are ids of objects that a copy has not
 
     def state(self) -> dict[str, Any]:
         """Return the values that a resumed run needs, as plain numbers, strings and lists."""
@@ -112,18 +116,16 @@ class StepCosting:
         if costs is None:
             return
         self._habits.standing |= self._driver.has_gradients()
-        graphs = self._passes.alive()
-        self._habits.see_forward(costs, len(graphs))
-        self._take_costs()
-        self._now = self._planned(costs, graphs)
-        self._driver.recompute(self._now[1].checkpointed)
+        here, plan = self._planned(costs, self._passes.alive())
+        self._driver.recompute(plan.checkpointed)
+        self._now = costs, here, plan
 
     def after_forward(self, output: Any) -> None:
         """Follow the graph of this forward, which takes memory until its backward."""
         if self._now and not self._is_measuring:
-            costs, plan = self._now
+            costs, here, plan = self._now
             self._allocation.count_forward(costs.flops(plan), costs.flops(costs.all_active))
-            self._passes.follow(output, costs.in_no_loop(), costs.left(plan))
+            self._passes.follow(output, costs, here.left(plan))
 
     def _costs_of(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Costs | None:
         """Return costs that hold for this batch; None for a batch without rows, which has none."""
@@ -166,19 +168,28 @@ class StepCosting:
             ValueError: The forward cannot be held within the budget. Then the next step will be
                 planned for as many forwards as this one has.
         """
-        everyone = self._driver.is_probing
-        names = self._allocation.names if everyone else self._allocation.chosen
         before = [graph.costs for graph in graphs]
         carried, stale = sum(graph.held for graph in graphs), self._passes.stale()
-        key = (id(costs), *map(id, before), carried, stale, frozenset(names), self._habits.version)
-        if key not in self._plans:
+        situation = (id(costs), *map(id, before), carried, stale)
+        if situation + self._what_applies() not in self._plans:
+            self._habits.see_forward(costs, len(graphs))
+            self._take_costs()
             here = self._habits.in_loop(costs, before, carried=carried, stale=stale)
             try:
-                self._plans[key] = here, self._allocation.plan_at(here, names)
+                plan = self._allocation.plan_at(here, self._active())
             except ValueError:
                 self._habits.see_together([*before, costs])
                 raise
-        return self._plans[key]
+            self._plans[situation + self._what_applies()] = here, plan
+        return self._plans[situation + self._what_applies()]
+
+    def _active(self) -> Collection[str]:
+        """Return the groups that get gradients in the next backward."""
+        is_probing = self._driver.is_probing
+        return self._allocation.names if is_probing else self._allocation.chosen
+
+    def _what_applies(self) -> tuple[object, ...]:
+        return frozenset(self._active()), self._habits.version
 
     def end_trial(self) -> None:
         """After the passes of the first step, let the allocation select as the step ends.

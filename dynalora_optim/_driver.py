@@ -146,8 +146,9 @@ class ModuleDriver:
         self.switch.recompute(blocks)
 
     def has_gradients(self) -> bool:
-        """Return whether a parameter of the model has a gradient now."""
-        return any(parameter.grad is not None for parameter in self._model.parameters())
+        """Return whether an active group has a gradient now."""
+        active = (self._groups[name] for name in self._choice.active)
+        return any(slot.parameter.grad is not None for group in active for slot in group.slots)
 
     def drop_gradients(self, names: Collection[str]) -> None:
         """Delete the gradients of the groups of these names, which have become inactive."""

@@ -8,13 +8,27 @@ from typing import Any
 from dynalora_optim.allocation._costs import Costs
 from dynalora_optim.allocation._loop import ALONE
 
+_KEPT = 256  # results that are kept; a run asks for the same ones in every step
+_results: dict[tuple[int, int], tuple[Costs, Costs, Costs]] = {}  # by the ids of the first two
+
 
 def joined(one: Costs, other: Costs) -> Costs:
     """Return costs of the same model that are nowhere less than ``one`` and ``other``.
 
     If these are the costs of one of them, that very object is returned.
     """
-    if one is other or one == other:
+    if one is other:
+        return one
+    key = id(one), id(other)  # to hash so many numbers takes as long as to join them
+    if key not in _results:
+        if len(_results) >= _KEPT:
+            _results.clear()
+        _results[key] = one, other, _joined(one, other)  # all kept, so that no id is used again
+    return _results[key][2]
+
+
+def _joined(one: Costs, other: Costs) -> Costs:
+    if one == other:
         return one
     both = replace(_largest(one, other), loop=ALONE)
     # The entry lowers the base, which may not be less than those of the two: see `Costs.base`.
