@@ -11,6 +11,7 @@ import random
 import re
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -314,6 +315,19 @@ def test_a_budget_that_is_too_small_is_told_the_smallest_that_is_not(base, memor
         )
     with pytest.raises(ValueError, match=r"cannot hold a step"):
         Budget(memory=size - 1, base=base).select(context(costs))
+
+
+def test_a_refusal_names_what_takes_the_memory_beside_the_blocks():
+    costs = layered()
+    heavy = replace(costs, head=Use(500, 5, 600, 3))
+    loops = costs.in_loop(standing=True, later=(30,) * len(costs.blocks))
+    for measured, word in ((heavy, "a loss in chunks"), (loops, "Several forward passes")):
+        with pytest.raises(ValueError, match=f"pass at least memory=.*{word}"):
+            Budget(memory=20).plan(measured, [0])
+    with pytest.raises(ValueError, match="Gradients are alive in the forward pass"):
+        Budget(memory=20).plan(loops, [0])
+    with pytest.raises(ValueError, match=r"GiB\.$"):
+        Budget(memory=20).plan(costs, [0])
 
 
 def test_a_share_means_what_its_digits_say():

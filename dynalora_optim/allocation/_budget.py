@@ -22,6 +22,7 @@ from dynalora_optim.allocation._allocators import (
     TopK,
     UniformRandom,
 )
+from dynalora_optim.allocation._causes import causes
 from dynalora_optim.allocation._context import AllocationContext, Weighted
 from dynalora_optim.allocation._costs import Costs, Plan
 from dynalora_optim.allocation._cover import (
@@ -263,7 +264,7 @@ class Budget:
             f"Budget(memory={self.memory}) cannot hold a step that trains {what}, even with every "
             f"block checkpointed; pass at least memory={math.ceil(least / whole * 1000) / 1000} or "
             f"{least} bytes ({least / _GIB:.2f} GiB). All modules together take "
-            f"{whole / _GIB:.2f} GiB."
+            f"{whole / _GIB:.2f} GiB.{causes(costs, least)}"
         )
 
 
