@@ -46,7 +46,7 @@ nitpick_ignore_regex = [
     (r"py:.*", r"(torch|nn|transformers|collections|typing|os|pathlib|random)\..*"),
     (r"py:.*", r"Optimizer|Tensor|LambdaLR|TrainingArguments|TrainerCallback"),
     # Short names of union types; the docstrings say what they allow.
-    (r"py:.*", r"Batch|Factor|GroupRule|ImportanceMeasure|Loss|LrTime|MakeOptimizer"),
+    (r"py:.*", r"Batch|CrossEntropy|Factor|GroupRule|ImportanceMeasure|Loss|LrTime|MakeOptimizer"),
     (r"py:.*", r"Rounding|WindowSpec"),
     # Names that a user neither creates nor calls.
     (r"py:.*", r"Projections|dynalora_adapters\._config\.AdapterConfig"),

@@ -29,6 +29,7 @@ from dynalora_optim.allocation._context import (
     Weighted,
 )
 from dynalora_optim.allocation._costs import BlockCost, BlockUses, Costs, Plan, Use
+from dynalora_optim.allocation._loop import Loop
 from dynalora_optim.allocation._record import AllocationRecord, Reallocation
 from dynalora_optim.allocation._schedules import Once, Periodic, Schedule
 
@@ -45,6 +46,7 @@ __all__ = [
     "Costs",
     "Covering",
     "DiscountedStochastic",
+    "Loop",
     "Once",
     "Periodic",
     "Plan",
