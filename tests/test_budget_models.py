@@ -21,7 +21,7 @@ SLACK, MASK, IMAGES = 2400, 10_000, 60_000
 OVER = {
     "llava": IMAGES,
     "llava_deeper_tower": IMAGES,
-    "decoder_of_t5": MASK,
+    "decoder_of_t5": 3 * MASK,
     "llama": MASK,
     "gpt2": MASK,
 }
