@@ -112,6 +112,8 @@ class StepCosting:
         if self._is_measuring:
             return
         self._now = None
+        if self._allocation.costs is None:
+            self.restart()  # groups may have been added since: older costs do not know them
         costs = self._costs_of(args, kwargs)
         if costs is None:
             return
@@ -132,11 +134,13 @@ class StepCosting:
         shape = shape_of(args, kwargs)
         found = self._shapes.find(shape, elements(args, kwargs))
         if found is None:
-            found = self._measured(args, kwargs)
-            if not found.flops(found.all_active):
-                return None
+            measured = [self._measured(args, kwargs)]
             if not self._shapes.entries:  # all ranks run their first forward together
-                found = reduce(joined, gathered(found))
+                measured = gathered(measured[0])
+            measured = [costs for costs in measured if costs.flops(costs.all_active)]
+            if not measured:
+                return None
+            found = reduce(joined, measured)
             self._shapes.add(shape, found)
             self._plans.clear()  # its keys hold for as long as the measured costs are kept
         return found

@@ -185,7 +185,8 @@ class DynamicAllocationOptimizer(SavedOptimizer):
             return loss
         self._drop_provisional()
         self._relink()
-        self._join_unfrozen()
+        if not self._allocation.needs_costs:
+            self._join_unfrozen()
         self._check_in_order()
         self._driver.before_update()
         self._drop_idle_gradients()  # idle parameters may have a gradient, but must not move
@@ -197,6 +198,8 @@ class DynamicAllocationOptimizer(SavedOptimizer):
         self.tracker.end_step(self._allocation.steps)
         if due:
             self._reallocate()
+        if self._allocation.needs_costs:  # the next forward measures what joins
+            self._join_unfrozen()
         return loss
 
     def _update(self, closure: Callable[[], Any] | None) -> set[str]:

@@ -215,3 +215,20 @@ def test_measuring_ragged_rows_is_rare():
         step(optimizer, tiny)
     assert len(measured) <= 12
     assert sum(at >= 100 for at in measured) <= 4
+
+
+def test_modules_that_join_later_are_measured_with_the_others():
+    tiny = made("bert", "ours")
+    late = [p for n, p in tiny.model.named_parameters() if ".layer.3." in n and p.requires_grad]
+    for parameter in late:
+        parameter.requires_grad_(False)
+    limit = round(0.6 * unshaped_peak(plain, "bert", "ours"))
+    optimizer = on_budget(tiny, Budget(memory=limit, base="random"), period=1)
+    peaks = list(peak_of(plain, tiny, optimizer, 4))
+    for parameter in late:
+        parameter.requires_grad_(True)
+    peaks += peak_of(plain, tiny, optimizer, 8)
+    assert max(peaks) <= limit
+    chosen = {name for entry in optimizer.record for name in entry.chosen}
+    assert any(".layer.3." in name for name in chosen)
+    assert len(optimizer._costing._habits.pattern[0].group_blocks) == len(optimizer.groups)

@@ -116,9 +116,10 @@ FORMS: dict[str, Callable[[Tensor], Any]] = {
 }
 
 
-def net(form: str, *, sequential: bool = True) -> TinyModel:
+def net(form: str, *, sequential: bool = True, layers: str = ".*") -> TinyModel:
     model = Net(FORMS[form], sequential=sequential)
-    inject(model, LoRAConfig(rank=2, alpha=4, targets=["up", "down"], trainable=["head"]))
+    targets = rf"blocks\.{layers}\.(up|down)"
+    inject(model, LoRAConfig(rank=2, alpha=4, targets=targets, trainable=["head"]))
     model.train()
     tiny = TinyModel(form, model, {"x": torch.randn(64, 8)}, [], [])
     tiny.loss = lambda: model(**tiny.batch)["loss"]  # type: ignore[method-assign]
@@ -142,6 +143,7 @@ MODELS: dict[str, Callable[[], TinyModel]] = {
     "llava": llava,
     "llava_deeper_tower": lambda: llava(deeper_tower=True),
     "decoder_of_t5": encoder_decoder,
+    "adapters_in_some_blocks": lambda: net("tensor", layers="[02]"),
     **{f"sequential_{form}": lambda form=form: net(form) for form in FORMS},
     **{f"list_{form}": lambda form=form: net(form, sequential=False) for form in FORMS},
 }

@@ -82,7 +82,7 @@ def test_blocks_that_train_in_any_case_are_part_of_every_plan():
     tiny.model.get_submodule("bert.encoder.layer.2.output.dense").requires_grad_(True)
     costs = check_prediction(tiny, tiny.loss)
     assert costs.pinned == {2}
-    assert costs.lowest_blocks() == range(3)
+    assert costs.lowest_blocks() == list(range(3))
 
 
 @pytest.mark.parametrize("name", ["bert", "gpt2", "encoder"])
@@ -93,7 +93,7 @@ def test_embeddings_that_train_take_every_backward_pass_to_the_bottom(name):
             module.requires_grad_(True)
     costs = check_prediction(tiny, tiny.loss, over=2 * HIDDEN)
     assert costs.prefix
-    assert costs.lowest_blocks() == range(1)
+    assert costs.lowest_blocks() == list(range(1))
 
 
 def test_the_peak_of_a_small_net_by_hand():

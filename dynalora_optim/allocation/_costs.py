@@ -126,13 +126,20 @@ class Costs:
     @property
     def all_active(self) -> Plan:
         """The plan in which every block trains and none is checkpointed, as in plain LoRA."""
-        return Plan(frozenset(range(len(self.blocks))))
+        return Plan(self.trainable | ({0} if self.prefix else set()))
 
-    def lowest_blocks(self) -> range:
+    @property
+    def trainable(self) -> frozenset[int]:
+        """The blocks in which something can train; the last one if nothing in any block can."""
+        places = frozenset(block for block in self.group_blocks if block is not None)
+        return places | self.pinned or frozenset({len(self.blocks) - 1})
+
+    def lowest_blocks(self) -> list[int]:
         """Return the possible lowest blocks: none is above a block that always trains."""
         if self.prefix:
-            return range(1)
-        return range(min(self.pinned, default=len(self.blocks) - 1) + 1)
+            return [0]
+        highest = min(self.pinned, default=len(self.blocks) - 1)
+        return [block for block in sorted(self.trainable) if block <= highest]
 
     def role(self, block: int, lowest: int, *, active: bool) -> BlockUses:
         """Return the costs of ``block`` when the backward pass ends at ``lowest``."""

@@ -77,9 +77,9 @@ def best_plan(
         lowest: The lowest block that trains.
         flops: The FLOPs that the backward pass may not exceed; None for no limit.
     """
-    blocks = range(len(costs.blocks))
     # If every block can train, no choice has a higher value. This search does not need the values.
-    everyone = _Problem(costs, _one_choice(costs, blocks), (0.0,) * len(blocks), limit, flops)
+    choices = _one_choice(costs, costs.trainable)
+    everyone = _Problem(costs, choices, (0.0,) * len(choices), limit, flops)
     shared = costs.base(lowest), _down_to(costs, lowest)
     plan = _best_plans(everyone, *shared).get(lowest)
     if plan:
@@ -118,8 +118,9 @@ def _down_to(costs: Costs, lowest: int) -> int:
 
 
 def _all_choices(costs: Costs) -> Choices:
-    blocks = range(len(costs.blocks))
-    return tuple((True,) if block in costs.pinned else (True, False) for block in blocks)
+    trains = (block in costs.trainable for block in range(len(costs.blocks)))
+    both = ((True, False) if possible else (False,) for possible in trains)
+    return tuple((True,) if b in costs.pinned else ways for b, ways in enumerate(both))
 
 
 def _one_choice(costs: Costs, active: Collection[int]) -> Choices:
