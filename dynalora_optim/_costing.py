@@ -20,10 +20,11 @@ from dynalora_optim.memory._announce import announce
 from dynalora_optim.memory._block_meter import BlockMeter
 from dynalora_optim.memory._habits import Habits
 from dynalora_optim.memory._passes import Graph, Passes
-from dynalora_optim.memory._shapes import MeasuredShapes, shape_of
+from dynalora_optim.memory._shapes import MeasuredShapes, Shape, shape_of
 
 T = TypeVar("T")
 _WATCHED = 2  # optimizer steps whose temporary tensors are counted
+_KEPT = 1024  # plans that are kept
 
 
 class StepCosting:
@@ -86,10 +87,8 @@ class StepCosting:
         if not isinstance(state, dict) or not {"shapes", "habits"} <= state.keys():
             raise ValueError("state_dict has a 'loop' of another form.")
         modules = len(self._allocation.names)
-        return (
-            MeasuredShapes.of(state["shapes"], modules=modules),
-            Habits.of(state["habits"], modules=modules),
-        )
+        shapes = MeasuredShapes.of(state["shapes"], modules=modules)
+        return shapes, Habits.of(state["habits"], modules=modules)
 
     def attach(self) -> None:
         """Listen to each training forward, if the allocation needs costs."""
@@ -114,13 +113,32 @@ class StepCosting:
         self._now = None
         if self._allocation.costs is None:
             self.restart()  # groups may have been added since: older costs do not know them
-        costs = self._costs_of(args, kwargs)
-        if costs is None:
-            return
         self._habits.standing |= self._driver.has_gradients()
-        here, plan = self._planned(costs, self._passes.alive())
-        self._driver.recompute(plan.checkpointed)
-        self._now = costs, here, plan
+        shape, graphs = shape_of(args, kwargs), self._passes.alive()
+        costs = self._shapes.find(shape, elements(args, kwargs))
+        if costs is None or not (self._shapes.is_of(shape, costs) or self._fits(costs, graphs)):
+            costs = self._costs_of(shape, args, kwargs)
+        if costs is not None:
+            here, plan = self._planned_or_refused(costs, graphs)
+            self._driver.recompute(plan.checkpointed)
+            self._now = costs, here, plan
+
+    def _fits(self, costs: Costs, graphs: Sequence[Graph]) -> bool:
+        """Return whether the budget holds a forward of these costs, which are of a larger batch."""
+        try:
+            self._planned(costs, graphs)
+        except ValueError:
+            return False
+        return True
+
+    def _planned_or_refused(self, costs: Costs, graphs: Sequence[Graph]) -> tuple[Costs, Plan]:
+        try:
+            return self._planned(costs, graphs)
+        except ValueError:  # do not expect such a batch again, but as many forwards as there were
+            self._shapes.drop(costs)
+            if graphs:
+                self._habits.see_together([*(graph.costs for graph in graphs), costs])
+            raise
 
     def after_forward(self, output: Any) -> None:
         """Follow the graph of this forward, which takes memory until its backward."""
@@ -129,20 +147,19 @@ class StepCosting:
             self._allocation.count_forward(costs.flops(plan), costs.flops(costs.all_active))
             self._passes.follow(output, costs, here.left(plan))
 
-    def _costs_of(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Costs | None:
-        """Return costs that hold for this batch; None for a batch without rows, which has none."""
-        shape = shape_of(args, kwargs)
-        found = self._shapes.find(shape, elements(args, kwargs))
-        if found is None:
-            measured = [self._measured(args, kwargs)]
-            if not self._shapes.entries:  # all ranks run their first forward together
-                measured = gathered(measured[0])
-            measured = [costs for costs in measured if costs.flops(costs.all_active)]
-            if not measured:
-                return None
-            found = reduce(joined, measured)
-            self._shapes.add(shape, found)
-            self._plans.clear()  # its keys hold for as long as the measured costs are kept
+    def _costs_of(
+        self, shape: Shape, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Costs | None:
+        """Measure this batch; the result is None for a batch without rows, which has no costs."""
+        measured = [self._measured(args, kwargs)]
+        if self._allocation.costs is None:  # all ranks run their first forward together
+            measured = gathered(measured[0])
+        measured = [costs for costs in measured if costs.flops(costs.all_active)]
+        if not measured:
+            return None
+        found = reduce(joined, measured)
+        self._shapes.add(shape, found)
+        self._plans.clear()  # its keys hold for as long as the measured costs are kept
         return found
 
     def _measured(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Costs:
@@ -169,21 +186,24 @@ class StepCosting:
         """Return the costs of this forward in the loop, and its plan.
 
         Raises:
-            ValueError: The forward cannot be held within the budget. Then the next step will be
-                planned for as many forwards as this one has.
+            ValueError: The forward cannot be held within the budget.
         """
         before = [graph.costs for graph in graphs]
         carried, stale = sum(graph.held for graph in graphs), self._passes.stale()
         situation = (id(costs), *map(id, before), carried, stale)
         if situation + self._what_applies() not in self._plans:
-            self._habits.see_forward(costs, len(graphs))
-            self._take_costs()
-            here = self._habits.in_loop(costs, before, carried=carried, stale=stale)
+            pattern = self._habits.pattern
             try:
+                self._habits.see_forward(costs, len(graphs))
+                self._take_costs()
+                here = self._habits.in_loop(costs, before, carried=carried, stale=stale)
                 plan = self._allocation.plan_at(here, self._active())
             except ValueError:
-                self._habits.see_together([*before, costs])
+                self._habits.pattern = pattern
+                self._plans.clear()
                 raise
+            if len(self._plans) >= _KEPT:
+                self._plans.clear()
             self._plans[situation + self._what_applies()] = here, plan
         return self._plans[situation + self._what_applies()]
 

@@ -232,3 +232,20 @@ def test_modules_that_join_later_are_measured_with_the_others():
     chosen = {name for entry in optimizer.record for name in entry.chosen}
     assert any(".layer.3." in name for name in chosen)
     assert len(optimizer._costing._habits.pattern[0].group_blocks) == len(optimizer.groups)
+
+
+def test_a_batch_is_not_refused_because_a_larger_one_would_be():
+    """The larger one was measured for a budget that it exceeds; the smaller one fits."""
+    tiny = adapted("bert", sizes=WIDE)
+    limit = round(0.5 * unshaped_peak(plain, "bert", "ours"))
+    optimizer = on_budget(tiny, Budget(memory=limit, base="random"), period=1)
+    large = rows(tiny, 64, 32)
+    for number in range(6):
+        if number in (0, 3):
+            with pytest.raises(ValueError, match="cannot hold a step"):
+                tiny.model(**large)
+        with LiveBytes() as memory:
+            plain(tiny, optimizer)
+            tiny.model(**rows(tiny, 4, 16)).loss.backward()
+            step(optimizer, tiny)
+        assert memory.peak <= limit

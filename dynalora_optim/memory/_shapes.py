@@ -88,6 +88,14 @@ class MeasuredShapes:
         if len(self.entries) > _KEPT:
             self.entries.remove(min(self.entries, key=lambda entry: entry[1].batch))
 
+    def is_of(self, shape: Shape, costs: Costs) -> bool:
+        """Return whether these are the costs of a batch of just this shape."""
+        return any(other == shape and known is costs for other, known in self.entries)
+
+    def drop(self, costs: Costs) -> None:
+        """Forget the batch that has these costs."""
+        self.entries = [entry for entry in self.entries if entry[1] is not costs]
+
     def state(self) -> dict[str, Any]:
         """Return the values that a resumed run needs."""
         entries = [[_plain(shape), saved_costs(costs)] for shape, costs in self.entries]
