@@ -174,10 +174,8 @@ class DynamicAllocationOptimizer(SavedOptimizer):
         """
         if self._driver.is_closed:
             raise RuntimeError("step() after close(): build a new DynamicAllocationOptimizer.")
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        with torch.enable_grad():
+            loss = closure() if closure is not None else None
         if not self._has_agreed:
             self._driver.check_held(flatten(self.param_groups))
         if is_rehearsal(self.param_groups, self.state):  # torch.distributed.checkpoint
@@ -185,8 +183,7 @@ class DynamicAllocationOptimizer(SavedOptimizer):
             return loss
         self._drop_provisional()
         self._relink()
-        if not self._allocation.needs_costs:
-            self._join_unfrozen()
+        self._join_unfrozen_at(the_end=False)
         self._check_in_order()
         self._driver.before_update()
         self._drop_idle_gradients()  # idle parameters may have a gradient, but must not move
@@ -198,9 +195,13 @@ class DynamicAllocationOptimizer(SavedOptimizer):
         self.tracker.end_step(self._allocation.steps)
         if due:
             self._reallocate()
-        if self._allocation.needs_costs:  # the next forward measures what joins
-            self._join_unfrozen()
+        self._join_unfrozen_at(the_end=True)
         return loss
+
+    def _join_unfrozen_at(self, *, the_end: bool) -> None:
+        # With a budget it is at the end of a step: the next forward measures what has joined.
+        if self._allocation.needs_costs == the_end:
+            self._join_unfrozen()
 
     def _update(self, closure: Callable[[], Any] | None) -> set[str]:
         """Update the active groups; return the names of those that had a gradient."""
