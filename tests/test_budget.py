@@ -45,17 +45,19 @@ def block_costs(draw: Any) -> BlockCost:
 def any_costs(draw: Any) -> Costs:
     """Costs of up to four blocks without rhyme or reason: the search must not rely on any."""
     blocks = draw(st.lists(block_costs(), min_size=1, max_size=4))
-    places = st.integers(0, len(blocks) - 1)
+    places = draw(st.sets(st.integers(0, len(blocks) - 1), min_size=1))
+    prefix = draw(st.none() | uses())
+    places |= {0} if prefix else set()  # to which every backward pass goes then
     return Costs(
         blocks=tuple(blocks),
-        group_blocks=(*sorted(draw(st.sets(places, min_size=1))), None),
+        group_blocks=(*sorted(places), None),
         pinned=frozenset(draw(st.sets(st.integers(0, len(blocks) - 1), max_size=1))),
         head=draw(uses()),
         forward_base=draw(st.integers(40, 60)),
         backward_base=draw(sizes),
         entry=draw(sizes),
         head_gradients=draw(sizes),
-        prefix=draw(st.none() | uses()),
+        prefix=prefix,
         batch=1,
         before=draw(sizes),
         prefix_gradients=draw(sizes),
