@@ -249,17 +249,22 @@ def test_a_model_of_ones_own_is_cut_after_its_first_forward():
     assert seen == [True, False, False]
 
 
-@pytest.mark.parametrize("how", [False, True])
-def test_a_block_that_checkpoints_itself_keeps_what_it_needs(how):
-    model, plain = Asking(how), Asking(how)
-    _optimizer = drive(model)
-    seen = first_inputs(model, "layers")
+def assert_same_gradients(model: nn.Module, plain: nn.Module) -> None:
+    """In each of three passes, to the bit, and for the same parameters."""
     for _ in range(3):
         model(IDS).backward()
         plain(IDS).backward()
         found, expected = gradients(model), gradients(plain)
         assert found.keys() == expected.keys()
         assert all(torch.equal(found[name], expected[name]) for name in found)
+
+
+@pytest.mark.parametrize("how", [False, True])
+def test_a_block_that_checkpoints_itself_keeps_what_it_needs(how):
+    model, plain = Asking(how), Asking(how)
+    _optimizer = drive(model)
+    seen = first_inputs(model, "layers")
+    assert_same_gradients(model, plain)
     assert seen[:1] + seen[-1:] == [True, how]
 
 
@@ -274,12 +279,7 @@ def test_a_block_that_is_checkpointed_from_outside_keeps_what_it_needs(how):
 
     model, plain = Outside(), Outside()
     _optimizer = drive(model)
-    for _ in range(3):
-        model(IDS).backward()
-        plain(IDS).backward()
-        found, expected = gradients(model), gradients(plain)
-        assert found.keys() == expected.keys()
-        assert all(torch.equal(found[name], expected[name]) for name in found)
+    assert_same_gradients(model, plain)
 
 
 class Wanted:

@@ -131,8 +131,8 @@ class Costs:
     @property
     def trainable(self) -> frozenset[int]:
         """The blocks in which something can train; the last one if nothing in any block can."""
-        places = frozenset(block for block in self.group_blocks if block is not None)
-        return places | self.pinned or frozenset({len(self.blocks) - 1})
+        everyone = range(len(self.group_blocks))
+        return self.blocks_of(everyone) or frozenset({len(self.blocks) - 1})
 
     def lowest_blocks(self) -> list[int]:
         """Return the possible lowest blocks: none is above a block that always trains."""
