@@ -422,6 +422,30 @@ def test_on_real_sentences_lora_and_a_random_choice_learn(tmp_path):
     assert min(accuracies) > 0.54  # half of the rows are of each class; a standard error is 0.011
 
 
+def test_root_mean_square_and_alignment_by_hand():
+    parameters = [torch.nn.Parameter(torch.zeros(n)) for n in (1, 3)]
+    for parameter, gradient in zip(parameters, ([3.0], [4.0, 0.0, 0.0]), strict=True):
+        parameter.grad = torch.tensor(gradient)
+    assert _importances.RootMeanSquare().score_gradients(parameters).item() == 2.5  # sqrt(25 / 4)
+    alignment = _importances.Alignment(beta=0.0)  # the mean is the last gradient
+    assert alignment.score_gradients(parameters).item() == 1
+    parameters[1].grad = torch.tensor([-4.0, 0.0, 0.0])
+    cosine = (3 * 3 - 4 * 4) / 25
+    assert alignment.score_gradients(parameters).item() == pytest.approx((1 + cosine) / 2)
+
+
+def test_a_softmax_draw_is_uniform_when_hot_and_the_best_when_cold():
+    import random
+
+    from dynalora_optim import AllocationContext
+
+    context = AllocationContext((1.0, 3.0, 2.0), (0, 0, 0), 1, 0, random.Random(0))
+    weights = _importances.Softmax(1.0).weights(context)
+    assert weights == pytest.approx([np.exp((y - 3) / 2) for y in (1, 3, 2)])  # the mean is 2
+    assert _importances.Softmax(1e-3).select(context) == [1]
+    assert _importances.Softmax(1e9).weights(context) == pytest.approx([1, 1, 1])
+
+
 def test_costs_are_ratios_of_the_same_steps(folder, capsys):
     """Recomputing the blocks costs another forward pass of them; a static top saves backward."""
     cost = importlib.import_module("cost")

@@ -3,9 +3,10 @@
 A method is a name, such as ``forward``. It may have options after an @, such as
 ``forward@active=4,period=10`` or ``budget-0.40@activation_warmup=0``. The options are those of
 `DynamicAllocationOptimizer`; ``activation_warmup`` for ``Pause(warmup=...)``; those of `Budget`
-(memory, compute, base, floor); ``top=1/3`` to adapt only the top share of the blocks;
-``targets=all-linear`` to put adapters into all linear layers; and ``longer=1.25`` to train for that
-many times the task's steps, so that methods can be compared at equal compute.
+(memory, compute, base, floor); ``temperature`` of a softmax draw; ``top=1/3`` to adapt only the top
+share of the blocks; ``targets=all-linear`` to put adapters into all linear layers; and
+``longer=1.25`` to train for that many times the task's steps, so that methods can be compared at
+equal compute.
 """
 
 from __future__ import annotations
@@ -14,10 +15,17 @@ import ast
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
-from _importances import ExpectedDecrease, UpperConfidence
+from _importances import (
+    Alignment,
+    ExpectedDecrease,
+    RootMeanSquare,
+    Softmax,
+    UpperConfidence,
+)
 from _models import lora_targets
 from _shared import head_modules
 from torch import nn
@@ -31,6 +39,7 @@ from dynalora_optim import (
     Ema,
     ImportanceTracker,
     Pause,
+    RoundRobin,
     badam,
     lisa,
 )
@@ -40,6 +49,18 @@ PERIOD, WARM_UP = (
     20,
     10,
 )  # steps between reallocations; steps of warm-up after a pause
+
+# Short names of what is not in dynalora_optim, or has other settings there.
+ALLOCATORS: dict[str, Callable[..., Any]] = {
+    "bandit": UpperConfidence,
+    "softmax": Softmax,
+    "shuffled": partial(RoundRobin, "random"),
+}
+MEASURES: dict[str, Callable[[], Any]] = {
+    "decrease": ExpectedDecrease,
+    "rms": RootMeanSquare,
+    "alignment": Alignment,
+}
 
 # The learning rate of the adapted parameters, divided by that of the head. All methods share the
 # latter. VeRA trains scales, which need a larger rate. Pretrained weights need a smaller one.
@@ -98,10 +119,13 @@ METHODS: dict[str, Method] = {
     "lora-peft": Method("lora-peft"),
     "static": Method("lora", top=1 / 3),
     "random": _dynamic(allocator="random"),
+    "shuffled": _dynamic(allocator="shuffled"),
     "forward": _dynamic(importance="forward"),
     "gradient": _dynamic(importance="gradient"),
     "decrease": _decrease("stochastic"),
     "bandit": _decrease("bandit"),
+    "grass": _dynamic(importance="rms", allocator="softmax"),
+    "magma": _dynamic(importance="alignment", allocator="softmax"),
     "vera": Method("vera"),
     "vera-peft": Method("vera-peft"),
     "dynavera": _dynamic("vera", importance="forward"),
@@ -260,8 +284,10 @@ def _allocation(options: Mapping[str, Any]) -> dict[str, Any]:
         plain["allocator"] = Budget(**shares)
     if "activation_warmup" in plain:
         plain["pause"] = Pause(warmup=plain.pop("activation_warmup"))
-    if plain.get("allocator") == "bandit":
-        plain["allocator"] = UpperConfidence()
-    if plain.get("importance") == "decrease":
-        plain["importance"] = ImportanceTracker(ExpectedDecrease(), window=Ema(0.9), probe=True)
+    allocator, importance = plain.get("allocator"), plain.get("importance")
+    if allocator in ALLOCATORS:
+        temperature = {"temperature": plain.pop("temperature")} if "temperature" in plain else {}
+        plain["allocator"] = ALLOCATORS[allocator](**temperature)
+    if importance in MEASURES:
+        plain["importance"] = ImportanceTracker(MEASURES[importance](), window=Ema(0.9), probe=True)
     return plain
