@@ -116,7 +116,7 @@ class Alignment:
 
     def _sums(self, parameter: Tensor, gradient: Tensor) -> Tensor:
         """Return <m, g>, <m, m> and <g, g>, and move the mean m towards g."""
-        mean = self._means[parameter] if parameter in self._means else gradient
+        mean: Tensor = self._means.get(parameter, gradient)  # type: ignore[no-untyped-call]
         self._means[parameter] = self.beta * mean + (1 - self.beta) * gradient
         pairs = ((mean, gradient), (mean, mean), (gradient, gradient))
         return torch.stack([(a * b).sum() for a, b in pairs])
