@@ -165,6 +165,7 @@ class Loop:
         self._model, self._optimizer, self._scheduler = self.accelerator.prepare(
             model, optimizer, scheduler
         )
+        self._model.train()
         self.evaluations: list[dict[str, float]] = []
         self._updated: list[int] = []
         self._peaks = [0]
@@ -177,7 +178,6 @@ class Loop:
         """Take all steps, with some evaluations."""
         every = max(1, self._steps // EVALUATIONS)
         quick = self._work.validation[:QUICK]
-        self._model.train()
         for step, batch in enumerate(self.batches(), start=1):
             if step % WEIGHED == 2:  # not the first, which creates the optimizer state
                 with LiveBytes() as memory:
