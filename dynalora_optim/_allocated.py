@@ -123,6 +123,11 @@ class AllocatedOptimizer(LateBoundOptimizer):
         """Return the parameters that get gradients now, including those outside all groups."""
         return self._parameters_of(self._is_active_name)
 
+    def trained_parameters(self) -> list[Tensor]:
+        """Return the parameters that may ever be updated."""
+        found = self._parameters_of(lambda name: name not in self._frozen)
+        return [parameter for parameter in found if parameter.requires_grad]
+
     def hold(self, groups: Collection[str]) -> None:
         """Make only these ``groups`` active, and never choose again.
 
