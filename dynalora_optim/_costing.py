@@ -95,9 +95,6 @@ class StepCosting(CostingState):
         holdings, known = self._holdings, self._habits.resident.weights
         if holdings and (not known or holdings.has_new_state()):
             self._habits.resident = holdings.count(args, kwargs)
-            if self._allocation.costs is None:  # all ranks run their first forward together
-                found = gathered(self._habits.resident)
-                self._habits.resident = reduce(Resident.merged, found)
 
     def _fits(self, costs: Costs, graphs: Sequence[Graph]) -> bool:
         """Return whether the budget holds a forward of these costs, which are of a larger batch."""
@@ -130,6 +127,7 @@ class StepCosting(CostingState):
         measured = [self._measured(args, kwargs)]
         if self._allocation.costs is None:  # all ranks run their first forward together
             measured = gathered(measured[0])
+            self._habits.resident = reduce(Resident.merged, gathered(self._habits.resident))
         measured = [costs for costs in measured if costs.flops(costs.all_active)]
         if not measured:
             return None
@@ -256,7 +254,8 @@ class StepCosting(CostingState):
         if args or kwargs:
             if not self._meter.model.training:
                 raise RuntimeError("memory_report() measures training: call model.train() first.")
-            costs = self._measured(args, kwargs)
+            self._count_holdings(args, kwargs)
+            costs = self._habits.beside(self._measured(args, kwargs))
             if self._habits.is_known:
                 costs = self._habits.in_loop(costs, [], carried=0, stale=0)
         if costs is None:

@@ -129,7 +129,9 @@ class Holdings:
         }
         blocks = [_Share.of(block.module, sizes) for block in self._blocks]
         outside = _sum(sizes.values())  # those in blocks are taken out: see `_Share.of`
-        others = _sum(existing_size(v, p.device) for p, v in state.items() if id(p) not in wanted)
+        others = _sum(
+            existing_size(v, p.device.type) for p, v in state.items() if id(p) not in wanted
+        )
         keeps = self._keeps(trained[0].device)
         idle = sum(block.size.state for block in blocks) if keeps else 0
         return Resident(

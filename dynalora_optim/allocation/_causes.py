@@ -58,16 +58,7 @@ def _parts(costs: Costs, least: int) -> str:
     others = [costs.blocks[b].gradients for b in costs.trainable - costs.pinned]
     trained = sum(costs.blocks[b].gradients for b in costs.pinned) + min(others, default=0)
     state = resident.of_active(trained)
-    parts = {
-        "weights": resident.weights,
-        "buffers": resident.buffers,
-        "float32 copies": resident.masters,
-        "optimizer state": resident.state,
-        "the batch": resident.batch,
-        "other tensors on the device": resident.other,
-        "state and copies of what is active": state,
-        "gradients": trained + costs.outer_gradients,
-    }
+    parts = {**resident.parts(trained), "gradients": trained + costs.outer_gradients}
     step = least - state - trained - costs.outer_gradients
     named = [f"{name} {in_words(size)}" for name, size in parts.items() if size]
     return ", ".join([*named, f"and the rest of the step {in_words(max(step, 0))}"])

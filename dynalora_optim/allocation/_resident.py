@@ -54,6 +54,22 @@ class Resident:
         """The bytes that are alive whichever modules train."""
         return self.weights + self.buffers + self.masters + self.state + self.batch + self.other
 
+    def parts(self, gradients: int) -> dict[str, int]:
+        """Return what is alive in each step beside it, by name; 0 for a part that is not there.
+
+        Args:
+            gradients: The bytes of the gradients of the blocks that train.
+        """
+        copies = self.copies_of(gradients)
+        return {
+            "weights": self.weights,
+            "buffers": self.buffers,
+            "float32 copies": self.masters + copies,
+            "optimizer state": self.state + self.of_active(gradients) - copies,
+            "batch": self.batch,
+            "other tensors on the device": self.other,
+        }
+
     def of_active(self, gradients: int) -> int:
         """Return the bytes of state and copies of blocks whose gradients have so many bytes."""
         return -(-gradients * self.active // UNIT)

@@ -91,6 +91,10 @@ class Habits:
         )
         return replace(costs, loop=replace(loop, reference=self._reference(chain, loop)))
 
+    def beside(self, costs: Costs) -> Costs:
+        """Return the ``costs`` of a forward alone, beside what the process holds."""
+        return costs.in_loop(resident=self._resident([costs]))
+
     def _reference(self, chain: Sequence[Costs], loop: Loop) -> int:
         """Return the peak of a step with everything active and nothing checkpointed."""
         peak, left = 0, 0

@@ -65,7 +65,7 @@ class StateSizes:
             ValueError: The parameter has no state, and the update of a copy is not possible.
         """
         kind = _kind(parameter, piece)
-        existing = existing_size(state.get(parameter, {}), parameter.device)
+        existing = existing_size(state.get(parameter, {}), parameter.device.type)
         if kind not in self._of_kind:
             try:
                 self._of_kind[kind] = self._of_copies(piece, [parameter])
@@ -113,7 +113,7 @@ class StateSizes:
                 temporary = max(temporary, memory.peak - memory.live)
         masters, own = 0, 0
         for copy in copies:
-            size = existing_size(state.get(copy, {}), copy.device)
+            size = existing_size(state.get(copy, {}), "meta", parameters[0].device.type)
             masters, own = masters + size.masters, own + size.state
         return StateSize(masters, own, temporary)
 
@@ -130,14 +130,17 @@ class StateSizes:
         )
 
 
-def existing_size(values: Mapping[str, Any], device: torch.device) -> StateSize:
-    """Return the sizes of the state of one parameter, also if it is on the host for a while."""
+def existing_size(values: Mapping[str, Any], *devices: str) -> StateSize:
+    """Return the sizes of the state of one parameter, also if it is on the host for a while.
+
+    Single numbers may be on the host for good; they count if they are on one of ``devices``.
+    """
     sizes = {
         is_master: storage_bytes(
             part
             for key, value in values.items()
             for part in tensors(value)
-            if (key == MASTER) is is_master and (part.ndim or part.device == device)
+            if (key == MASTER) is is_master and (part.ndim or part.device.type in devices)
         )
         for is_master in (True, False)
     }
