@@ -80,7 +80,7 @@ class Holdings:
         self._model, self._blocks = model, blocks
         self._paused, self._total = paused, total
         self._surroundings: tuple[int, int] | None = None  # the device's capacity, other tensors
-        self._seen = -1  # parameters with state at the last count
+        self._seen = -1  # the most parameters with state at a count
 
     def count(self, args: Any, kwargs: Any) -> Resident:
         """Return what is held, at its largest; the forward of this call comes next.
@@ -102,14 +102,14 @@ class Holdings:
             room = capacity(device) if self._total == DEVICE else 0
             self._surroundings = room, max(in_use(device) - known, 0)
         room, other = self._surroundings
-        self._seen = len(holder.state)
+        self._seen = max(self._seen, len(holder.state))
         own = self._of_optimizer(holder, trained)
         return replace(own, weights=weights, buffers=buffers, capacity=room, other=other)
 
     def has_new_state(self) -> bool:
-        """Return whether parameters have got a state since the last `count`."""
+        """Return whether more parameters have a state than at any `count` so far."""
         holder = self._holder()
-        return holder is not None and len(holder.state) != self._seen
+        return holder is not None and len(holder.state) > self._seen
 
     def _present(self, state: State, device: torch.device) -> int:
         """Return the bytes of state and gradients on the device now."""
