@@ -95,8 +95,7 @@ class Run:
             self.build(total)
             self.step(0)
             self.step(1)
-        except ValueError as error:
-            assert "pass at least total=" in str(error)
+        except ValueError:
             return False
         return True
 
