@@ -15,7 +15,7 @@ from dynalora_optim._base.trees import tensors
 from dynalora_optim.allocation._amounts import DEVICE
 from dynalora_optim.allocation._resident import Resident, rate
 from dynalora_optim.groups._blocks import Block
-from dynalora_optim.memory._device import capacity, in_use
+from dynalora_optim.memory._device import capacity, in_use, rounding
 from dynalora_optim.memory._state_sizes import (
     StateSize,
     StateSizes,
@@ -100,7 +100,8 @@ class Holdings:
             known = weights + buffers + self._present(holder.state, device)
             known += _bytes_on(device, tensors((args, kwargs)))
             room = capacity(device) if self._total == DEVICE else 0
-            self._surroundings = room, max(in_use(device) - known, 0)
+            other = max(in_use(device) - known, 0) + rounding(device, len(self._blocks))
+            self._surroundings = room, other
         room, other = self._surroundings
         self._seen = max(self._seen, len(holder.state))
         own = self._of_optimizer(holder, trained)

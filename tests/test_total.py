@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from devices import saved_and_loaded
+from devices import peak_above, saved_and_loaded
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from language_model import LanguageModel, tokens
@@ -282,6 +282,54 @@ def test_a_state_dict_with_another_total_is_loaded_and_the_new_total_counts(capl
     other.build(total // 2)
     with pytest.raises(ValueError, match=f"total={total // 2}"):
         other.optimizer.load_state_dict(state)
+
+
+def test_the_total_is_kept_by_what_the_device_itself_counts(device):
+    def run(total: int, steps: int) -> int:
+        """The most bytes in use; on a GPU by its allocator, whatever else is there included."""
+        torch.manual_seed(0)
+        model = WithLoss(3).to(device)
+        inner = torch.optim.AdamW(model.parameters())
+        optimizer = DynamicAllocationOptimizer(
+            inner, model, allocator=Budget(total=total), groups="blocks", period=2, pause="drop"
+        )
+        most = 0
+        for step in range(steps):
+            state = [value for one in optimizer.state.values() for value in one.values()]
+            before = storage_bytes([*model.parameters(), *state])
+            with peak_above(device) as peak:
+                model(tokens(step, 64).to(device)).backward()
+                optimizer.step()
+                optimizer.zero_grad()
+            on_gpu = device == "cuda"
+            now = torch.cuda.max_memory_allocated() if on_gpu else before + peak.allocated
+            most = max(most, now)
+        return most
+
+    with pytest.raises(ValueError, match="pass at least total=") as refused:
+        run(1000, 1)
+    total = named(refused.value) * 5 // 4
+    assert run(total, 8) <= total
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.cuda
+def test_the_device_is_a_total():
+    torch.manual_seed(0)
+    model = WithLoss(3).to("cuda")
+    optimizer = DynamicAllocationOptimizer(
+        torch.optim.AdamW(model.parameters()),
+        model,
+        allocator=Budget(total="device"),
+        groups="blocks",
+    )
+    model(tokens(0).to("cuda")).backward()
+    optimizer.step()
+    report = optimizer.memory_report()
+    free, whole = torch.cuda.mem_get_info()
+    assert report.total is not None
+    assert free / 2 < report.total < whole
+    assert report.current.whole <= report.total
 
 
 def test_the_device_of_a_cpu_is_refused_at_the_first_forward():

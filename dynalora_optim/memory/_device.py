@@ -6,6 +6,8 @@ import torch
 
 _RESERVE_SHARE = 20  # 1/20 of what the device gives stays free: rounding, fragments, kernels
 _LEAST_RESERVE = 512 * 2**20
+_GRAIN = 512  # CUDA's allocator rounds each tensor up to a multiple of so many bytes
+_TENSORS = 64  # that a block has alive at a time beside its weights, about
 
 
 def capacity(device: torch.device) -> int:
@@ -32,6 +34,16 @@ def in_use(device: torch.device) -> int:
         return 0
     _touch(device)
     return torch.cuda.memory_allocated(device)
+
+
+def grain(device: torch.device) -> int:
+    """Return the bytes to a multiple of which the device's allocator rounds each tensor."""
+    return _GRAIN if device.type == "cuda" else 1
+
+
+def rounding(device: torch.device, blocks: int) -> int:
+    """Return what rounding may add to the tensors of a step through so many blocks."""
+    return (grain(device) - 1) * _TENSORS * (blocks + 2)  # what is before and after them, too
 
 
 def _touch(device: torch.device) -> None:

@@ -21,6 +21,7 @@ from dynalora_optim._base.collectives import local_part
 from dynalora_optim._base.live_bytes import LiveBytes
 from dynalora_optim._base.torch_private import storage_key
 from dynalora_optim._base.trees import tensors
+from dynalora_optim.memory._device import grain
 from dynalora_optim.memory._rehearsal import Rehearsal
 from dynalora_optim.update._master_weights import MASTER, ROUNDING_BYTES
 from dynalora_optim.update._param_groups import LINE, ParamGroup, State
@@ -65,7 +66,8 @@ class StateSizes:
             ValueError: The parameter has no state, and the update of a copy is not possible.
         """
         kind = _kind(parameter, piece)
-        existing = existing_size(state.get(parameter, {}), parameter.device.type)
+        device = parameter.device
+        existing = existing_size(state.get(parameter, {}), device.type, unit=grain(device))
         if kind not in self._of_kind:
             try:
                 self._of_kind[kind] = self._of_copies(piece, [parameter])
@@ -113,7 +115,8 @@ class StateSizes:
                 temporary = max(temporary, memory.peak - memory.live)
         masters, own = 0, 0
         for copy in copies:
-            size = existing_size(state.get(copy, {}), "meta", parameters[0].device.type)
+            places = "meta", parameters[0].device.type
+            size = existing_size(state.get(copy, {}), *places, unit=grain(parameters[0].device))
             masters, own = masters + size.masters, own + size.state
         return StateSize(masters, own, temporary)
 
@@ -130,28 +133,31 @@ class StateSizes:
         )
 
 
-def existing_size(values: Mapping[str, Any], *devices: str) -> StateSize:
+def existing_size(values: Mapping[str, Any], *devices: str, unit: int = 1) -> StateSize:
     """Return the sizes of the state of one parameter, also if it is on the host for a while.
 
     Single numbers may be on the host for good; they count if they are on one of ``devices``.
     """
     sizes = {
         is_master: storage_bytes(
-            part
-            for key, value in values.items()
-            for part in tensors(value)
-            if (key == MASTER) is is_master and (part.ndim or part.device.type in devices)
+            (
+                part
+                for key, value in values.items()
+                for part in tensors(value)
+                if (key == MASTER) is is_master and (part.ndim or part.device.type in devices)
+            ),
+            unit,
         )
         for is_master in (True, False)
     }
     return StateSize(sizes[True], sizes[False])
 
 
-def storage_bytes(found: Iterable[Tensor]) -> int:
-    """Return the bytes of the storages of these tensors, each once."""
+def storage_bytes(found: Iterable[Tensor], unit: int = 1) -> int:
+    """Return the bytes of the storages of these tensors, each once, in multiples of ``unit``."""
     parts = [part for tensor in found for part in flattened(tensor)]
     sizes = {storage_key(part): part.untyped_storage().nbytes() for part in parts}
-    return sum(sizes.values())
+    return sum(-(-size // unit) * unit for size in sizes.values())
 
 
 def flattened(tensor: Tensor) -> Iterator[Tensor]:
