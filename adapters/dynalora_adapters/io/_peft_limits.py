@@ -86,7 +86,7 @@ def check_read_alike(
     if twice := [" and ".join(held[base]) for base in bases.values() if len(held[base]) > 1]:
         raise ValueError(
             f"{'; '.join(twice[:3])} are one module of the model. peft, which wrote the file, "
-            f"adapts its first place only; load the file with peft.PeftModel.from_pretrained."
+            f"adapts its first place only."
         )
 
 
