@@ -310,13 +310,13 @@ def obstacle(case: Case) -> str | None:
 
 def _tied_obstacle(case: Case) -> str | None:
     """Return why a configuration cannot be read into a model with tied weights."""
-    together = case.options.get("ensure_weight_tying", False)
-    named = {*case.options.get("target_modules", []), *case.options.get("modules_to_save", [])}
-    chosen = named & {EMBEDDING, HEAD}
-    by_peft = case.model != "GPT2LMHeadModel" or chosen == {HEAD}  # peft does not tie its "wte"
-    if "modules_to_save" in case.options and chosen and together != by_peft:
+    trains, adapts = ({EMBEDDING, HEAD} & {*case.options.get(option, [])}
+                      for option in ("modules_to_save", "target_modules"))  # fmt: skip
+    knows = case.model != "GPT2LMHeadModel" or HEAD in trains | adapts  # peft ties no "wte"
+    together = knows and "ensure_weight_tying" in case.options
+    if trains and not together:
         return "one of two tied weights in `modules_to_save`"
-    if "target_modules" in case.options and chosen and together and by_peft:
+    if adapts and together:
         return "`ensure_weight_tying` with tied weights in `target_modules`"
     return None
 
