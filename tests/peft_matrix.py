@@ -225,6 +225,12 @@ _MODELS = [  # the task, the class and the type
     ("SEQ_CLS", "RobertaForSequenceClassification", "roberta"),
     ("SEQ_CLS", "LlamaForSequenceClassification", "llama"),
 ]
+_GROUPS = {
+    "CAUSAL_LM": "decoders",
+    "SEQ_2_SEQ_LM": "encoder-decoders",
+    "FEATURE_EXTRACTION": "feature extraction",
+    "SEQ_CLS": "classification of sequences",
+}
 EMBEDDING, HEAD = "<embedding>", "<head>"  # in options: the names that the model tells
 _WITH_HEAD = ("CAUSAL_LM", "SEQ_2_SEQ_LM")
 _TEXT: list[tuple[str, dict[str, Any]]] = [
@@ -258,11 +264,13 @@ _DECODER: list[tuple[str, dict[str, Any]]] = [
     (LORA, {"lora_alpha": 32, "alora_invocation_tokens": [1000]}),
 ]
 _LLAMA: list[tuple[str, dict[str, Any]]] = [
+    (LORA, {"target_modules": ["model.layers.0.self_attn.q_proj", "v_proj"],
+            "layers_to_transform": [1]}),
     (LORA, {"layer_replication": [[0, 1], [0, 2]]}),
     ("PrefixTuningConfig", {"num_virtual_tokens": 4}),
     ("PromptTuningConfig", {"num_virtual_tokens": 4}),
     ("PromptEncoderConfig", {"num_virtual_tokens": 4, "encoder_hidden_size": 8}),
-]
+]  # fmt: skip
 
 
 def cases() -> Iterator[Case]:
@@ -275,7 +283,7 @@ def cases() -> Iterator[Case]:
         rows += _DECODER if task == "CAUSAL_LM" else []
         rows += _LLAMA if model == "LlamaForCausalLM" else []
         for kind, options in rows:
-            yield Case(task, model, kind, {"task_type": task, **options})
+            yield Case(_GROUPS[task], model, kind, {"task_type": task, **options})
 
 
 # Weights of these models are tied, so that embedding and head are one parameter.

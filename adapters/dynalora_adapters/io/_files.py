@@ -80,7 +80,7 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str]) -> None:
     tensors = {**own, **head_tensors(model, tree, config, layers)}
     tensors |= {key: extra[key] for key in record.embeddings}
     check_numbers(tensors)
-    for notice in unreadable(model, tree, layers):
+    for notice in unreadable(model, tree, layers, config.trainable):
         logger.warning(notice)
     sharded = any(is_sharded(tensor) for tensor in tensors.values())
     dense = {key: _detached_copy(tensor) for key, tensor in tensors.items()}
@@ -143,7 +143,7 @@ def _load_into_bare(
         config = with_tied(known_names(config, tree), raw, model)
         config = in_layers(config, raw, first_names(tree))
         plan = make_plan(model, config)
-        check_read_alike(model, raw, plan.bases)
+        check_read_alike(model, tree, raw, plan.bases, config.trainable)
     except ValueError as error:
         raise ValueError(
             f"{folder / CONFIG_NAME} does not fit the model: {error} {IF_BY_PEFT}"

@@ -32,7 +32,12 @@ def in_layers(
             f"layers_to_transform needs a list of names in target_modules, got "
             f"{config.targets!r}; put the layers into the regular expression instead."
         )
-    chosen = [n for n in names if matches(config.targets, n) and _index(n, patterns) in layers]
+    chosen = [
+        name
+        for name in names
+        if matches(config.targets, name)
+        and (_index(name, patterns) in layers or name in config.targets)  # a full name is exempt
+    ]
     if not chosen:
         raise ValueError(
             f"target_modules={list(config.targets)} match no module in the layers "

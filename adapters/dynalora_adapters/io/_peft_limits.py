@@ -8,10 +8,11 @@ from typing import Any
 from torch import nn
 
 from dynalora_adapters._bases import is_conv1d
+from dynalora_adapters._config import Names
 from dynalora_adapters._layers import AdapterLinear
-from dynalora_adapters._models import places
+from dynalora_adapters._models import inside, places
 from dynalora_adapters._notices import few
-from dynalora_adapters._targets import ends
+from dynalora_adapters._targets import ends, head_names
 from dynalora_adapters._tasks import input_embeddings
 from dynalora_adapters.io._peft_renames import renamed, taken_for_experts
 
@@ -23,7 +24,10 @@ _QUANTISED = ("bitsandbytes", "torchao", "auto_gptq", "gptqmodel", "awq", "hqq",
 
 
 def unreadable(
-    model: nn.Module, tree: Mapping[str, nn.Module], layers: Mapping[str, AdapterLinear]
+    model: nn.Module,
+    tree: Mapping[str, nn.Module],
+    layers: Mapping[str, AdapterLinear],
+    trainable: Names,
 ) -> Iterator[str]:
     """Yield a line for each kind of adapted module that peft would not read back as it is."""
     ending = "Load the file with load_adapter of this package."
@@ -55,7 +59,18 @@ def unreadable(
             f"peft refuses {type(model).__name__}, whose get_input_embeddings is not implemented: "
             f"it asks for it because the model can tie weights. {ending}"
         )
+    if nested := _nested(tree, trainable):
+        yield (
+            f"peft refuses trainable={list(trainable)!r}, because it also matches {few(nested)}, "
+            f"inside of another match. {ending} Or rename one of them."
+        )
     yield from _held_twice(model, layers)
+
+
+def _nested(tree: Mapping[str, nn.Module], trainable: Names) -> list[str]:
+    """Return the modules to save that are inside another one. peft makes a copy of each."""
+    heads = head_names(tree, trainable)
+    return sorted(name for name in heads if inside(name.rpartition(".")[0], heads))
 
 
 def _cannot_be_asked(model: nn.Module) -> bool:
@@ -77,11 +92,24 @@ def _held_twice(model: nn.Module, layers: Mapping[str, AdapterLinear]) -> Iterat
 
 
 def check_read_alike(
-    model: nn.Module, raw: Mapping[str, Any], bases: Mapping[str, nn.Module]
+    model: nn.Module,
+    tree: Mapping[str, nn.Module],
+    raw: Mapping[str, Any],
+    bases: Mapping[str, nn.Module],
+    trainable: Names,
 ) -> None:
-    """Raise if peft has written the file and adapted one of several places of a module only."""
+    """Raise if peft has written the file and left out a part of what it has trained.
+
+    It adapts one of several places of a module only, and saves one of two copies of a module to
+    save that is inside another one.
+    """
     if "peft_version" not in raw and "auto_mapping" not in raw:
         return
+    if nested := _nested(tree, trainable):
+        raise ValueError(
+            f"modules_to_save={list(trainable)!r} matches {few(nested)}, inside of another match: "
+            f"peft has trained one copy of it and saved another one, and cannot read the file."
+        )
     held = places(model)
     if twice := [" and ".join(held[base]) for base in bases.values() if len(held[base]) > 1]:
         raise ValueError(
