@@ -11,7 +11,7 @@ import copy
 import functools
 import tempfile
 import warnings
-from collections import Counter
+from collections import Counter, OrderedDict
 from pathlib import Path
 from typing import Any
 
@@ -133,28 +133,29 @@ class Nested(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.body = nn.Linear(4, 4)
-        self.classifier = nn.ModuleDict({"classifier": nn.Linear(4, 2)})
+        self.classifier = nn.Sequential(OrderedDict(classifier=nn.Linear(4, 2)))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.classifier["classifier"](self.body(x))
+        return self.classifier(self.body(x))
 
 
 def test_a_module_to_save_inside_another_one_is_what_peft_cannot_read(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    options = {"targets": ["body"], "trainable": ["classifier"]}
-    ours = inject(Nested(), LoRAConfig(rank=2, alpha=4, **options))
+    base = Nested()
+    config = LoRAConfig(rank=2, alpha=4, targets=["body"], trainable=["classifier"])
+    ours = inject(copy.deepcopy(base), config)
     randomize_trainable(ours)
     save_adapter(ours, tmp_path / "ours")
     assert "also matches classifier.classifier, inside of another match" in caplog.text
     with pytest.raises(KeyError):
-        peft.PeftModel.from_pretrained(Nested(), tmp_path / "ours")
+        peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "ours")
     x = torch.randn(3, 4)
-    assert torch.equal(load_adapter(Nested(), tmp_path / "ours")(x), ours(x))
+    assert torch.equal(load_adapter(copy.deepcopy(base), tmp_path / "ours")(x), ours(x))
     config = peft.LoraConfig(target_modules=["body"], modules_to_save=["classifier"])
-    peft.get_peft_model(Nested(), config).save_pretrained(tmp_path / "theirs")
-    with pytest.raises(ValueError, match="matches classifier.classifier, inside of another match"):
-        load_adapter(Nested(), tmp_path / "theirs")
+    peft.get_peft_model(copy.deepcopy(base), config).save_pretrained(tmp_path / "theirs")
+    with pytest.raises(ValueError, match="classifier, inside of another match"):
+        load_adapter(base, tmp_path / "theirs")
 
 
 def tables() -> str:

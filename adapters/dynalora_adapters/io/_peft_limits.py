@@ -59,12 +59,16 @@ def unreadable(
             f"peft refuses {type(model).__name__}, whose get_input_embeddings is not implemented: "
             f"it asks for it because the model can tie weights. {ending}"
         )
+    yield from _saved_twice(tree, trainable, ending)
+    yield from _held_twice(model, layers)
+
+
+def _saved_twice(tree: Mapping[str, nn.Module], trainable: Names, ending: str) -> Iterator[str]:
     if nested := _nested(tree, trainable):
         yield (
             f"peft refuses trainable={list(trainable)!r}, because it also matches {few(nested)}, "
             f"inside of another match. {ending} Or rename one of them."
         )
-    yield from _held_twice(model, layers)
 
 
 def _nested(tree: Mapping[str, nn.Module], trainable: Names) -> list[str]:
