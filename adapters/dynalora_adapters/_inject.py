@@ -152,7 +152,7 @@ def install(
         for param in module.parameters():
             param.requires_grad_(param.is_floating_point())
     for bias in bias_tensors(model, config, plan.bases).values():
-        bias.requires_grad_()
+        bias.requires_grad_(bias.is_floating_point())
     replace_modules(model, {base: layers[name] for name, base in plan.bases.items()})
     setattr(model, _RECORD, Injection(config, before, _leave_fast_path(model), repacks))
 

@@ -43,7 +43,7 @@ from dynalora_adapters.io._peft_format import (
 )
 from dynalora_adapters.io._peft_kinds import IF_BY_PEFT
 from dynalora_adapters.io._peft_layers import in_layers, with_tied
-from dynalora_adapters.io._peft_limits import check_read_alike, unreadable
+from dynalora_adapters.io._peft_limits import misread, unreadable
 from dynalora_adapters.io._peft_shared import as_saved, share, shared_tensors
 from dynalora_adapters.io._storage import CONFIG_NAME, read_adapter, write_adapter
 
@@ -139,15 +139,15 @@ def _load_into_bare(
 ) -> None:
     check_bare(model)
     tree = module_tree(model)
+    misfit = f"{folder / CONFIG_NAME} does not fit the model"
     try:
         config = with_tied(known_names(config, tree), raw, model)
         config = in_layers(config, raw, first_names(tree))
         plan = make_plan(model, config)
-        check_read_alike(model, tree, raw, plan.bases, config.trainable)
     except ValueError as error:
-        raise ValueError(
-            f"{folder / CONFIG_NAME} does not fit the model: {error} {IF_BY_PEFT}"
-        ) from error
+        raise ValueError(f"{misfit}: {error} {IF_BY_PEFT}") from error
+    if problem := misread(model, tree, raw, plan.bases, config.trainable):
+        raise ValueError(f"{misfit}: {problem}")
     heads, found = _whole_modules(model, tree, config, tensors, plan.bases)
     check_fit(tree, plan.bases, config, tensors, heads={**heads, **found}, folder=folder)
     with torch.random.fork_rng(devices=[]):  # what the layers draw is overwritten below

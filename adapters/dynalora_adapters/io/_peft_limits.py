@@ -14,6 +14,7 @@ from dynalora_adapters._models import inside, places
 from dynalora_adapters._notices import few
 from dynalora_adapters._targets import ends, head_names
 from dynalora_adapters._tasks import input_embeddings
+from dynalora_adapters.io._peft_kinds import WITH_PEFT
 from dynalora_adapters.io._peft_renames import renamed, taken_for_experts
 
 # What peft refuses in models of these types (peft/tuners/tuners_utils.py).
@@ -95,31 +96,32 @@ def _held_twice(model: nn.Module, layers: Mapping[str, AdapterLinear]) -> Iterat
             )
 
 
-def check_read_alike(
+def misread(
     model: nn.Module,
     tree: Mapping[str, nn.Module],
     raw: Mapping[str, Any],
     bases: Mapping[str, nn.Module],
     trainable: Names,
-) -> None:
-    """Raise if peft has written the file and left out a part of what it has trained.
+) -> str | None:
+    """Return why a file is not what we would read, if peft has written it; None if it is.
 
-    It adapts one of several places of a module only, and saves one of two copies of a module to
-    save that is inside another one.
+    peft adapts one of several places of a module only. Of a module to save that is inside another
+    one, it saves another copy than it has trained.
     """
     if "peft_version" not in raw and "auto_mapping" not in raw:
-        return
+        return None
     if nested := _nested(tree, trainable):
-        raise ValueError(
+        return (
             f"modules_to_save={list(trainable)!r} matches {few(nested)}, inside of another match: "
-            f"peft has trained one copy of it and saved another one, and cannot read the file."
+            f"peft has saved another copy of it than it has trained; train again with other names."
         )
     held = places(model)
     if twice := [" and ".join(held[base]) for base in bases.values() if len(held[base]) > 1]:
-        raise ValueError(
+        return (
             f"{'; '.join(twice[:3])} are one module of the model. peft, which wrote the file, "
-            f"adapts its first place only."
+            f"adapts its first place only; {WITH_PEFT}."
         )
+    return None
 
 
 def _known(base: nn.Module) -> bool:
