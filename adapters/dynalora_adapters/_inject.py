@@ -19,7 +19,7 @@ from dynalora_adapters._quantised import (
     restore_repacking,
 )
 from dynalora_adapters._sharded import check_here, check_not_fsdp1
-from dynalora_adapters._targets import Plan, make_plan
+from dynalora_adapters._targets import Plan, bias_tensors, make_plan
 from dynalora_adapters._torch_private import plain_name
 
 logger = logging.getLogger(__name__)
@@ -151,6 +151,8 @@ def install(
     for module in plan.trainable:
         for param in module.parameters():
             param.requires_grad_(param.is_floating_point())
+    for bias in bias_tensors(model, config, plan.bases).values():
+        bias.requires_grad_(bias.is_floating_point())
     replace_modules(model, {base: layers[name] for name, base in plan.bases.items()})
     setattr(model, _RECORD, Injection(config, before, _leave_fast_path(model), repacks))
 
