@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol, runtime_checkable
 
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from dynalora_optim._base.claims import owner_of
+from dynalora_optim._base.claims import owners_of
 from dynalora_optim.groups._module_group import ModuleGroup
 from dynalora_optim.groups._rules import GroupRule, find_groups
-from dynalora_optim.update._param_groups import ParameterIndex, flatten, match_always_active
+from dynalora_optim.switching._detach import has_flag
+from dynalora_optim.update._param_groups import (
+    ParameterIndex,
+    ParamGroup,
+    flatten,
+    match_always_active,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -46,8 +52,8 @@ class Grouping:
             TypeError: ``rule`` or ``always_active`` is of another type.
             ValueError: There are no groups, or the optimizer does not hold their parameters.
         """
-        groups = find_groups(model, rule)
         parameters = flatten(optimizer.param_groups)
+        groups = held_groups(model, rule, parameters)
         index = ParameterIndex(model, groups)
         index.check_belongs(parameters)
         exempt = match_always_active(always_active, groups)
@@ -73,6 +79,28 @@ class Grouping:
         yield from self.always_active
 
 
+def held_groups(
+    model: nn.Module, rule: GroupRule, parameters: Iterable[Tensor]
+) -> list[ModuleGroup]:
+    """Return the module groups of ``model``, with those of their ``parameters`` that are held.
+
+    Another optimizer may train the other parameters of a module: another adapter of a peft layer,
+    or the vectors beside the matrices. A group without any stays as it is, and so does a module
+    whose flag is for all its parameters.
+
+    Raises:
+        TypeError: ``rule`` is not a rule.
+        ValueError: There are no groups.
+    """
+    held = set(map(id, parameters))
+    groups = []
+    for group in find_groups(model, rule):
+        slots = tuple(slot for slot in group.slots if id(slot.parameter) in held)
+        is_divisible = bool(slots) and not any(map(has_flag, group.modules))
+        groups.append(replace(group, slots=slots) if is_divisible else group)
+    return groups
+
+
 def log_waiting(grouping: Grouping) -> None:
     """Log a warning that names the groups that are frozen."""
     if grouping.waiting:
@@ -88,6 +116,8 @@ def log_waiting(grouping: Grouping) -> None:
 class Owner(Protocol):
     """An optimizer that drives module groups."""
 
+    param_groups: list[ParamGroup]
+
     def driven_groups(self) -> list[ModuleGroup]:
         """Return the groups that the optimizer makes active and inactive."""
         ...
@@ -98,25 +128,42 @@ class Owner(Protocol):
 
 
 def owners_to_replace(grouping: Grouping, optimizer: Optimizer) -> list[Owner]:
-    """Return the optimizers that already drive ``optimizer``, or modules of ``grouping``.
+    """Return the optimizers that already drive ``optimizer``, or parameters of ``grouping``.
 
     Raises:
-        ValueError: One of them also drives module groups that are not in ``grouping``.
+        ValueError: One of them also drives module groups that are not in ``grouping``, or trains
+            other parameters of the same modules.
     """
     groups = list(grouping.groups())
     mine = _places(groups)
-    modules = (module for group in groups for module in group.modules)
-    found = {id(o): o for o in map(owner_of, [optimizer, *modules]) if isinstance(o, Owner)}
-    for owner in found.values():
-        theirs = owner.driven_groups()
-        left = [group.name for group in theirs if not _places([group]) <= mine]
-        if left:
-            raise ValueError(
-                f"another DynamicAllocationOptimizer drives {len(theirs)} module groups; this one "
-                f"would take over {len(theirs) - len(left)} of them, but not {left[0]}. close() "
-                "the other one first, or give each optimizer its own groups with groups=callable."
-            )
-    return list(found.values())
+    things = [optimizer, *(module for group in groups for module in group.modules)]
+    found = {id(o): o for thing in things for o in owners_of(thing) if isinstance(o, Owner)}
+    own = owners_of(optimizer)
+    owners = [o for o in found.values() if o in own or mine & _places(o.driven_groups())]
+    for owner in owners:
+        _check_replaceable(owner, groups, optimizer)
+    return owners
+
+
+def _check_replaceable(owner: Owner, groups: Sequence[ModuleGroup], optimizer: Optimizer) -> None:
+    """Raise if ``owner`` has something to train that ``optimizer`` does not have."""
+    theirs, mine = owner.driven_groups(), _places(groups)
+    left = [group.name for group in theirs if not _places([group]) <= mine]
+    if left:
+        raise ValueError(
+            f"another DynamicAllocationOptimizer drives {len(theirs)} module groups; this one "
+            f"would take over {len(theirs) - len(left)} of them, but not {left[0]}. close() "
+            "the other one first, or give each optimizer its own groups with groups=callable."
+        )
+    trained = {id(p) for group in groups for p in group.parameters()}
+    trained &= set(map(id, flatten(owner.param_groups)))
+    if trained and trained.isdisjoint(map(id, flatten(optimizer.param_groups))):
+        raise ValueError(
+            "another DynamicAllocationOptimizer trains other parameters of the same modules, such "
+            f"as {groups[0].name}. Its flag active holds for the whole module, so that two "
+            "optimizers cannot choose apart. Pass one optimizer that holds all these parameters, "
+            "in several param groups."
+        )
 
 
 def replace_owners(owners: Iterable[Owner]) -> None:
