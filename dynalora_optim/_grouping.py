@@ -10,7 +10,9 @@ from typing import Protocol, runtime_checkable
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from dynalora_optim._base.claims import owners_of
+from dynalora_optim._base.claims import owners, owners_of
+from dynalora_optim.allocation._context import Allocator, CostAware
+from dynalora_optim.groups._blocks import model_blocks
 from dynalora_optim.groups._module_group import ModuleGroup
 from dynalora_optim.groups._rules import GroupRule, find_groups
 from dynalora_optim.switching._detach import has_flag
@@ -118,6 +120,11 @@ class Owner(Protocol):
 
     param_groups: list[ParamGroup]
 
+    @property
+    def allocator(self) -> Allocator:
+        """What chooses the active groups."""
+        ...
+
     def driven_groups(self) -> list[ModuleGroup]:
         """Return the groups that the optimizer makes active and inactive."""
         ...
@@ -127,22 +134,33 @@ class Owner(Protocol):
         ...
 
 
-def owners_to_replace(grouping: Grouping, optimizer: Optimizer) -> list[Owner]:
+def owners_to_replace(
+    model: nn.Module, grouping: Grouping, optimizer: Optimizer, needs_costs: bool
+) -> list[Owner]:
     """Return the optimizers that already drive ``optimizer``, or parameters of ``grouping``.
+
+    Args:
+        model: The adapted model.
+        grouping: The groups of a new optimizer.
+        optimizer: What it wraps.
+        needs_costs: Whether it has a `Budget`.
 
     Raises:
         ValueError: One of them also drives module groups that are not in ``grouping``, or trains
-            other parameters of the same modules.
+            other parameters of the same modules; or one that stays trains in the same blocks, and
+            one of the two has a `Budget`.
     """
     groups = list(grouping.groups())
     mine = _places(groups)
     things = [optimizer, *(module for group in groups for module in group.modules)]
     found = {id(o): o for thing in things for o in owners_of(thing) if isinstance(o, Owner)}
     own = owners_of(optimizer)
-    owners = [o for o in found.values() if o in own or mine & _places(o.driven_groups())]
-    for owner in owners:
+    former = [o for o in found.values() if o in own or mine & _places(o.driven_groups())]
+    for owner in former:
         _check_replaceable(owner, groups, optimizer)
-    return owners
+    others = [o for o in owners() if isinstance(o, Owner) and o not in former]
+    _check_costs(model, groups, [o for o in others if needs_costs or _needs_costs(o)])
+    return former
 
 
 def _check_replaceable(owner: Owner, groups: Sequence[ModuleGroup], optimizer: Optimizer) -> None:
@@ -166,9 +184,30 @@ def _check_replaceable(owner: Owner, groups: Sequence[ModuleGroup], optimizer: O
         )
 
 
-def replace_owners(owners: Iterable[Owner]) -> None:
-    """Close ``owners``, because a new optimizer replaces them, and log a warning."""
-    for owner in owners:
+def _needs_costs(owner: Owner) -> bool:
+    return isinstance(owner.allocator, CostAware)
+
+
+def _check_costs(model: nn.Module, groups: Sequence[ModuleGroup], others: Sequence[Owner]) -> None:
+    """Raise if ``others`` have groups in the blocks of ``groups``: a `Budget` would not know it."""
+    if not others:
+        return
+    mine = {module for group in groups for module in group.modules}
+    inside = [set(block.module.modules()) for block in model_blocks(model, must=False)]
+    shared = set[nn.Module]().union(*(block for block in inside if not mine.isdisjoint(block)))
+    for group in (group for other in others for group in other.driven_groups()):
+        if not shared.isdisjoint(group.modules):
+            raise ValueError(
+                "a Budget decides for whole blocks, but two DynamicAllocationOptimizers train in "
+                f"the same blocks, such as at {group.name}, so that it would not know what the "
+                "other one takes. Use an allocator without a memory budget in both, or wrap one "
+                "optimizer that holds all these parameters (Muon with its own AdamW, for example)."
+            )
+
+
+def replace_owners(former: Iterable[Owner]) -> None:
+    """Close the ``former`` optimizers, because a new one replaces them, and log a warning."""
+    for owner in former:
         owner.close()
         logger.warning(
             "a new DynamicAllocationOptimizer takes over the %d module groups of an earlier one, "

@@ -13,7 +13,7 @@ from torch.optim import SGD, AdamW, Optimizer
 from toy import ToyModel, same, weights
 
 from dynalora_adapters import LoRAConfig, inject
-from dynalora_optim import DynamicAllocationOptimizer
+from dynalora_optim import AllocationContext, Budget, DynamicAllocationOptimizer
 
 LAYERS, STEPS = 4, 8
 
@@ -182,6 +182,50 @@ def test_muon_and_adamw_with_equal_options_train_the_same_blocks(allocator):
     assert len(chosen) > 1 or allocator == "topk"
 
 
+class SameBlocks:
+    """Chooses what another optimizer has chosen; docs/optimizers.md has it too."""
+
+    uses_active = False
+
+    def __init__(self, leader: DynamicAllocationOptimizer) -> None:
+        self.leader = leader
+
+    def select(self, context: AllocationContext) -> list[int]:
+        chosen = self.leader.active_groups
+        return [i for i, name in enumerate(self.leader.groups) if name in chosen]
+
+
+@pytest.mark.parametrize("importance", ["gradient", "sensitivity"])
+def test_one_can_follow_the_other_whatever_it_measures_and_resumes(importance):
+    def make() -> tuple[nn.Module, list[DynamicAllocationOptimizer]]:
+        model, (matrices, rest) = of_blocks()
+        first = DynamicAllocationOptimizer(
+            muon(matrices), model, active=2, period=2, importance=importance, **BLOCKS
+        )
+        second = DynamicAllocationOptimizer(
+            adamw(rest), model, period=2, allocator=SameBlocks(first), **BLOCKS
+        )
+        return model, [first, second]
+
+    def train(model: nn.Module, optimizers: list[DynamicAllocationOptimizer], start: int) -> None:
+        for step in range(start, start + 5):
+            backward(model, step)
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad()
+            assert optimizers[0].active_groups == optimizers[1].active_groups
+
+    (model, ours), (again, others) = make(), make()
+    train(model, ours, 0)
+    again.load_state_dict(model.state_dict())
+    for new, old in zip(others, ours, strict=True):
+        new.load_state_dict(copy.deepcopy(old.state_dict()))
+    for one, optimizers in ((model, ours), (again, others)):
+        train(one, optimizers, 5)
+    assert same(weights(model), weights(again))
+    assert len({entry.chosen for entry in ours[0].record}) > 1
+
+
 def test_a_pass_of_one_adapter_is_no_score_of_the_other():
     run, alone = Run("peft", {"active": 1.0}), Run("peft", {"active": 1.0})
     run.train()
@@ -247,3 +291,57 @@ def test_two_optimizers_cannot_share_the_flag_of_a_module():
         DynamicAllocationOptimizer(SGD(of[1], lr=0.1), model, active=2)
     assert not first._driver.is_closed
     assert len(first.active_groups) == 2
+
+
+@pytest.mark.parametrize("first", ["budget", "random"])
+def test_a_budget_is_refused_where_another_optimizer_trains_in_the_same_blocks(first):
+    model, (matrices, rest) = of_blocks()
+    options = [{"allocator": Budget(memory=0.9)}, {"allocator": "random"}]
+    if first == "random":
+        options.reverse()
+    one = DynamicAllocationOptimizer(adamw(matrices), model, groups="blocks", **options[0])
+    with pytest.raises(ValueError, match=r"a Budget decides for whole blocks.*layers\.0"):
+        DynamicAllocationOptimizer(adamw(rest), model, groups="blocks", **options[1])
+    backward(model, 0)
+    one.step()  # it drives its modules as before
+    one.close()
+    DynamicAllocationOptimizer(adamw(rest), model, groups="blocks", **options[1])
+
+
+def test_a_budget_beside_an_optimizer_of_other_blocks():
+    towers = nn.Sequential(Net(), nn.Linear(3, 3), nn.ModuleDict({"inner": Net()}))
+    one, other = towers[0], towers[2]["inner"]
+    first = DynamicAllocationOptimizer(adamw(list(one.parameters())), one, groups="blocks")
+    DynamicAllocationOptimizer(
+        adamw(list(other.parameters())), other, groups="blocks", allocator=Budget(memory=0.9)
+    )
+    assert not first._driver.is_closed
+
+
+def test_muon_that_has_its_own_adamw_is_one_optimizer_for_both():
+    package = pytest.importorskip("pytorch_optimizer")
+
+    def run(options: dict[str, Any] | None) -> tuple[nn.Module, Any]:
+        model, (matrices, rest) = of_blocks()
+        groups = [
+            {"params": matrices, "lr": 0.02, "use_muon": True},
+            {"params": rest, "lr": 0.01, "use_muon": False},
+        ]
+        optimizer: Any = package.Muon(groups)
+        if options is not None:
+            optimizer = DynamicAllocationOptimizer(optimizer, model, groups="blocks", **options)
+        for step in range(6):
+            before = weights(model)
+            idle = set() if options is None else {*optimizer.groups} - {*optimizer.active_groups}
+            backward(model, step)
+            optimizer.step()
+            optimizer.zero_grad()
+            after = weights(model)
+            for name in after:
+                is_idle = name.startswith(tuple(f"{group}." for group in idle))
+                assert is_idle == torch.equal(before[name], after[name]), name
+        return model, optimizer
+
+    assert same(weights(run(None)[0]), weights(run({"active": 1.0})[0]))
+    _, optimizer = run({"active": 2, "period": 1})
+    assert len({entry.chosen for entry in optimizer.record}) > 1
