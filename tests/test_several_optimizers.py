@@ -8,7 +8,9 @@ from typing import Any
 
 import pytest
 import torch
+from processes import on_ranks
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD, AdamW, Optimizer
 from toy import ToyModel, same, weights
 
@@ -345,3 +347,31 @@ def test_muon_that_has_its_own_adamw_is_one_optimizer_for_both():
     assert same(weights(run(None)[0]), weights(run({"active": 1.0})[0]))
     _, optimizer = run({"active": 2, "period": 1})
     assert len({entry.chosen for entry in optimizer.record}) > 1
+
+
+def under_ddp(rank: int) -> list[tuple[dict[str, Tensor], list[Any]]]:
+    """How the plain pair ends on this rank, how ours does, and ours with some blocks active."""
+    ends = []
+    for options in (None, {"active": 1.0}, {"active": 2, "period": 1}):
+        run = Run("blocks", options)
+        ddp = DistributedDataParallel(run.model)
+        for step in range(STEPS):
+            backward(ddp, 2 * step + rank)
+            for optimizer in run.optimizers:
+                optimizer.step()
+                optimizer.zero_grad()
+        records = [] if options is None else [o.record.state_dict() for o in run.optimizers]
+        ends.append((weights(run.model), records))
+    return ends
+
+
+@pytest.mark.distributed
+def test_under_ddp_both_are_the_plain_pair_and_choose_alike_on_all_ranks():
+    first, second = on_ranks(under_ddp)
+    for (here, records), (there, others) in zip(first, second, strict=True):
+        assert same(here, there)
+        assert records == others
+    (plain, _), (ours, _), (_, (matrices, rest)) = first
+    assert same(plain, ours)
+    assert matrices == rest
+    assert len({tuple(entry["chosen"]) for entry in matrices}) > 1

@@ -22,7 +22,8 @@ def check_wrappable(optimizer: object) -> None:
     if not isinstance(optimizer, Optimizer):
         raise TypeError(
             f"optimizer={optimizer!r} is not a torch.optim.Optimizer; pass an instance such as "
-            "torch.optim.AdamW(model.parameters(), lr=4e-4)."
+            "torch.optim.AdamW(model.parameters(), lr=4e-4). Of several optimizers, wrap each by "
+            "itself."
         )
     kind = type(optimizer).__name__
     if is_owner(optimizer):
