@@ -150,7 +150,7 @@ def owners_to_replace(
             other parameters of the same modules; or one that stays trains in the same blocks, and
             one of the two has a `Budget`.
     """
-    groups = list(grouping.groups())
+    groups = [*grouping.groups(), *grouping.waiting]
     mine = _places(groups)
     things = [optimizer, *(module for group in groups for module in group.modules)]
     found = {id(o): o for thing in things for o in owners_of(thing) if isinstance(o, Owner)}

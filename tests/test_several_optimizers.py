@@ -278,6 +278,32 @@ def test_the_cell_that_builds_one_can_be_run_again(caplog):
     run.train(2)
 
 
+def test_one_optimizer_takes_in_a_second_adapter_of_its_layers():
+    def run(options: dict[str, Any] | None) -> tuple[nn.Module, Any]:
+        model, parts = of_peft()
+        model.set_adapter("first")
+        optimizer: Any = adamw(parts[0])
+        if options is not None:
+            optimizer = DynamicAllocationOptimizer(optimizer, model, **options)
+        for step in range(6):
+            if step == 2:
+                optimizer.add_param_group({"params": parts[1], "lr": 0.02})
+                model.base_model.set_adapter(["first", "second"])
+            backward(model, step)
+            if options is not None:
+                with_gradient = {id(p) for p in model.parameters() if p.grad is not None}
+                in_use = parts[0] + (parts[1] if step >= 2 else [])
+                active = {id(p) for p in optimizer.active_parameters()}
+                assert with_gradient == active & set(map(id, in_use))
+            optimizer.step()
+            optimizer.zero_grad()
+        return model, optimizer
+
+    assert same(weights(run(None)[0]), weights(run({"active": 1.0})[0]))
+    _, optimizer = run({"active": 2, "period": 1, "allocator": "round_robin"})
+    assert len(optimizer.groups) == 9
+
+
 def test_an_adapter_that_is_not_in_use_is_refused_with_the_remedy():
     model, parts = of_peft()
     model.set_adapter("first")

@@ -89,3 +89,18 @@ def test_a_run_resumes_after_they_have_joined():
         train(one, of, 4, start=5)
     assert same(weights(model), weights(twin))
     assert optimizer.record.state_dict() == other.record.state_dict()
+
+
+def test_a_cell_that_is_run_again_after_freezing_takes_over(caplog):
+    model = ToyModel()
+    first = wrapped(model, active=1.0)
+    for parameter in adapters(model, slice(3, None)):
+        parameter.requires_grad_(False)
+    second = wrapped(model, active=1.0)
+    assert "takes over the 6 module groups" in caplog.text
+    with pytest.raises(RuntimeError, match="close"):
+        first.step()
+    train(model, second, 1)
+    unfreeze(model, second, added=False)
+    train(model, second, 1)
+    assert second.active_groups == names()
