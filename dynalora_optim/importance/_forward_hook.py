@@ -87,9 +87,10 @@ class ForwardHook:
         """Return whether the group has a parameter that can train in this pass.
 
         peft sets ``requires_grad`` of the adapters that are not in use to False. The pass is then
-        none of their optimizer.
+        none of their optimizer. A tensor that replaces a parameter for a forward does not tell.
         """
-        return any(slot.tensor is not None and slot.tensor.requires_grad for slot in self._slots)
+        tensors = (slot.tensor for slot in self._slots)
+        return any(not isinstance(t, nn.Parameter) or t.requires_grad for t in tensors)
 
     def _is_recomputation(self) -> bool:
         # Non-reentrant checkpoints run the forward again inside the backward; their first pass has
