@@ -13,6 +13,7 @@ from dynalora_optim._base.claims import claim
 from dynalora_optim._costing import StepCosting
 from dynalora_optim._driver import ModuleDriver
 from dynalora_optim._grouping import held_groups
+from dynalora_optim._holdings import total_of
 from dynalora_optim.allocation._allocation import Allocation
 from dynalora_optim.allocation._context import Allocator
 from dynalora_optim.allocation._record import AllocationRecord
@@ -124,6 +125,11 @@ class AllocatedOptimizer(LateBoundOptimizer):
         """Return the parameters that get gradients now, including those outside all groups."""
         return self._parameters_of(self._is_active_name)
 
+    def trained_parameters(self) -> list[Tensor]:
+        """Return the parameters that may ever be updated."""
+        found = self._parameters_of(lambda name: name not in self._frozen)
+        return [parameter for parameter in found if parameter.requires_grad]
+
     def hold(self, groups: Collection[str]) -> None:
         """Make only these ``groups`` active, and never choose again.
 
@@ -162,6 +168,7 @@ class AllocatedOptimizer(LateBoundOptimizer):
             ValueError: The model has no blocks, or blocks that cannot be measured one by one.
         """
         costs, plan = self._costing.current(args, kwargs)
+        total = total_of(self.allocator)
         allocated = self._parameters_of(self._allocation.updates.__contains__)
         return memory_report(
             (costs, plan, self._costing.block_names),
@@ -169,6 +176,7 @@ class AllocatedOptimizer(LateBoundOptimizer):
             adapters=allocated,
             trained=[p for p in flatten(self.param_groups) if p.requires_grad],
             state=self.state,
+            total=costs.loop.resident.capacity if isinstance(total, str) else total,
         )
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:

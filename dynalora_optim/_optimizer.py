@@ -268,7 +268,7 @@ class DynamicAllocationOptimizer(SavedOptimizer):
         for module in self._driver.modules():
             ActiveCopies.of(module)
         self._driver.attach()
-        self._costing.attach()
+        self._costing.attach(self, self._updater.rule, self.pause.state)
         parts = self._model, self._driver, self._costing, self._updater
         weakref.finalize(self, _close, *parts).atexit = False
 

@@ -165,7 +165,6 @@ def test_options_follow_an_at():
         ("forward@active", "'active' is not an option"),
         ("lora@period=2", "lora makes no choices"),
         ("lora@targets=query", r"'lora@targets=query': targets= must be all-linear"),
-        ("lora@targets=all-linear,top=0.5", "then top= must be 1"),
     ],
 )
 def test_what_is_no_method_is_refused(name, message):

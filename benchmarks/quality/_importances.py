@@ -6,14 +6,16 @@ They are also examples of how to write a measure and an allocator.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from dynalora_optim import AllocationContext
+from dynalora_optim import AllocationContext, RoundRobin
 
 
 @dataclass(frozen=True)
@@ -145,3 +147,16 @@ class Softmax:
     def select(self, context: AllocationContext) -> list[int]:
         """Return the modules that are drawn."""
         return context.sample(self.weights(context))
+
+
+# Short names of what is not in dynalora_optim, or has other settings there.
+ALLOCATORS: dict[str, Callable[..., Any]] = {
+    "bandit": UpperConfidence,
+    "softmax": Softmax,
+    "shuffled": partial(RoundRobin, "random"),
+}
+MEASURES: dict[str, Callable[[], Any]] = {
+    "decrease": ExpectedDecrease,
+    "rms": RootMeanSquare,
+    "alignment": Alignment,
+}

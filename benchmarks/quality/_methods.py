@@ -15,17 +15,10 @@ import ast
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import torch
-from _importances import (
-    Alignment,
-    ExpectedDecrease,
-    RootMeanSquare,
-    Softmax,
-    UpperConfidence,
-)
+from _importances import ALLOCATORS, MEASURES
 from _models import lora_targets
 from _shared import head_modules
 from torch import nn
@@ -39,7 +32,6 @@ from dynalora_optim import (
     Ema,
     ImportanceTracker,
     Pause,
-    RoundRobin,
     badam,
     lisa,
 )
@@ -49,18 +41,6 @@ PERIOD, WARM_UP = (
     20,
     10,
 )  # steps between reallocations; steps of warm-up after a pause
-
-# Short names of what is not in dynalora_optim, or has other settings there.
-ALLOCATORS: dict[str, Callable[..., Any]] = {
-    "bandit": UpperConfidence,
-    "softmax": Softmax,
-    "shuffled": partial(RoundRobin, "random"),
-}
-MEASURES: dict[str, Callable[[], Any]] = {
-    "decrease": ExpectedDecrease,
-    "rms": RootMeanSquare,
-    "alignment": Alignment,
-}
 
 # The learning rate of the adapted parameters, divided by that of the head. All methods share the
 # latter. VeRA trains scales, which need a larger rate. Pretrained weights need a smaller one.
@@ -153,8 +133,8 @@ def method(name: str) -> Method:
     given = dict(map(_option, filter(None, options.split(","))))
     of_method = ("top", "targets", "longer")
     found = replace(found, **{key: given.pop(key) for key in of_method if key in given})
-    if found.targets not in (None, "all-linear") or (found.targets and found.top < 1):
-        raise ValueError(f"{name!r}: targets= must be all-linear, and then top= must be 1")
+    if found.targets not in (None, "all-linear"):
+        raise ValueError(f"{name!r}: targets= must be all-linear")
     if given and found.allocation is None:
         raise ValueError(
             f"{base} makes no choices, so {name!r} may only set {', '.join(of_method)}"
@@ -177,7 +157,7 @@ def _option(text: str) -> tuple[str, Any]:
 
 def adapt(model: nn.Module, chosen: Method) -> nn.Module:
     """Prepare the parameters that a method trains. Return the model; peft may wrap it."""
-    kind, heads = chosen.adapts, head_modules(model)
+    kind, heads = chosen.adapts, new_heads(model)
     if chosen.checkpointed:
         model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
     if kind == "full":
@@ -188,7 +168,7 @@ def adapt(model: nn.Module, chosen: Method) -> nn.Module:
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name.endswith("bias") or name.split(".")[0] in heads)
         return model
-    targets = chosen.targets or top_targets(model, chosen.top)
+    targets = top_targets(model, chosen)
     if kind == "lora":
         config = LoRAConfig(rank=LORA_RANK, alpha=2 * LORA_RANK, targets=targets, trainable=heads)
         return inject(model, config)
@@ -212,14 +192,18 @@ def _adapted_by_peft(
     return adapted
 
 
-def top_targets(model: nn.Module, top: float) -> list[str]:
+def top_targets(model: nn.Module, chosen: Method) -> str | list[str]:
     """Return the layers to adapt. Below ``top=1`` they are full names in the top blocks."""
-    targets = lora_targets(model)
-    if top >= 1:
-        return targets
-    in_top = _in_top(model, top)
-    names = (name for name, _ in model.named_modules())
-    return [name for name in names if name.rpartition(".")[2] in targets and in_top(name)]
+    named = chosen.targets or lora_targets(model)
+    if chosen.top >= 1:
+        return named
+    in_top = _in_top(model, chosen.top)
+    return [
+        name
+        for name, module in model.named_modules()
+        if in_top(name)
+        and (isinstance(module, nn.Linear) if chosen.targets else name.rpartition(".")[2] in named)
+    ]
 
 
 def _freeze_below(model: nn.Module, top: float, heads: list[str]) -> None:
@@ -257,7 +241,7 @@ def build(model: nn.Module, chosen: Method, *, lr: float, seed: int) -> Optimize
         if parameter.requires_grad:
             (head if name.startswith(tuple(heads)) else adapted).append(parameter)
     groups = [{"params": adapted, "lr": lr * chosen.scale}, {"params": head, "lr": lr}]
-    optimizer = torch.optim.AdamW(groups)
+    optimizer = torch.optim.AdamW([group for group in groups if group["params"]])
     if chosen.allocation is None:
         return optimizer
     options = {"seed": seed, **_allocation(chosen.allocation)}
@@ -272,8 +256,14 @@ def head_names(model: nn.Module) -> list[str]:
     """Return the dotted paths of the heads. The model may be a peft model."""
     inner = getattr(model, "base_model", None)
     if type(model).__name__.startswith("Peft"):
-        return [f"base_model.model.{name}" for name in head_modules(inner.model)]  # type: ignore[union-attr]
-    return head_modules(model)
+        return [f"base_model.model.{name}" for name in new_heads(inner.model)]  # type: ignore[union-attr]
+    return new_heads(model)
+
+
+def new_heads(model: nn.Module) -> list[str]:
+    """Return the names of the heads that start from random weights: a language model has none."""
+    outputs = getattr(model, "get_output_embeddings", lambda: None)()
+    return head_modules(model) if outputs is None else []
 
 
 def _allocation(options: Mapping[str, Any]) -> dict[str, Any]:

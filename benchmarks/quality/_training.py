@@ -14,11 +14,12 @@ from typing import Any
 import numpy as np
 import torch
 from _batches import length_grouped_batches
+from _kinds import Kind, kind_of
 from _methods import adapt, build, method
-from _models import load_classifier, locate
-from _shared import Batch, batched, encode, linear_schedule, pretrained, without_padding
+from _models import locate
+from _shared import Batch, batched, linear_schedule, pretrained, without_padding
 from _store import versions
-from _suite import METRICS, SuiteTask, recipe
+from _suite import METRICS, recipe
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -55,8 +56,7 @@ class Work:
     """A task, tokenized for a model."""
 
     source: str
-    pad_token_id: int
-    task: SuiteTask
+    kind: Kind
     train: list[Batch]
     validation: list[Batch]
     test: list[Batch]
@@ -68,14 +68,14 @@ def prepare(suite: str, name: str, model: str, max_length: int) -> Work:
     source = locate(model)
     tokenizer = pretrained("AutoTokenizer", source)
     task = recipe(suite, name).load()
+    kind = kind_of(task, tokenizer)
 
     def encoded(rows: Sequence[Any]) -> list[Batch]:
-        return encode(tokenizer, rows, max_length)
+        return kind.encode(rows, max_length)
 
     return Work(
         source,
-        tokenizer.pad_token_id,
-        task,
+        kind,
         encoded(task.train),
         encoded(task.validation),
         encoded(task.test),
@@ -120,12 +120,7 @@ def run(settings: Settings) -> dict[str, Any]:
 def started(settings: Settings, work: Work) -> tuple[nn.Module, Optimizer]:
     """Return model and optimizer. Head and adapters start with the same weights in all methods."""
     torch.manual_seed(settings.seed)
-    model = load_classifier(
-        work.source,
-        num_labels=work.task.num_labels,
-        pad_token_id=work.pad_token_id,
-        layers=settings.layers,
-    )
+    model = work.kind.load(work.source, layers=settings.layers)
     chosen = method(settings.method)
     model = adapt(model, chosen)
     return model, build(model, chosen, lr=settings.lr, seed=settings.seed)
@@ -203,7 +198,8 @@ class Loop:
         )
         for batch in whole:
             mine = {name: field[place * size : (place + 1) * size] for name, field in batch.items()}
-            yield self._placed(without_padding(mine))
+            inputs = {name: mine[name] for name in mine if name != "answer"}
+            yield self._placed(without_padding(inputs))
 
     def _placed(self, batch: Batch) -> Batch:
         return {name: field.to(self.accelerator.device) for name, field in batch.items()}
@@ -239,11 +235,11 @@ class Loop:
         found: list[tuple[int, float, float]] = []  # place, prediction, loss
         for batch in batched(numbered):
             place = batch.pop("place").tolist()
-            predicted, losses = self._predict(self._placed(batch))
+            predicted, losses = self._work.kind.predict(self._bare, self._placed(batch))
             found += zip(place, predicted.tolist(), losses.tolist(), strict=True)
         self._bare.train()
         in_order = sorted(gather_object(found))
-        labels = np.array([row["labels"].item() for row in rows])
+        labels = np.array([self._work.kind.truth(row) for row in rows])
         predictions = np.array([prediction for _, prediction, _ in in_order])
         names = recipe(self._settings.suite, self._settings.task).metrics
         return Judged(
@@ -251,15 +247,6 @@ class Loop:
             {name: METRICS[name](labels, predictions) for name in names},
             np.round(predictions, 4).tolist(),
         )
-
-    def _predict(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Return the predictions (rows,), classes or ratings, and the loss of each row."""
-        labels = batch.pop("labels")
-        logits = self._bare(**batch).logits.float()
-        if self._work.task.is_regression:
-            ratings = logits.squeeze(-1)
-            return ratings, (ratings - labels) ** 2
-        return logits.argmax(-1), nn.functional.cross_entropy(logits, labels, reduction="none")
 
     def close(self) -> None:
         """Release the model, because Accelerate keeps references to what it has prepared."""
