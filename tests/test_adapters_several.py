@@ -17,7 +17,14 @@ import torch
 from conftest import CUDA
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
 from tiny_models import Encoder, Stack, TinyModel, build, randomize_trainable, same, snapshot
 from torch import Tensor, nn
 from torch.nn.parallel import DataParallel
@@ -101,7 +108,7 @@ def optimizer_of(model: nn.Module, **options: Any) -> DynamicAllocationOptimizer
     return DynamicAllocationOptimizer(inner, model, active=1, period=2, **options)
 
 
-@pytest.mark.parametrize("pair", itertools.permutations(CONFIGS, 2))
+@pytest.mark.parametrize("pair", [("lora", "vera"), ("vera", "wide"), ("wide", "lora")])
 def test_two_that_train_in_turn_train_as_each_does_alone(pair: tuple[str, str]) -> None:
     several = adapted(build("bert"), *pair)
     optimizers, trained = {}, {}
@@ -119,7 +126,7 @@ def test_two_that_train_in_turn_train_as_each_does_alone(pair: tuple[str, str]) 
         optimizer = optimizer_of(alone.model)
         steps(alone, optimizer, 7)
         assert equal(own(alone.model), trained[name])
-        assert optimizer.record.to_json() == optimizers[name].record.to_json()
+        assert list(optimizer.record) == list(optimizers[name].record)
         optimizers[name].close()
 
 
@@ -243,31 +250,28 @@ def test_each_is_saved_apart_and_loaded_beside_others_and_alone(tmp_path: Path) 
 def test_peft_reads_each_file_and_ours_read_each_of_peft(tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")
     several = adapted(build("bert"), *CONFIGS)
-    theirs = None
     for name in CONFIGS:
         save_adapter(several.model, tmp_path / name, name=name)
-        alone = peft.PeftModel.from_pretrained(build("bert").model, tmp_path / name)
-        if theirs is None:
-            first = build("bert").model
-            theirs = peft.PeftModel.from_pretrained(first, tmp_path / name, adapter_name=name)
-        elif name != "vera":  # peft does not mix kinds
-            theirs.load_adapter(tmp_path / name, adapter_name=name)
-        for model in (several.model, alone):
-            model.eval()
+        theirs = peft.PeftModel.from_pretrained(build("bert").model, tmp_path / name).train()
         set_adapter(several.model, name)
         with torch.no_grad():
-            logits = alone(**several.batch).logits
-        torch.testing.assert_close(logits, several.logits(), atol=1e-5, rtol=0)
-    theirs.save_pretrained(tmp_path / "peft")
+            logits = theirs(**several.batch).logits
+        torch.testing.assert_close(logits, several.logits(), atol=1e-6, rtol=0)
+    both = peft.PeftModel.from_pretrained(build("bert").model, tmp_path / "lora", adapter_name="a")
+    both.add_adapter("b", peft.LoraConfig(r=5, target_modules=["key"], task_type="SEQ_CLS"))
+    both.train()
+    both.set_adapter("b")
+    randomize_trainable(both)
+    both.save_pretrained(tmp_path)
     ours = build("bert")
-    load_adapter(ours.model, tmp_path / "peft" / "lora", name="lora")
-    load_adapter(ours.model, tmp_path / "peft" / "wide", name="wide")
-    for name in ("lora", "wide"):
+    for name in ("a", "b"):
+        load_adapter(ours.model, tmp_path / name, name=name)
+    for name in ("a", "b"):
+        both.set_adapter(name)
         set_adapter(ours.model, name)
-        set_adapter(several.model, name)
-        for tiny in (ours, several):
-            tiny.model.eval()
-        torch.testing.assert_close(ours.logits(), several.logits(), atol=1e-6, rtol=0)
+        with torch.no_grad():
+            logits = both(**ours.batch).logits
+        torch.testing.assert_close(logits, ours.logits(), atol=1e-6, rtol=0)
 
 
 # --- What would be wrong is refused before anything changes.
@@ -436,11 +440,12 @@ def test_another_adapter_may_be_used_between_a_forward_and_its_backward(
 class Adapters(RuleBasedStateMachine):
     """A model of several adapters; of each, a model that holds it alone."""
 
-    @initialize(folder=st.none())
-    def begin(self, folder: None) -> None:
+    @initialize()
+    def begin(self) -> None:
         self.tiny = build("stack")
         self.tiny.model.double()
         self.tiny.batch["x"] = self.tiny.batch["x"].double()
+        self.plain = self.twin()
         self.twins: dict[str, TinyModel] = {}
         self.active: str | None = None
         self.merged = False
@@ -483,8 +488,8 @@ class Adapters(RuleBasedStateMachine):
         for model in (self.tiny.model, self.twins[self.active].model):
             randomize_trainable(model, seed)
 
-    @rule(data=st.data(), mode=st.booleans())
-    def look(self, data: st.DataObject, mode: bool) -> None:
+    @rule(mode=st.booleans())
+    def change_mode(self, mode: bool) -> None:
         self.tiny.model.train(mode)
 
     @rule()
@@ -497,10 +502,10 @@ class Adapters(RuleBasedStateMachine):
         if not self.twins:
             return
         name = data.draw(st.sampled_from(sorted(self.twins)))
-        if again:
+        if again and not (self.merged and name == self.active):
             save_adapter(self.tiny.model, self.folder / name, name=name)
             load_adapter(self.tiny.model, self.folder / name, name=name)
-        elif "d" not in self.twins and not self.merged:
+        elif not again and "d" not in self.twins and not self.merged:
             save_adapter(self.tiny.model, self.folder / name, name=name)
             load_adapter(self.tiny.model, self.folder / name, name="d")
             self.twins["d"] = twin = self.twin()
@@ -533,7 +538,7 @@ class Adapters(RuleBasedStateMachine):
         model = self.tiny.model
         assert adapter_names(model) == list(self.twins)
         assert active_adapter(model) == self.active
-        reference = self.twin() if self.active is None else self.twins[self.active]
+        reference = self.plain if self.active is None else self.twins[self.active]
         torch.testing.assert_close(self.tiny.logits(), reference.logits())
         if self.twins:
             assert own(model).keys() == (own(reference.model).keys() if self.active else set())
@@ -554,9 +559,10 @@ def machine(tmp_path: Path) -> type[Adapters]:
     return Adapters
 
 
-def test_any_sequence_of_operations(machine: type[Adapters]) -> None:
-    from hypothesis.stateful import run_state_machine_as_test
-
+@pytest.mark.parametrize(
+    ("runs", "moves"), [(6, 12), pytest.param(200, 30, marks=pytest.mark.slow)]
+)
+def test_any_sequence_of_operations(machine: type[Adapters], runs: int, moves: int) -> None:
     run_state_machine_as_test(
-        machine, settings=settings(max_examples=15, stateful_step_count=20, deadline=None)
+        machine, settings=settings(max_examples=runs, stateful_step_count=moves, deadline=None)
     )

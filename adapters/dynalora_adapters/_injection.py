@@ -156,21 +156,31 @@ def place(model: nn.Module, name: str | None) -> None:
         ValueError: If a module of the base was replaced meanwhile. Then nothing has changed.
     """
     record = injection_of(model)
-    before, record.active = record.active, None
-    if before is not None:
-        places = record.adapters[before].places()
-        _replace(model, {own: base for base, own in places.items()})
-    if name is None:
-        return
-    places, found = record.adapters[name].places(), set(model.modules())
-    if missing := [base for base in places if base not in found]:
-        place(model, before)
+    former = {} if record.active is None else record.adapters[record.active].places()
+    new = {} if name is None else record.adapters[name].places()
+    bases = {own: base for base, own in former.items()}
+    found = _held(model, bases)
+    if missing := [base for base in new if base not in found]:
         raise ValueError(
             f"name={name!r} adapts {len(missing)} modules that the model no longer holds, such as "
             f"a {type(missing[0]).__name__}; call remove(model), then adapt the model again."
         )
-    _replace(model, places)
+    _replace(model, bases)  # at first, because a module of one may hold a base of the other
+    _replace(model, new)
     record.active = name
+
+
+def _held(model: nn.Module, instead: Mapping[nn.Module, nn.Module]) -> set[nn.Module]:
+    """Return the modules that the model would hold with other modules ``instead`` of some."""
+    found: set[nn.Module] = set()
+    waiting = [model]
+    while waiting:
+        module = waiting.pop()
+        module = instead.get(module, module)
+        if module not in found:
+            found.add(module)
+            waiting += module.children()
+    return found
 
 
 def _replace(model: nn.Module, new: Mapping[nn.Module, nn.Module]) -> None:
