@@ -99,7 +99,7 @@ def _save(model: nn.Module, folder: Path) -> None:
     check_numbers(tensors)
     for notice in unreadable(model, tree, layers):
         logger.warning(notice)
-    sharded = any(is_sharded(tensor) for tensor in tensors.values())
+    sharded = any(map(is_sharded, model.parameters()))
     dense = {key: _detached_copy(tensor) for key, tensor in tensors.items()}
     encoded = encode_config(model, tree, config)
     write_once(lambda: write_adapter(folder, encoded, dense), sharded=sharded)
