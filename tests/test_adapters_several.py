@@ -155,6 +155,70 @@ def test_an_adapter_without_a_name_is_as_before_and_can_get_company() -> None:
     assert torch.equal(tiny.logits(), adapted(build("bert"), "vera").logits())
 
 
+def test_one_is_removed_and_the_others_stay() -> None:
+    several, plain = adapted(build("stack"), *CONFIGS), build("stack")
+    before = several.logits()
+    remove(several.model, name="wide")
+    assert torch.equal(several.logits(), before)
+    remove(several.model, name="lora")
+    assert active_adapter(several.model) is None
+    assert torch.equal(several.logits(), plain.logits())
+    assert adapter_names(several.model) == ["vera"]
+    set_adapter(several.model, "vera")
+    assert torch.equal(several.logits(), adapted(build("stack"), "vera").logits())
+    remove(several.model, name="vera")
+    assert torch.equal(several.logits(), plain.logits())
+    assert all(p.requires_grad for p in several.model.parameters())
+    adapted(several, "lora")
+    assert torch.equal(several.logits(), before)
+
+
+@pytest.mark.parametrize("at_once", [False, True])
+def test_what_is_merged_and_removed_keeps_the_trained_head(at_once: bool) -> None:
+    several = adapted(build("stack"), "vera", "lora")
+    set_adapter(several.model, "lora")
+    expected = several.logits()
+    remove(several.model, name="vera")
+    if at_once:
+        merge(several.model, name="lora", remove=True)
+    else:
+        remove(merge(several.model))
+    assert list(several.model.state_dict()) == list(build("stack").model.state_dict())
+    assert not adapter_names(several.model)
+    torch.testing.assert_close(several.logits(), expected)
+
+
+class Tied(nn.Module):
+    """An embedding that is the head too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.inner = nn.Embedding(9, 4), nn.Linear(4, 4)
+        self.head = nn.Linear(4, 9, bias=False)
+        self.head.weight = self.embed.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.inner(self.embed(x)))
+
+
+def test_copies_of_tied_modules_stay_tied(tmp_path: Path) -> None:
+    model = Tied()
+    config = LoRAConfig(rank=2, alpha=2, targets=["inner"], trainable=["embed", "head"])
+    for name in ("a", "b"):
+        inject(model, config, name=name)
+    first = model.embed.weight
+    assert model.head.weight is first
+    randomize_trainable(model)
+    save_adapter(model, tmp_path)
+    set_adapter(model, "b")
+    assert model.head.weight is model.embed.weight is not first
+    load_adapter(model, tmp_path)
+    assert torch.equal(model.head.weight, first)
+    remove(model)
+    assert model.head.weight is model.embed.weight
+    assert not torch.equal(model.head.weight, first)
+
+
 def test_those_that_wait_follow_the_mode_of_the_model() -> None:
     tiny = build("bert")
     for name in ("a", "b"):
