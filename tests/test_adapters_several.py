@@ -25,7 +25,7 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
-from tiny_models import Encoder, Stack, TinyModel, build, randomize_trainable, same, snapshot
+from tiny_models import ROOMY, Encoder, Stack, TinyModel, build, randomize_trainable, same, snapshot
 from torch import Tensor, nn
 from torch.nn.parallel import DataParallel
 from torch.utils.checkpoint import checkpoint
@@ -44,7 +44,7 @@ from dynalora_adapters import (
     unmerge,
 )
 from dynalora_adapters._config import AdapterConfig
-from dynalora_optim import DynamicAllocationOptimizer
+from dynalora_optim import Budget, DynamicAllocationOptimizer
 
 CONFIGS: dict[str, Callable[[TinyModel], AdapterConfig]] = {
     "lora": lambda tiny: LoRAConfig(
@@ -128,6 +128,51 @@ def test_two_that_train_in_turn_train_as_each_does_alone(pair: tuple[str, str]) 
         assert equal(own(alone.model), trained[name])
         assert list(optimizer.record) == list(optimizers[name].record)
         optimizers[name].close()
+
+
+def test_two_may_share_a_step_and_resume_apart() -> None:
+    several, optimizers = adapted(build("stack"), "lora", "vera"), {}
+    for name in adapter_names(several.model):
+        set_adapter(several.model, name)
+        optimizers[name] = optimizer_of(several.model)
+    for number in range(5):
+        losses = []
+        for name, optimizer in optimizers.items():
+            set_adapter(several.model, name)
+            if number == 3:
+                state = copy.deepcopy(optimizer.state_dict())
+                optimizers[name] = optimizer_of(several.model)
+                optimizers[name].load_state_dict(state)
+            losses.append(several.loss())
+        for loss in losses:
+            loss.backward()
+        for optimizer in optimizers.values():
+            optimizer.step()
+            optimizer.zero_grad()
+    for name, optimizer in optimizers.items():
+        alone = adapted(build("stack"), name)
+        twin = optimizer_of(alone.model)
+        steps(alone, twin, 5)
+        set_adapter(several.model, name)
+        assert equal(own(alone.model), own(several.model))
+        assert list(twin.record) == list(optimizer.record)
+
+
+@pytest.mark.slow
+def test_budgets_drive_one_after_the_other() -> None:
+    def train(tiny: TinyModel) -> dict[str, Tensor]:
+        inner = torch.optim.SGD(tiny.model.parameters(), lr=0.1)
+        optimizer = DynamicAllocationOptimizer(
+            inner, tiny.model, allocator=Budget(memory=0.7), period=1
+        )
+        steps(tiny, optimizer, 2)
+        optimizer.close()
+        return own(tiny.model)
+
+    several = adapted(build("bert", sizes=ROOMY), "lora", "vera")
+    for name in ("lora", "vera"):
+        set_adapter(several.model, name)
+        assert equal(train(several), train(adapted(build("bert", sizes=ROOMY), name)))
 
 
 def test_without_an_adapter_the_model_is_its_base() -> None:

@@ -83,7 +83,8 @@ def check_not_merged(record: Injection, wish: str) -> None:
 
 def _check_can_switch(model: nn.Module, bare: nn.Module, record: Injection) -> None:
     check_not_merged(record, "another adapter")
-    inner = original(model) or model
+    compiled = original(model)
+    inner = model if compiled is None else compiled
     if inner is not bare:
         raise ValueError(
             f"model is wrapped in {type(inner).__name__}, which holds the parameters of the active "
