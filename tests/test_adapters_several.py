@@ -406,8 +406,13 @@ def renewed() -> nn.Module:
     return several.model
 
 
-def add(model: nn.Module, name: str | None = "new") -> object:
-    return inject(model, LoRAConfig(rank=2, alpha=2, targets=["0"]), name=name)
+def with_biases() -> nn.Module:
+    config = LoRAConfig(rank=2, alpha=2, targets=["0"], bias="adapted")
+    return inject(Stack(), config, name="a")
+
+
+def add(model: nn.Module, name: str | None = "new", **options: Any) -> object:
+    return inject(model, LoRAConfig(rank=2, alpha=2, targets=["0"], **options), name=name)
 
 
 BAD: dict[str, tuple[Callable[[], nn.Module], Callable[[nn.Module], object], str]] = {
@@ -423,6 +428,8 @@ BAD: dict[str, tuple[Callable[[], nn.Module], Callable[[nn.Module], object], str
     "merged, new": (merged, add, "call unmerge"),
     "merged, gone": (merged, lambda m: remove(m, name="lora"), "call unmerge"),
     "in place": (trained_in_place, add, "'default' trains modules of the base .*give the first"),
+    "biases": (two, lambda m: add(m, bias="all"), "bias='all' trains biases of the base"),
+    "beside biases": (with_biases, add, "'a' trains modules .*or biases"),
     "wrapped": (two, lambda m: set_adapter(DataParallel(m), "vera"), "wrapped in DataParallel"),
     "replaced": (renewed, lambda m: set_adapter(m, "vera"), "adapts 1 modules that .* no longer"),
     "plain": (Stack, lambda m: set_adapter(m, "a"), "not itself passed to inject"),
@@ -482,7 +489,7 @@ def test_a_file_that_replaces_embeddings_is_loaded_alone(tmp_path: Path) -> None
     assert same(before, snapshot(other.model))
     remove(other.model)
     load_adapter(other.model, tmp_path, name="second")
-    with pytest.raises(ValueError, match=r"'second' trains modules of the base .*its file has"):
+    with pytest.raises(ValueError, match=r"'second' trains modules of the base .*file has"):
         add(other.model)
 
 

@@ -31,7 +31,7 @@ from dynalora_adapters._quantised import (
 )
 from dynalora_adapters._sharded import check_here, check_not_fsdp1
 from dynalora_adapters._switching import check_not_merged, switch
-from dynalora_adapters._targets import Plan, make_plan
+from dynalora_adapters._targets import Plan, bias_tensors, make_plan
 from dynalora_adapters._torch_private import plain_name
 
 logger = logging.getLogger(__name__)
@@ -70,7 +70,7 @@ def inject(model: nn.Module, config: AdapterConfig, *, name: str | None = None) 
             f"config must be a LoRAConfig or a VeRAConfig of this package, got "
             f"{type(config).__name__}; build one with LoRAConfig(rank=..., alpha=..., targets=...)."
         )
-    check_room(model, name)
+    check_room(model, name, config)
     with as_base(model):
         check_bare(model)
         plan = make_plan(model, config)
@@ -136,8 +136,8 @@ def _remove_all(model: nn.Module, record: Injection) -> None:
     restore_repacking(model, record.repacks)
 
 
-def check_room(model: nn.Module, name: str | None) -> None:
-    """Raise unless the model can get an adapter of this name, beside those that it has.
+def check_room(model: nn.Module, name: str | None, config: AdapterConfig) -> None:
+    """Raise unless the model can get this adapter of this name, beside those that it has.
 
     Raises:
         TypeError: If the name is no string, or empty.
@@ -155,12 +155,17 @@ def check_room(model: nn.Module, name: str | None) -> None:
             f"adapter another name=...."
         )
     check_not_merged(record, "a new adapter")
+    if config.bias != "none":
+        raise ValueError(
+            f"bias={config.bias!r} trains biases of the base model, which {known} use too; pass "
+            f"bias='none', or call remove(model) first."
+        )
     for other, adapter in record.adapters.items():
         if adapter.trains_base:
             raise ValueError(
-                f"the adapter {other!r} trains modules of the base model itself, or its file has "
-                f"replaced embeddings there, so that a new adapter would not be over the base "
-                f"model; give the first adapter a name too: inject(model, config, name=...)."
+                f"the adapter {other!r} trains modules of the base model itself (or biases, or its "
+                f"file has replaced embeddings there), so that a new adapter would not be over the "
+                f"base model; give the first adapter a name too: inject(model, config, name=...)."
             )
 
 
@@ -210,6 +215,8 @@ def install(
     for module in plan.trainable if name is None else [own for _, own in copies]:
         for param in module.parameters():
             param.requires_grad_(param.is_floating_point())
+    for bias in bias_tensors(model, config, plan.bases).values():
+        bias.requires_grad_(bias.is_floating_point())
     _leave_fast_path(model, record, {base: layers[key] for key, base in plan.bases.items()})
     name = _ONLY if name is None else name
     record.adapters[name] = Adapter(config, tuple(layers.values()), copies)

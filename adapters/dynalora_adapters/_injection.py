@@ -47,8 +47,9 @@ class Adapter:
 
     @property
     def trains_base(self) -> bool:
-        """Whether modules of the base itself are trained, or were replaced by a file."""
-        return bool(self.config.trainable and not self.copies) or bool(self.embeddings)
+        """Whether parts of the base itself are trained, or were replaced by a file."""
+        in_place = bool(self.config.trainable) and not self.copies
+        return in_place or self.config.bias != "none" or bool(self.embeddings)
 
     def places(self) -> dict[nn.Module, nn.Module]:
         """Return this adapter's module for each module of the base that it takes the place of."""

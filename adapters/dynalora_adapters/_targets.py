@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass
 
 from torch import nn
@@ -19,6 +19,7 @@ from dynalora_adapters._models import (
 )
 from dynalora_adapters._reads import read_layers
 from dynalora_adapters._tasks import is_plain_linear, output_head
+from dynalora_adapters._torch_private import plain_name
 
 ALL_LINEAR = "all-linear"
 
@@ -86,6 +87,25 @@ def make_plan(model: nn.Module, config: AdapterConfig) -> Plan:
         bases=_outermost({n: m for n, m in first_names(tree).items() if m in chosen}),
         trainable=[m for n, m in first_names(tree).items() if matches(config.trainable, n)],
     )
+
+
+def bias_tensors(
+    model: nn.Module, config: AdapterConfig, adapted: Container[str]
+) -> dict[str, nn.Parameter]:
+    """Return the biases that ``config.bias`` keeps trainable, by their names in the adapted model.
+
+    Args:
+        model: The model, before or after its layers are adapted.
+        config: What is asked for.
+        adapted: The names of the layers that are adapted.
+    """
+    found: dict[str, nn.Parameter] = {}
+    for path, param in model.named_parameters(remove_duplicate=False):
+        owner, _, last = plain_name(path).rpartition(".")
+        name = owner.removesuffix(".base_layer")
+        if last == "bias" and config.bias != "none" and (config.bias == "all" or name in adapted):
+            found[f"{name}.base_layer.bias" if name in adapted else plain_name(path)] = param
+    return found
 
 
 def _rules(names: Names) -> list[Names]:

@@ -49,8 +49,9 @@ from dynalora_adapters.io._peft_format import (
     known_names,
     layer_keys,
 )
-from dynalora_adapters.io._peft_layers import in_layers
-from dynalora_adapters.io._peft_limits import check_read_alike, unreadable
+from dynalora_adapters.io._peft_kinds import IF_BY_PEFT
+from dynalora_adapters.io._peft_layers import in_layers, with_tied
+from dynalora_adapters.io._peft_limits import misread, unreadable
 from dynalora_adapters.io._peft_shared import as_saved, share, shared_tensors
 from dynalora_adapters.io._storage import CONFIG_NAME, read_adapter, write_adapter
 
@@ -94,10 +95,10 @@ def _save(model: nn.Module, folder: Path) -> None:
     tree = module_tree(model)
     own = {**_layer_tensors(layers), **shared_tensors(config, layers)}
     extra = embedding_tensors(model, PREFIX) if record.embeddings else {}
-    tensors = {**own, **head_tensors(tree, config.trainable)}
+    tensors = {**own, **head_tensors(model, tree, config, layers)}
     tensors |= {key: extra[key] for key in record.embeddings}
     check_numbers(tensors)
-    for notice in unreadable(model, tree, layers):
+    for notice in unreadable(model, tree, layers, config.trainable):
         logger.warning(notice)
     sharded = any(map(is_sharded, model.parameters()))
     dense = {key: _detached_copy(tensor) for key, tensor in tensors.items()}
@@ -151,7 +152,7 @@ def _load(model: nn.Module, folder: Path, name: str | None) -> None:
         with placed(bare, name_of(record, name)):
             _load_into_adapters(bare, adapters_of(bare), config, tensors, folder)
     else:
-        check_room(model, name)
+        check_room(model, name, config)
         with as_base(bare):
             _load_into_bare(model, raw, config, tensors, folder, name=name)
 
@@ -167,13 +168,16 @@ def _load_into_bare(
 ) -> None:
     check_bare(model)
     tree = module_tree(model)
+    misfit = f"{folder / CONFIG_NAME} does not fit the model"
     try:
-        config = in_layers(known_names(config, tree), raw, first_names(tree))
+        config = with_tied(known_names(config, tree), raw, model)
+        config = in_layers(config, raw, first_names(tree))
         plan = make_plan(model, config)
-        check_read_alike(model, raw, plan.bases)
     except ValueError as error:
-        raise ValueError(f"{folder / CONFIG_NAME} does not fit the model: {error}") from error
-    heads, found = _whole_modules(model, tree, config, tensors)
+        raise ValueError(f"{misfit}: {error} {IF_BY_PEFT}") from error
+    if problem := misread(model, tree, raw, plan.bases, config.trainable):
+        raise ValueError(f"{misfit}: {problem}")
+    heads, found = _whole_modules(model, tree, config, tensors, plan.bases)
     check_fit(tree, plan.bases, config, tensors, heads={**heads, **found}, folder=folder)
     with torch.random.fork_rng(devices=[]):  # what the layers draw is overwritten below
         layers = config.build(plan.bases)
@@ -181,7 +185,7 @@ def _load_into_bare(
     replaced = changed(tensors, found)
     _check_alone(model, replaced, folder, others=find_injection(model) is not None)
     with placed(model, install(model, name, config, plan, layers)):
-        heads = head_tensors(module_tree(model), config.trainable)
+        heads = head_tensors(model, module_tree(model), config, layers)
         _copy(tensors, {**_layer_tensors(layers), **heads, **found})
         note_embeddings(model, replaced)
 
@@ -197,7 +201,7 @@ def _load_into_adapters(
     tree = module_tree(model)
     for name, layer in layers.items():
         _check_kind(name, layer, config, folder)
-    heads, found = _whole_modules(model, tree, active_adapter_of(model).config, tensors)
+    heads, found = _whole_modules(model, tree, active_adapter_of(model).config, tensors, layers)
     check_fit(tree, layers, config, tensors, heads={**heads, **found}, folder=folder)
     for name, layer in layers.items():
         _check_agrees(name, layer, config, folder)
@@ -213,9 +217,10 @@ def _whole_modules(
     tree: Mapping[str, nn.Module],
     config: AdapterConfig,
     tensors: Mapping[str, Tensor],
+    adapted: Collection[str],
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Return what the file sets beside adapters: the trainable modules, and embeddings in it."""
-    heads = head_tensors(tree, config.trainable)
+    """Return what the file sets beside adapters: what trains too, and embeddings in the file."""
+    heads = head_tensors(model, tree, config, adapted)
     known = embedding_tensors(model, PREFIX)
     return heads, {k: v for k, v in known.items() if k in tensors and k not in heads}
 
