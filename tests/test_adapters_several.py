@@ -158,6 +158,18 @@ def test_two_may_share_a_step_and_resume_apart() -> None:
         assert list(twin.record) == list(optimizer.record)
 
 
+def test_a_budget_is_refused_beside_the_optimizer_of_an_adapter_that_waits() -> None:
+    several = adapted(build("bert"), "lora", "vera")
+    inner = torch.optim.SGD(several.model.parameters(), lr=0.1)
+    first = DynamicAllocationOptimizer(inner, several.model)
+    set_adapter(several.model, "vera")
+    inner = torch.optim.SGD([p for p in several.model.parameters() if p.requires_grad], lr=0.1)
+    with pytest.raises(ValueError, match="a Budget decides for whole blocks"):
+        DynamicAllocationOptimizer(inner, several.model, allocator=Budget(memory=0.9))
+    first.close()
+    DynamicAllocationOptimizer(inner, several.model, allocator=Budget(memory=0.9))
+
+
 @pytest.mark.slow
 def test_budgets_drive_one_after_the_other() -> None:
     def train(tiny: TinyModel) -> dict[str, Tensor]:
