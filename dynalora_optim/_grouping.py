@@ -196,7 +196,8 @@ def _check_costs(model: nn.Module, groups: Sequence[ModuleGroup], others: Sequen
     inside = [set(block.module.modules()) for block in model_blocks(model, must=False)]
     shared = set[nn.Module]().union(*(block for block in inside if not mine.isdisjoint(block)))
     for group in (group for other in others for group in other.driven_groups()):
-        if not shared.isdisjoint(group.modules):
+        # An adapter that waits outside of the model has its base modules in the blocks.
+        if not shared.isdisjoint(part for module in group.modules for part in module.modules()):
             raise ValueError(
                 "a Budget decides for whole blocks, but two DynamicAllocationOptimizers train in "
                 f"the same blocks, such as at {group.name}, so that it would not know what the "

@@ -141,6 +141,7 @@ def _resolve(rule: Names, tree: Mapping[str, nn.Module], config: AdapterConfig) 
     """Return the layers that one entry of ``targets`` selects and that can be adapted."""
     found = {name: module for name, module in tree.items() if matches(rule, name)}
     if not found:
+        _check_no_parameter(rule, tree)
         raise _unknown("targets", rule, tree)
     fitting = {module for module in found.values() if config.class_for(module) is not None}
     if not fitting:
@@ -150,6 +151,18 @@ def _resolve(rule: Names, tree: Mapping[str, nn.Module], config: AdapterConfig) 
             f"({', '.join(kinds)}); name linear layers, such as {_linear_leaves(tree)}."
         )
     return fitting
+
+
+def _check_no_parameter(rule: Names, tree: Mapping[str, nn.Module]) -> None:
+    """Raise if an entry of ``targets`` names a parameter, as that of fused experts."""
+    for name, module in tree.items():
+        for leaf, _ in module.named_parameters(recurse=False):
+            if linear_shape(module) is None and matches(rule, f"{name}.{leaf}"):
+                raise ValueError(
+                    f"targets entry {_show(rule)} matches the parameter {name}.{leaf}, not a "
+                    f"module. To adapt it, use peft.LoraConfig(target_parameters=[{leaf!r}], ...) "
+                    f"instead of inject: the optimizer drives peft's layers with the same line."
+                )
 
 
 def _check_called(tree: Mapping[str, nn.Module], dead: set[nn.Module]) -> None:
