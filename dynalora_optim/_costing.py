@@ -120,7 +120,7 @@ class StepCosting:
             costs = self._costs_of(shape, args, kwargs)
         if costs is not None:
             here, plan = self._planned_or_refused(costs, graphs)
-            self._driver.recompute(plan.checkpointed)
+            self._driver.recompute(costs.in_model(plan.checkpointed))
             self._now = costs, here, plan
 
     def _fits(self, costs: Costs, graphs: Sequence[Graph]) -> bool:
@@ -266,7 +266,8 @@ class StepCosting:
         groups = [self._driver.group(name) for name in self._allocation.names]
         try:
             with self._tracker.paused():
-                return self._meter.measure(groups, self._driver.switch, args, kwargs)
+                known = self._allocation.costs
+                return self._meter.measure(groups, self._driver.switch, args, kwargs, known=known)
         finally:
             self._is_measuring = False
 
@@ -290,10 +291,10 @@ class StepCosting:
             )
         return costs, self._allocation.plan_at(costs, self._allocation.chosen)
 
-    @property
-    def block_names(self) -> list[str]:
-        """The dotted paths of the model's blocks."""
-        return [block.name for block in self._meter.blocks]
+    def block_names(self, costs: Costs) -> list[str]:
+        """Return the dotted paths of the model's blocks, as ``costs`` number them."""
+        names = [block.name for block in self._meter.blocks]
+        return [names[place] for place in costs.order] if costs.order else names
 
     def _resume(self, is_probing: bool) -> None:
         probe = self._allocation.everyone if is_probing else None

@@ -148,5 +148,7 @@ def _least_peak(followers: Sequence[Costs], lowest: int) -> int:
 
 def _without_gradients(costs: Costs) -> Costs:
     blocks = tuple(replace(block, gradients=0) for block in costs.blocks)
+    routes = tuple(map(_without_gradients, costs.routes))
+    outer = {"head_gradients": 0, "prefix_gradients": 0}
     loop = Loop(keeps_output=True)
-    return replace(costs, blocks=blocks, head_gradients=0, prefix_gradients=0, loop=loop)
+    return replace(costs, blocks=blocks, routes=routes, loop=loop, **outer)

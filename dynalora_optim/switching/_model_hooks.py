@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from dynalora_optim.groups._blocks import Block, outside
+from dynalora_optim.groups._blocks import Block, in_lists, outside
 from dynalora_optim.switching._input_cut import CallersTensors, InputCut
 
 
@@ -53,14 +53,6 @@ class ModelHooks:
         for handle in self._handles:
             handle.remove()
         self._handles = []
-
-
-def in_lists(blocks: Sequence[Block]) -> list[list[Block]]:
-    """Return the blocks of each list, such as an encoder's and a decoder's, by their parents."""
-    lists: dict[str, list[Block]] = {}
-    for block in blocks:
-        lists.setdefault(block.name.rpartition(".")[0], []).append(block)
-    return list(lists.values())
 
 
 def _without_cache(

@@ -1,0 +1,49 @@
+"""Partial plans of the search, and which of them no other one replaces."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from functools import reduce
+from itertools import accumulate, compress, groupby
+from operator import and_
+from typing import Any, TypeAlias
+
+# Slack, gradients, value, FLOPs, and the choice: two bits per block, those of the last block first,
+# so that of equal plans the smallest number recomputes, and leaves out, the lowest blocks.
+Partial: TypeAlias = tuple[int, int, float, int, int]
+
+
+def undominated(partials: Iterable[Partial], *, bounded: bool) -> list[Partial]:
+    """Return, from the most slack down, those to which none other is equal or better.
+
+    Without a bound on FLOPs any value is worth any work; with it, less work may be worth more
+    value later on.
+    """
+    ordered = sorted(partials, key=lambda p: (-p[0], p[1], -p[2], p[3], p[4]))
+    orders: list[list[Any]] = [[p[1] for p in ordered]]
+    if bounded:
+        orders += [[-p[2] for p in ordered], [p[3] for p in ordered]]
+    else:
+        orders += [[(-p[2], p[3]) for p in ordered]]
+    orders = [order for order in orders if order and min(order) < max(order)]
+    if not orders:
+        return ordered[:1]
+    if len(orders) == 1:
+        least = [*accumulate(orders[0], min)]
+        changes = (place == 0 or least[place] < least[place - 1] for place in range(len(least)))
+        return [*compress(ordered, changes)]
+    no_worse = [reduce(and_, masks) for masks in zip(*map(_no_greater, orders), strict=True)]
+    first = [not others & ((1 << place) - 1) for place, others in enumerate(no_worse)]
+    return [*compress(ordered, first)]
+
+
+def _no_greater(keys: Sequence[Any]) -> list[int]:
+    """Return for each key where there are keys that are no greater, as the bits of a number."""
+    found, masks = 0, [0] * len(keys)
+    for _, alike in groupby(sorted(range(len(keys)), key=keys.__getitem__), keys.__getitem__):
+        places = list(alike)
+        for place in places:
+            found |= 1 << place
+        for place in places:
+            masks[place] = found
+    return masks
