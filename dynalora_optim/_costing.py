@@ -266,8 +266,8 @@ class StepCosting:
         groups = [self._driver.group(name) for name in self._allocation.names]
         try:
             with self._tracker.paused():
-                known = self._allocation.costs
-                return self._meter.measure(groups, self._driver.switch, args, kwargs, known=known)
+                switch, known = self._driver.switch, self._allocation.costs
+                return self._meter.measure(groups, switch, args, kwargs, known)
         finally:
             self._is_measuring = False
 
@@ -293,8 +293,7 @@ class StepCosting:
 
     def block_names(self, costs: Costs) -> list[str]:
         """Return the dotted paths of the model's blocks, as ``costs`` number them."""
-        names = [block.name for block in self._meter.blocks]
-        return [names[place] for place in costs.order] if costs.order else names
+        return [self._meter.blocks[place].name for place in costs.positions]
 
     def _resume(self, is_probing: bool) -> None:
         probe = self._allocation.everyone if is_probing else None

@@ -15,15 +15,15 @@ other forwards) is in a `Loop`. This file computes with numbers only.
 A model may have several lists of blocks: an encoder and a decoder, a tower for images and one for
 text. They form one sequence, in the order in which they run. What a block costs can depend on the
 list in which the backward pass ends: if that is the encoder, a decoder block also passes a gradient
-to the encoder's output. So there is one *route* for each list in which a backward pass can end, with
-numbers of its own. In a route the gradient reaches all blocks of a list that reads what an earlier
-list of the route has made. Of any other list, such as a second tower, it reaches the blocks from
-the lowest one up that trains; if none trains there, the list runs without a graph.
+to the encoder's output. So there is one *route* for each list in which a backward pass can end,
+with numbers of its own. In a route the gradient reaches all blocks of a list that reads what an
+earlier list of the route has made. Of any other list, such as a second tower, it reaches the blocks
+from the lowest one up that trains; if none trains there, the list runs without a graph.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -94,8 +94,13 @@ class Costs:
         """Return the costs of the route on which ``lowest`` is the lowest block that trains."""
         for number, route in reversed([*enumerate(self.routes)]):
             if lowest >= route.first:
-                own = {"routes": self.routes[number + 1 :], "loop": self.loop}
-                return replace(route, pinned=self.pinned, group_blocks=self.group_blocks, **own)
+                return replace(
+                    route,
+                    routes=self.routes[number + 1 :],
+                    loop=self.loop,
+                    pinned=self.pinned,
+                    group_blocks=self.group_blocks,
+                )
         return self
 
     def route_of(self, plan: Plan) -> tuple[Costs, int]:
@@ -106,7 +111,12 @@ class Costs:
 
     def in_model(self, blocks: Collection[int]) -> frozenset[int]:
         """Return the positions of these blocks in the model's definition."""
-        return frozenset(self.order[block] if self.order else block for block in blocks)
+        return frozenset(self.positions[block] for block in blocks)
+
+    @property
+    def positions(self) -> Sequence[int]:
+        """The position of each block in the model's definition."""
+        return self.order or range(len(self.blocks))
 
     @property
     def trainable(self) -> frozenset[int]:
@@ -131,7 +141,7 @@ class Costs:
         lowest = self.lowest_blocks()
         last = self.routes[-1] if self.routes else self
         any_of_last = last.prefix is not None and last.first in lowest
-        return sorted(b for b in self.trainable if b in lowest or any_of_last and b >= last.first)
+        return sorted(b for b in self.trainable if b in lowest or (any_of_last and b >= last.first))
 
     def role(self, block: int, lowest: int, *, active: bool) -> BlockUses:
         """Return the costs of ``block`` when the backward pass ends at ``lowest``."""

@@ -1,16 +1,49 @@
-"""Partial plans of the search, and which of them no other one replaces."""
+"""What the search may choose, its partial plans, and which of them no other one replaces."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from functools import reduce
 from itertools import accumulate, compress, groupby
 from operator import and_
 from typing import Any, TypeAlias
 
+from dynalora_optim.allocation._costs import Costs, Use
+
+Choices: TypeAlias = tuple[tuple[bool, ...], ...]  # per block: the allowed values of "it trains"
 # Slack, gradients, value, FLOPs, and the choice: two bits per block, those of the last block first,
 # so that of equal plans the smallest number recomputes, and leaves out, the lowest blocks.
 Partial: TypeAlias = tuple[int, int, float, int, int]
+IDLE, CHECKPOINTED = 2, 1
+NEVER = -(2**62)  # bytes at a moment that does not come
+# One way of a block: what it costs, the gradients and the value that it adds, and its two bits.
+Way: TypeAlias = tuple[Use, int, float, int]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What may be chosen, what it is worth, and what it may not exceed."""
+
+    costs: Costs
+    choices: Choices
+    values: tuple[float, ...] | None  # None: only the peak counts
+    limit: int
+    flops: float | None = None
+
+
+def ways_of(problem: Problem, block: int, lowest: int = -1) -> list[Way]:
+    """Return the ways of ``block`` if the gradient reaches it."""
+    costs, cost, values = problem.costs, problem.costs.blocks[block], problem.values
+    ways: list[Way] = []
+    is_lowest = block == lowest and not (costs.prefix and block == costs.first)
+    for active in (True,) if is_lowest else problem.choices[block]:
+        role = cost.lowest if is_lowest else cost.active if active else cost.idle
+        gradients, idle = (cost.gradients, 0) if active else (0, IDLE)
+        value = (values[block] if values else 1.0) if active else 0.0
+        ways.append((role.full, gradients, value, idle))
+        ways.append((role.checkpointed, gradients, value, idle | CHECKPOINTED))
+    return ways
 
 
 def undominated(partials: Iterable[Partial], *, bounded: bool) -> list[Partial]:

@@ -36,32 +36,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from functools import lru_cache
-from typing import TypeAlias
 
 from dynalora_optim.allocation._costs import Costs, Plan, Use
-from dynalora_optim.allocation._partials import Partial, undominated
+from dynalora_optim.allocation._partials import (
+    CHECKPOINTED,
+    IDLE,
+    NEVER,
+    Choices,
+    Partial,
+    Problem,
+    Way,
+    undominated,
+    ways_of,
+)
 
 _MOST = 256  # partial plans that are kept of each block
 _FINEST, _COARSER = 2**-16, 1.5  # the first width of a box, and the factor of each further one
 _VALUE_FIRST = 64  # how much wider a box is in FLOPs where they only decide between equal values
-Choices: TypeAlias = tuple[tuple[bool, ...], ...]  # per block: the allowed values of "it trains"
-_IDLE, _CHECKPOINTED = 2, 1
-_NEVER = -(2**62)  # bytes at a moment that does not come
-# One way of a block: what it costs, the gradients and the value that it adds, and its two bits.
-Way: TypeAlias = tuple[Use, int, float, int]
-
-
-@dataclass(frozen=True)
-class _Problem:
-    """What may be chosen, what it is worth, and what it may not exceed."""
-
-    costs: Costs
-    choices: Choices
-    values: tuple[float, ...] | None  # None: only the peak counts
-    limit: int
-    flops: float | None = None
 
 
 def best_plan(
@@ -78,13 +70,13 @@ def best_plan(
     """
     # If every block can train, no choice has a higher value. This search does not need the values.
     choices, costs = _one_choice(costs, costs.trainable), costs.at(lowest)
-    everyone = _Problem(costs, choices, (0.0,) * len(choices), limit, flops)
+    everyone = Problem(costs, choices, (0.0,) * len(choices), limit, flops)
     shared = costs.base(lowest), _down_to(costs, lowest)
     plan = _best_plans(everyone, *shared).get(lowest)
     if plan:
         return plan
     worths = _positive(values) if costs.prefix else tuple(values)
-    choosing = _Problem(costs, _all_choices(costs), worths, limit, flops)
+    choosing = Problem(costs, _all_choices(costs), worths, limit, flops)
     return _best_plans(choosing, *shared).get(lowest)
 
 
@@ -92,7 +84,7 @@ def cheapest_plan(costs: Costs, active: Collection[int], limit: int) -> Plan | N
     """Return the plan of least work in which exactly these blocks train; None if none fits."""
     costs, lowest = costs.route_of(Plan(frozenset(active)))
     choices = _one_choice(costs, active)
-    problem = _Problem(costs, choices, (0.0,) * len(choices), limit)
+    problem = Problem(costs, choices, (0.0,) * len(choices), limit)
     return _best_plans(problem, costs.base(lowest), lowest).get(lowest)
 
 
@@ -137,7 +129,7 @@ def _positive(values: Sequence[float]) -> tuple[float, ...]:
 
 
 @lru_cache(maxsize=256)
-def _best_plans(problem: _Problem, base: int, down_to: int) -> dict[int, Plan]:
+def _best_plans(problem: Problem, base: int, down_to: int) -> dict[int, Plan]:
     """Return the best plan for each lowest block from ``down_to`` up, if they have this base."""
     costs, plans = problem.costs, {}
     for lowest, partials in _whole(problem, base, down_to):
@@ -156,7 +148,7 @@ def _best_plans(problem: _Problem, base: int, down_to: int) -> dict[int, Plan]:
 def _least_peaks(costs: Costs, choices: Choices, base: int, down_to: int) -> dict[int, int]:
     """Return the least peak for each lowest block from ``down_to`` up, if they have this base."""
     # With no limit to measure it against, slack is what a peak lacks to 0 bytes.
-    problem, peaks = _Problem(costs, choices, None, 0), {}
+    problem, peaks = Problem(costs, choices, None, 0), {}
     bottom = costs.prefix.held if costs.prefix else 0
     for lowest, partials in _whole(problem, base, down_to):
         peaks[lowest] = min(
@@ -169,7 +161,7 @@ def _least_peaks(costs: Costs, choices: Choices, base: int, down_to: int) -> dic
 
 def _trains(costs: Costs, partial: Partial) -> bool:
     """Return whether a block trains: if what comes before the blocks does, none has to."""
-    none = sum(_IDLE << 2 * block for block in range(costs.first, len(costs.blocks)))
+    none = sum(IDLE << 2 * block for block in range(costs.first, len(costs.blocks)))
     return not costs.prefix or partial[-1] & none != none
 
 
@@ -190,7 +182,7 @@ def _elsewhere(costs: Costs, base: int, lowest: int, partial: Partial) -> int:
     return costs.loop.carried + max([*moments, trained + costs.loop.update])
 
 
-def _whole(problem: _Problem, base: int, down_to: int) -> Iterator[tuple[int, list[Partial]]]:
+def _whole(problem: Problem, base: int, down_to: int) -> Iterator[tuple[int, list[Partial]]]:
     """Yield each block down to ``down_to``, from the last one on, and the plans that end there.
 
     Blocks of later lists are not yielded: a plan that ends there has another route.
@@ -208,46 +200,32 @@ def _whole(problem: _Problem, base: int, down_to: int) -> Iterator[tuple[int, li
             block = ranges[block] - 1
             continue
         if block < last:
-            yield block, _longer(problem, base, partials, block, _ways(problem, block, block))
-        partials = _fewer(problem, _longer(problem, base, partials, block, _ways(problem, block)))
+            yield block, _longer(problem, base, partials, block, ways_of(problem, block, block))
+        partials = _fewer(problem, _longer(problem, base, partials, block, ways_of(problem, block)))
         block -= 1
 
 
-def _own(problem: _Problem, base: int, partials: list[Partial], blocks: range) -> list[Partial]:
+def _own(problem: Problem, base: int, partials: list[Partial], blocks: range) -> list[Partial]:
     """Return the ``partials`` with these ``blocks`` below them, which no earlier list reaches.
 
     From their lowest block that trains down, or all of them, they run without a graph.
     """
     ended = partials
     for block in reversed(blocks):
-        lowest = _longer(problem, base, partials, block, _ways(problem, block, block))
-        partials = _fewer(problem, _longer(problem, base, partials, block, _ways(problem, block)))
-        below = Use(problem.costs.blocks[block].below, 0, _NEVER, 0)
-        idle = [(below, 0, 0.0, _IDLE)] if False in problem.choices[block] else []
+        lowest = _longer(problem, base, partials, block, ways_of(problem, block, block))
+        partials = _fewer(problem, _longer(problem, base, partials, block, ways_of(problem, block)))
+        below = Use(problem.costs.blocks[block].below, 0, NEVER, 0)
+        idle = [(below, 0, 0.0, IDLE)] if False in problem.choices[block] else []
         ended = _fewer(problem, [*lowest, *_longer(problem, base, ended, block, idle)])
     return ended
 
 
-def _fewer(problem: _Problem, partials: Iterable[Partial]) -> list[Partial]:
+def _fewer(problem: Problem, partials: Iterable[Partial]) -> list[Partial]:
     return _thinned(problem, undominated(partials, bounded=problem.flops is not None))
 
 
-def _ways(problem: _Problem, block: int, lowest: int = -1) -> list[Way]:
-    """Return the ways of ``block`` if the gradient reaches it."""
-    costs, cost, values = problem.costs, problem.costs.blocks[block], problem.values
-    ways: list[Way] = []
-    is_lowest = block == lowest and not (costs.prefix and block == costs.first)
-    for active in (True,) if is_lowest else problem.choices[block]:
-        role = cost.lowest if is_lowest else cost.active if active else cost.idle
-        gradients, idle = (cost.gradients, 0) if active else (0, _IDLE)
-        value = (values[block] if values else 1.0) if active else 0.0
-        ways.append((role.full, gradients, value, idle))
-        ways.append((role.checkpointed, gradients, value, idle | _CHECKPOINTED))
-    return ways
-
-
 def _longer(
-    problem: _Problem, base: int, partials: Iterable[Partial], block: int, ways: Iterable[Way]
+    problem: Problem, base: int, partials: Iterable[Partial], block: int, ways: Iterable[Way]
 ) -> list[Partial]:
     """Return the ``partials`` that fit with ``block`` below them, in each of its ways."""
     costs, limit, counts = problem.costs, problem.limit, problem.values is not None
@@ -280,12 +258,12 @@ def _longer(
 def _plan(costs: Costs, lowest: int, bits: int) -> Plan:
     blocks = range(lowest, len(costs.blocks))
     return Plan(
-        frozenset(block for block in blocks if not bits >> 2 * block & _IDLE),
-        frozenset(block for block in blocks if bits >> 2 * block & _CHECKPOINTED),
+        frozenset(block for block in blocks if not bits >> 2 * block & IDLE),
+        frozenset(block for block in blocks if bits >> 2 * block & CHECKPOINTED),
     )
 
 
-def _thinned(problem: _Problem, partials: list[Partial]) -> list[Partial]:
+def _thinned(problem: Problem, partials: list[Partial]) -> list[Partial]:
     """Return ``partials``, sorted by slack, or of each box the first, if there are too many."""
     if len(partials) <= _MOST:
         return partials
@@ -304,7 +282,7 @@ def _thinned(problem: _Problem, partials: list[Partial]) -> list[Partial]:
         width *= _COARSER
 
 
-def _box(problem: _Problem) -> tuple[float, float, float]:
+def _box(problem: Problem) -> tuple[float, float, float]:
     """Return how much gradients, value and FLOPs a box of width 1 has."""
     value, work = sum(problem.values or ()), problem.costs.flops(problem.costs.all_active)
     if value and problem.flops is None:

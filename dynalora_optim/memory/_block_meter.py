@@ -69,8 +69,7 @@ class BlockMeter:
         switch: ModuleSwitch,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
-        *,
-        known: Costs | None = None,
+        known: Costs | None,
     ) -> Costs:
         """Return the costs of every choice among ``groups`` for this batch.
 

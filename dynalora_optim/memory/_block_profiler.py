@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from dynalora_optim._base.live_bytes import LiveBytes, tensor_bytes
+from dynalora_optim._base.live_bytes import tensor_bytes
 from dynalora_optim._base.trees import (
     elements,
     first_tensor,
@@ -32,17 +32,14 @@ from dynalora_optim._base.trees import (
     trainable_leaves,
 )
 from dynalora_optim.allocation._costs import Costs, Use
-from dynalora_optim.groups._blocks import Block, outside
-from dynalora_optim.groups._module_group import ModuleGroup
-from dynalora_optim.memory._block_list import BlockList, finished
-from dynalora_optim.memory._block_run import BlockRunner, Call, wanted
-from dynalora_optim.memory._graph_parts import GraphParts, now
+from dynalora_optim.groups._blocks import outside
+from dynalora_optim.memory._block_list import BlockList, Layout, anchors_of, finished
+from dynalora_optim.memory._block_run import BlockRunner
+from dynalora_optim.memory._graph_parts import GraphParts, now, try_backward
 from dynalora_optim.memory._stand_ins import (
     block_input,
     enter,
-    leave,
     loss_of,
-    no_autocast,
     outside_checkpoint,
     own_loss,
     undisturbed,
@@ -60,8 +57,7 @@ class Profiler:
 
     Args:
         model: The adapted model.
-        blocks: Its blocks, in the order in which they run.
-        groups: The allocated groups of each block.
+        layout: Its blocks and groups.
         switch: Makes groups active and inactive.
         lists: The blocks of each list that runs, without the lists before this route.
         runner: Measures each block, with its memory.
@@ -70,15 +66,14 @@ class Profiler:
     def __init__(
         self,
         model: nn.Module,
-        blocks: Sequence[Block],
-        groups: Sequence[Sequence[ModuleGroup]],
+        layout: Layout,
         switch: ModuleSwitch,
         lists: Sequence[range],
         runner: BlockRunner,
     ) -> None:
         self._model = model
-        self._blocks = blocks
-        self._groups = groups
+        self._layout = layout
+        self._blocks = layout.blocks
         self._switch = switch
         self._lists = [BlockList(found) for found in lists]
         self._runner = runner
@@ -91,13 +86,12 @@ class Profiler:
         self.prefix_parameters: list[Tensor] = []
         self.inner_parameters: list[Tensor] = []  # of what runs between two lists
 
-    def measure(
-        self,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        *,
-        group_blocks: Sequence[int | None],
-    ) -> Costs:
+    @property
+    def unread(self) -> frozenset[int]:
+        """The blocks that have run, but never get a gradient, because nothing reads them."""
+        return frozenset(position for found in self._lists for position in found.unread)
+
+    def measure(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Costs:
         """Return the costs of every choice for the batch that the model is called with.
 
         Gradients, buffers and random numbers are unchanged afterwards.
@@ -120,8 +114,8 @@ class Profiler:
         first = self._lists[0]
         return Costs(
             blocks=finished(self._lists, len(self._blocks)),
-            group_blocks=tuple(group_blocks),
-            pinned=frozenset(i for i in range(len(self._blocks)) if self._is_pinned(i)),
+            group_blocks=tuple(self._layout.homes),
+            pinned=self._layout.pinned(),
             head=head,
             forward_base=first.base + _SCALARS,
             backward_base=first.back + _SCALARS,
@@ -173,7 +167,7 @@ class Profiler:
                 return None
             y = first_tensor(output)
             with torch.enable_grad():
-                return replaced(output, y, enter(found.anchor.to(y), y))
+                return replaced(output, y, enter(found.new_anchor().to(y), y))
 
         return hook
 
@@ -181,10 +175,10 @@ class Profiler:
         def hook(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
             if self._is_measuring:
                 return
-            below, groups = self._memory.peak - self._start, self._groups[position]
+            below, groups = self._memory.peak - self._start, self._layout.members[position]
             self._is_measuring = True
             with outside_checkpoint(module):
-                call = self._call(found, position, args, kwargs)
+                call = found.call(position, args, kwargs, is_reached=bool(self._prefix))
                 # Whoever records the outputs of the running forward does not record these.
                 cost = Context().run(self._runner.cost, module, groups, call, below)
             self._is_measuring = False
@@ -194,17 +188,6 @@ class Profiler:
                 self._leave_list(found)
 
         return hook
-
-    def _call(self, found: BlockList, position: int, args: Any, kwargs: dict[str, Any]) -> Call:
-        x, is_first = block_input(args, kwargs), position == found.blocks.start
-        return Call(
-            args,
-            kwargs,
-            shared=[t for t in tensors((args, kwargs)) if t is not x and t.requires_grad],
-            is_reached=position >= found.reached or self._prefix is not None,
-            input_passes=x.requires_grad or not is_first,
-            is_last=position == found.blocks[-1],
-        )
 
     def _enter_list(self, found: BlockList, x: Tensor, others: Sequence[Tensor]) -> None:
         """Measure what has run since the list before; then continue without a graph."""
@@ -217,7 +200,7 @@ class Profiler:
             before.then = Use(self._memory.peak, 0, 0, 0)
             self._see(found, found.blocks.start, [x])
         self._moment = now()
-        found.enter(self._memory, wanted(torch.zeros((), requires_grad=True)), x)
+        found.enter(self._memory, x)
         torch.set_grad_enabled(False)
 
     def _measure_prefix(self, x: Tensor, others: Sequence[Tensor]) -> None:
@@ -227,7 +210,7 @@ class Profiler:
         self.prefix_parameters = list(own.values())
         if trained:
             held = self._memory.live - tensor_bytes(x)
-            peak, flops = self._try_backward(trained, self.prefix_parameters)
+            peak, flops = try_backward(self._memory, trained, self.prefix_parameters)
             self._prefix = Use(0, held, peak + held, flops)
 
     def _see(self, found: BlockList, position: int, arguments: Sequence[Tensor]) -> None:
@@ -235,24 +218,17 @@ class Profiler:
         seen = set(map(id, self._kept))
         fresh = [t for t in arguments if t.requires_grad and id(t) not in seen]
         parameters = [p for tensor in fresh for p in trainable_leaves(tensor)]
-        anchors = [one.anchor for one in self._lists if one is not found and one.anchor is not None]
-        ends = {id(end): end for end in (*parameters, *anchors)}
+        others = [one for one in self._lists if one is not found]
+        ends = {id(end): end for end in (*parameters, *anchors_of(others))}
         reaching = [t for t in fresh if any(id(leaf) in ends for leaf in leaves(t))]
+        for one in others:
+            one.note_read(leaf for tensor in reaching for leaf in leaves(tensor))
         if reaching:
             found.reached = min(found.reached, position)
             before = self._lists[self._lists.index(found) - 1]
-            before.add_then(*self._try_backward(reaching, list(ends.values())))
+            before.add_then(*try_backward(self._memory, reaching, list(ends.values())))
             self.inner_parameters += parameters
             self._graphs += [tensor.grad_fn for tensor in reaching]
-
-    def _try_backward(self, made: Sequence[Tensor], ends: Sequence[Tensor]) -> tuple[int, int]:
-        """Run a backward, and keep its graph; return the bytes that it adds, and its FLOPs."""
-        self._memory.restart()
-        start = self._memory.live
-        with torch.enable_grad(), no_autocast():
-            losses = [leave(tensor) for tensor in made]
-            torch.autograd.grad(losses, list(ends), retain_graph=True, allow_unused=True)
-        return self._memory.peak - start, self._memory.flops
 
     def _leave_list(self, found: BlockList) -> None:
         """Continue with a graph that ends at the list's outputs."""
@@ -283,7 +259,9 @@ class Profiler:
         for it are alive in their backward.
         """
         memory, parts = self._memory, GraphParts(loss, self._moment)
-        ends = [one.anchor for one in self._lists] + self._head_parameters()
+        for one in self._lists:
+            one.note_read((*parts.late, *parts.early))
+        ends = anchors_of(self._lists) + self._head_parameters()
         alive = memory.live
         memory.restart()
         waiting = parts.run_late(ends)
@@ -301,11 +279,6 @@ class Profiler:
             older_flops = 0
         back = first.back
         return Use(forward, max(alive - back, 0), max(peak - back, 0), flops + older_flops)
-
-    def _is_pinned(self, position: int) -> bool:
-        allocated = {id(p) for group in self._groups[position] for p in group.parameters()}
-        parameters = self._blocks[position].module.parameters()
-        return any(p.requires_grad and id(p) not in allocated for p in parameters)
 
     def _head_parameters(self) -> list[Tensor]:
         before = {id(parameter) for parameter in self.prefix_parameters}

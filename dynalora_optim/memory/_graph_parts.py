@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,13 +12,25 @@ from torch.autograd.graph import GradientEdge
 from dynalora_optim._base.live_bytes import LiveBytes
 from dynalora_optim._base.torch_private import age
 from dynalora_optim._base.trees import nodes_below
-from dynalora_optim.memory._stand_ins import no_autocast
+from dynalora_optim.memory._stand_ins import leave, no_autocast
 
 
 def now() -> int:
     """Return the age that divides the nodes made so far from those made from now on."""
     with torch.enable_grad():
         return age(torch.zeros((), requires_grad=True).view(()).grad_fn)
+
+
+def try_backward(
+    memory: LiveBytes, made: Sequence[Tensor], ends: Sequence[Tensor]
+) -> tuple[int, int]:
+    """Run the backward of ``made`` and keep its graph; return the bytes it adds, and its FLOPs."""
+    memory.restart()
+    start = memory.live
+    with torch.enable_grad(), no_autocast():
+        losses = [leave(tensor) for tensor in made]
+        torch.autograd.grad(losses, list(ends), retain_graph=True, allow_unused=True)
+    return memory.peak - start, memory.flops
 
 
 class GraphParts:
@@ -32,7 +45,9 @@ class GraphParts:
     def __init__(self, loss: Tensor, moment: int) -> None:
         self._loss = loss
         edges: dict[tuple[object, int], GradientEdge] = {}
-        late, seen, waiting = [], set(), [loss.grad_fn]
+        late: list[Tensor] = []
+        seen: set[object] = set()
+        waiting: list[Any] = [loss.grad_fn]
         while waiting:
             node = waiting.pop()
             if node is None or node in seen:
@@ -60,9 +75,10 @@ class GraphParts:
         leaves = [leaf for leaf in wanted if any(leaf is late for late in self.late)]
         if not self._loss.requires_grad or not leaves + self.edges:
             return []
+        ends: list[Any] = [*leaves, *self.edges]
         with no_autocast():
             found = torch.autograd.grad(
-                self._loss, [*leaves, *self.edges], torch.ones_like(self._loss), allow_unused=True
+                self._loss, ends, torch.ones_like(self._loss), allow_unused=True
             )
         return list(found[len(leaves) :])
 

@@ -16,6 +16,7 @@ from dynalora_optim.allocation._costs import Costs
 from dynalora_optim.groups._blocks import Block, in_lists
 from dynalora_optim.groups._layout import blocks_of
 from dynalora_optim.groups._module_group import ModuleGroup
+from dynalora_optim.memory._block_list import Layout
 from dynalora_optim.memory._block_profiler import Profiler
 from dynalora_optim.memory._block_run import BlockRunner
 from dynalora_optim.memory._stand_ins import undisturbed
@@ -58,7 +59,11 @@ class Routes:
         self.prefix_parameters: list[Tensor] = []
 
     def measure(self, batch: Batch, known: Costs | None) -> Costs:
-        """Return the costs for ``batch``; ``known`` are those of an earlier batch, if there are any.
+        """Return the costs for ``batch``.
+
+        Args:
+            batch: What the model is called with.
+            known: The costs of an earlier batch; None if there are none.
 
         Raises:
             ValueError: The blocks do not run once each, list by list.
@@ -72,33 +77,40 @@ class Routes:
             runs = [id(found[0]) in firsts for found in lists]
         blocks = [block for found in lists for block in found]
         order = tuple(places[id(block)] for block in blocks)
-        main, *others = self._measured(batch, lists, runs)
+        ranges, stop = [], 0
+        for found in lists:
+            ranges.append(range(stop, stop := stop + len(found)))
+        homes = blocks_of(self._groups, blocks)
+        if known:  # then it is also known which groups never get a gradient
+            pairs = zip(homes, known.group_blocks, strict=True)
+            homes = [home if before is not None else None for home, before in pairs]
+        layout = Layout.of(blocks, self._groups, homes)
+        main, *others = self._measured(batch, layout, ranges, runs)
         is_same = order == tuple(range(len(order)))
         return replace(main, routes=tuple(others), order=() if is_same else order)
 
     def _measured(
-        self, batch: Batch, lists: Sequence[Sequence[Block]], runs: Sequence[bool]
+        self, batch: Batch, layout: Layout, ranges: Sequence[range], runs: Sequence[bool]
     ) -> list[Costs]:
-        blocks = [block for found in lists for block in found]
-        homes = blocks_of(self._groups, blocks)
-        members = [
-            [group for group, home in zip(self._groups, homes, strict=True) if home == position]
-            for position in range(len(blocks))
-        ]
-        ranges, start = [], 0
-        for found in lists:
-            ranges.append(range(start, start := start + len(found)))
+        """Return the costs of each route, from that of the first list on."""
         runner, routes = BlockRunner(LiveBytes(), self._switch), []
         for number, found in enumerate(ranges):
             if not runs[number]:
                 continue
-            idle = {group.name for position in range(found.start) for group in members[position]}
-            names = [group.name for group in self._groups if group.name not in idle]
+            before = layout.members[: found.start]
+            idle = {group.name for members in before for group in members}
+            names = {group.name for group in self._groups} - idle
             self._switch.set_flags(self._groups, names)
-            later = [one for one, does in zip(ranges, runs, strict=True) if does]
-            later = [one for one in later if one.start >= found.start]
-            profiler = Profiler(self._model, blocks, members, self._switch, later, runner)
-            route = profiler.measure(batch.args, batch.kwargs, group_blocks=homes)
+            later = [
+                r for r, does in zip(ranges, runs, strict=True) if does and r.start >= found.start
+            ]
+            profiler = Profiler(self._model, layout, self._switch, later, runner)
+            route = profiler.measure(batch.args, batch.kwargs)
+            unread = profiler.unread.intersection(layout.homes)
+            if unread:  # their groups cost almost nothing, wherever the backward pass ends
+                homes = [None if home in unread else home for home in layout.homes]
+                again = Layout.of(layout.blocks, self._groups, homes)
+                return self._measured(batch, again, ranges, runs)
             self.prefix_parameters += profiler.prefix_parameters + profiler.inner_parameters
             routes.append(route)
             # What is pinned or comes before this list trains in any case.
@@ -173,11 +185,11 @@ def _name(found: Sequence[Block]) -> str:
 
 
 def _sorted(
-    lists: Sequence[Sequence[Block]],
+    lists: Sequence[list[Block]],
     firsts: Mapping[int, int],
     known: Costs | None,
     places: Mapping[int, int],
-) -> list[Sequence[Block]]:
+) -> list[list[Block]]:
     """Return the lists as they run; those that do not run now keep their place, or come first.
 
     Raises:
