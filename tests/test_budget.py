@@ -44,25 +44,38 @@ def block_costs(draw: Any) -> BlockCost:
 @st.composite
 def any_costs(draw: Any) -> Costs:
     """Costs of up to four blocks without rhyme or reason: the search must not rely on any."""
-    blocks = draw(st.lists(block_costs(), min_size=1, max_size=4))
-    places = draw(st.sets(st.integers(0, len(blocks) - 1), min_size=1))
+    count = draw(st.integers(1, 4))
+    places = draw(st.sets(st.integers(0, count - 1), min_size=1))
+    second = draw(st.integers(0, count - 1))  # the first block of a second list; 0: there is none
+    shared = {
+        "group_blocks": (*sorted(places), None),
+        "pinned": frozenset(draw(st.sets(st.integers(0, count - 1), max_size=1))),
+        "loop": draw(st.just(Loop()) | loops(count)),
+    }
     prefix = draw(st.none() | uses())
+    if not second:
+        return draw(a_route(count, prefix=prefix, **shared))
+    reached = draw(st.integers(second, count))
+    later = draw(a_route(count, prefix=prefix, first=second, group_blocks=(), pinned=frozenset()))
+    own = ((second, reached),)
+    return draw(a_route(count, prefix=None, own=own, routes=(later,), **shared))
+
+
+@st.composite
+def a_route(draw: Any, count: int, **given: Any) -> Costs:
     return Costs(
-        blocks=tuple(blocks),
-        group_blocks=(*sorted(places), None),
-        pinned=frozenset(draw(st.sets(st.integers(0, len(blocks) - 1), max_size=1))),
+        blocks=tuple(draw(st.lists(block_costs(), min_size=count, max_size=count))),
         head=draw(uses()),
         forward_base=draw(st.integers(40, 60)),
         backward_base=draw(sizes),
         entry=draw(sizes),
         head_gradients=draw(sizes),
-        prefix=prefix,
         batch=1,
         before=draw(sizes),
         prefix_gradients=draw(sizes),
         output=draw(sizes),
         output_alone=draw(sizes),
-        loop=draw(st.just(Loop()) | loops(len(blocks))),
+        **given,
     )
 
 

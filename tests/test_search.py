@@ -9,6 +9,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -115,6 +116,27 @@ def test_the_worst_case_is_linear_in_the_blocks(looked_at, whole, share, seed, c
             assert costs.peak(plan) <= limit
             assert flops is None or costs.flops(plan) <= flops
     assert len(looked_at) <= 4 * BLOCKS
+    assert max(looked_at) <= 4 * _search._MOST
+
+
+def two_lists(seed: int, *, joined: bool) -> Costs:
+    """The same blocks as two lists: towers that join, or an encoder and a decoder."""
+    costs, half = differing(seed), BLOCKS // 2
+    own = ((half, BLOCKS if joined else half),)
+    return replace(costs, own=own, routes=(replace(costs, first=half),))
+
+
+@pytest.mark.parametrize("joined", [False, True])
+def test_several_lists_take_a_few_times_longer(looked_at, joined):
+    """One search for each route, and in a tower that joins a second one, for where it ends."""
+    costs = two_lists(0, joined=joined)
+    limit, values = int(0.15 * costs.peak(costs.all_active)), importances(0)
+    for lowest in costs.lowest_blocks():
+        plan = best_plan(costs, values, limit, lowest)
+        if plan:
+            assert min(plan.active) == lowest
+            assert costs.peak(plan) <= limit
+    assert len(looked_at) <= 8 * BLOCKS
     assert max(looked_at) <= 4 * _search._MOST
 
 

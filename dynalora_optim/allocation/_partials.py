@@ -36,11 +36,12 @@ def ways_of(problem: Problem, block: int, lowest: int = -1) -> list[Way]:
     """Return the ways of ``block`` if the gradient reaches it."""
     costs, cost, values = problem.costs, problem.costs.blocks[block], problem.values
     ways: list[Way] = []
+    alone = float(costs.prefix is not None)  # of values that do not count: whether any block trains
     is_lowest = block == lowest and not (costs.prefix and block == costs.first)
     for active in (True,) if is_lowest else problem.choices[block]:
         role = cost.lowest if is_lowest else cost.active if active else cost.idle
         gradients, idle = (cost.gradients, 0) if active else (0, IDLE)
-        value = (values[block] if values else 1.0) if active else 0.0
+        value = (values[block] if values else alone) if active else 0.0
         ways.append((role.full, gradients, value, idle))
         ways.append((role.checkpointed, gradients, value, idle | CHECKPOINTED))
     return ways

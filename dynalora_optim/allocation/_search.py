@@ -135,8 +135,8 @@ def _best_plans(problem: Problem, base: int, down_to: int) -> dict[int, Plan]:
     for lowest, partials in _whole(problem, base, down_to):
         fit = (
             p
-            for p in partials
-            if _trains(costs, p) and _elsewhere(costs, base, lowest, p) <= problem.limit
+            for p in _training(costs, partials)
+            if _elsewhere(costs, base, lowest, p) <= problem.limit
         )
         best = min(fit, key=lambda p: (-p[2], p[3], -p[0], p[4]), default=None)
         if best:
@@ -153,16 +153,17 @@ def _least_peaks(costs: Costs, choices: Choices, base: int, down_to: int) -> dic
     for lowest, partials in _whole(problem, base, down_to):
         peaks[lowest] = min(
             max(bottom - p[0], _elsewhere(costs, base, lowest, p))
-            for p in partials
-            if _trains(costs, p)
+            for p in _training(costs, partials)
         )
     return peaks
 
 
-def _trains(costs: Costs, partial: Partial) -> bool:
-    """Return whether a block trains: if what comes before the blocks does, none has to."""
+def _training(costs: Costs, partials: list[Partial]) -> list[Partial]:
+    """Return those in which a block trains: if what comes before the blocks does, none has to."""
+    if not costs.prefix:
+        return partials
     none = sum(IDLE << 2 * block for block in range(costs.first, len(costs.blocks)))
-    return not costs.prefix or partial[-1] & none != none
+    return [partial for partial in partials if partial[-1] & none != none]
 
 
 def _elsewhere(costs: Costs, base: int, lowest: int, partial: Partial) -> int:
@@ -241,18 +242,14 @@ def _longer(
         forward = limit - base - use.forward - own
         backward = limit - costs.backward_base - use.backward - costs.kept - own
         longer += [
-            (
-                slack,
-                above + gradients,
-                worth + value if counts else max(worth, value),
-                work + flops,
-                choice | bits,
-            )
+            (slack, above + gradients, worth + value, work + flops, choice | bits)
             for room, above, worth, work, choice in partials
             if (slack := min(room - held, forward - above * stands, backward - above)) >= least
             and work + flops <= most
         ]
-    return longer
+    if counts or not costs.prefix:
+        return longer
+    return [(room, above, min(worth, 1.0), 0, choice) for room, above, worth, _, choice in longer]
 
 
 def _plan(costs: Costs, lowest: int, bits: int) -> Plan:
