@@ -39,10 +39,11 @@ class ModelHooks:
 
     def _cuts(self) -> Iterator[RemovableHandle]:
         """Register the hooks that end the graph."""
-        rest, callers = list(outside(self._model, self._blocks)), CallersTensors()
+        callers = CallersTensors()
         yield self._model.register_forward_pre_hook(callers.enter, with_kwargs=True)
         yield self._model.register_forward_hook(callers.leave, always_call=True)
         for blocks in in_lists(self._blocks):
+            rest = list(outside(self._model, blocks))  # another list may come before this one
             cut = InputCut([block.module for block in blocks], rest, callers)
             first = blocks[0].module
             yield first.register_forward_pre_hook(cut.enter, with_kwargs=True)
