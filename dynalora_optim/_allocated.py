@@ -171,7 +171,7 @@ class AllocatedOptimizer(LateBoundOptimizer):
         total = total_of(self.allocator)
         allocated = self._parameters_of(self._allocation.updates.__contains__)
         return memory_report(
-            (costs, plan, self._costing.block_names),
+            (costs, plan, self._costing.block_names(costs)),
             weights=list(self._model.parameters()),
             adapters=allocated,
             trained=[p for p in flatten(self.param_groups) if p.requires_grad],

@@ -71,7 +71,9 @@ class Assembly:
         self._model: nn.Module = original(model)
         self._grouping = grouping
         self._recomputes = needs_costs or backward.checkpoint_idle
-        self._blocks = model_blocks(self._model, must=self._recomputes)
+        chosen = [*groups, *grouping.waiting]  # the latter may join later
+        members = [module for group in chosen for module in group.modules]
+        self._blocks = model_blocks(self._model, must=self._recomputes, members=members)
         self._meter = BlockMeter(self._model, self._blocks, holds=needs_costs)
         if needs_costs:
             self._meter.check(groups)

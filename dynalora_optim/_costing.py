@@ -87,7 +87,7 @@ class StepCosting(CostingState):
             costs = self._costs_of(shape, args, kwargs)
         if costs is not None:
             here, plan = self._planned_or_refused(costs, graphs)
-            self._driver.recompute(plan.checkpointed)
+            self._driver.recompute(costs.in_model(plan.checkpointed))
             self._now = costs, here, plan
 
     def _count_holdings(self, args: Any, kwargs: Any) -> None:
@@ -240,7 +240,8 @@ class StepCosting(CostingState):
         groups = [self._driver.group(name) for name in self._allocation.names]
         try:
             with self._tracker.paused():
-                return self._meter.measure(groups, self._driver.switch, args, kwargs)
+                switch, known = self._driver.switch, self._allocation.costs
+                return self._meter.measure(groups, switch, args, kwargs, known)
         finally:
             self._is_measuring = False
 
@@ -265,10 +266,9 @@ class StepCosting(CostingState):
             )
         return costs, self._allocation.plan_at(costs, self._allocation.chosen)
 
-    @property
-    def block_names(self) -> list[str]:
-        """The dotted paths of the model's blocks."""
-        return [block.name for block in self._meter.blocks]
+    def block_names(self, costs: Costs) -> list[str]:
+        """Return the dotted paths of the model's blocks, as ``costs`` number them."""
+        return [self._meter.blocks[place].name for place in costs.positions]
 
     def _resume(self, is_probing: bool) -> None:
         probe = self._allocation.everyone if is_probing else None

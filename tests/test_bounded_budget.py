@@ -206,7 +206,7 @@ def test_without_a_bound_blocks_do_wait_longer():
 def fewest(costs: Costs, limit: int) -> int:
     """How many plans that fit it takes to train every block, by trying all."""
     fits = {p.active for p in every_plan(costs) if costs.peak(p) <= limit}
-    fits = {active for active in fits if min(active) in costs.lowest_blocks()}
+    fits = {active for active in fits if costs.route_of(Plan(active))[1] in costs.lowest_blocks()}
     everything = costs.all_active.active
     for count in range(1, len(everything) + 1):
         for some in itertools.combinations(fits, count):
@@ -235,7 +235,7 @@ def test_for_any_blocks_each_set_fits_and_together_they_are_all(costs, limit):
     assert [*map(costs.flops, plans)] == sorted(map(costs.flops, plans))
     fits = [p for p in every_plan(costs) if costs.peak(p) <= limit]
     can_train = frozenset().union(
-        *(p.active for p in fits if min(p.active) in costs.lowest_blocks())
+        *(p.active for p in fits if costs.route_of(p)[1] in costs.lowest_blocks())
     )
     trained = costs.pinned.union(*(plan.active for plan in plans))
     assert can_train <= trained <= can_train | costs.pinned

@@ -45,26 +45,38 @@ def block_costs(draw: Any) -> BlockCost:
 @st.composite
 def any_costs(draw: Any) -> Costs:
     """Costs of up to four blocks without rhyme or reason: the search must not rely on any."""
-    blocks = draw(st.lists(block_costs(), min_size=1, max_size=4))
-    places = draw(st.sets(st.integers(0, len(blocks) - 1), min_size=1))
+    count = draw(st.integers(1, 4))
+    places = draw(st.sets(st.integers(0, count - 1), min_size=1))
+    second = draw(st.integers(0, count - 1))  # the first block of a second list; 0: there is none
+    shared = {
+        "group_blocks": (*sorted(places), None),
+        "pinned": frozenset(draw(st.sets(st.integers(0, count - 1), max_size=1))),
+        "loop": draw(st.just(Loop()) | loops(count)),
+    }
     prefix = draw(st.none() | uses())
-    places |= {0} if prefix else set()  # to which every backward pass goes then
+    if not second:
+        return draw(a_route(count, prefix=prefix, **shared))
+    reached = draw(st.integers(second, count))
+    later = draw(a_route(count, prefix=prefix, first=second, group_blocks=(), pinned=frozenset()))
+    own = ((second, reached),)
+    return draw(a_route(count, prefix=None, own=own, routes=(later,), **shared))
+
+
+@st.composite
+def a_route(draw: Any, count: int, **given: Any) -> Costs:
     return Costs(
-        blocks=tuple(blocks),
-        group_blocks=(*sorted(places), None),
-        pinned=frozenset(draw(st.sets(st.integers(0, len(blocks) - 1), max_size=1))),
+        blocks=tuple(draw(st.lists(block_costs(), min_size=count, max_size=count))),
         head=draw(uses()),
         forward_base=draw(st.integers(40, 60)),
         backward_base=draw(sizes),
         entry=draw(sizes),
         head_gradients=draw(sizes),
-        prefix=prefix,
         batch=1,
         before=draw(sizes),
         prefix_gradients=draw(sizes),
         output=draw(sizes),
         output_alone=draw(sizes),
-        loop=draw(st.just(Loop()) | loops(len(blocks))),
+        **given,
     )
 
 
@@ -135,7 +147,8 @@ def every_plan(costs: Costs, active: frozenset[int] | None = None) -> Iterator[P
     sets = [active] if active is not None else subsets(blocks)
     for trains in sets:
         if trains and trains >= costs.pinned and trains <= costs.all_active.active:
-            for checkpointed in subsets(range(min(trains), len(blocks))):
+            reached = [block for block, _ in costs.roles(Plan(trains))]
+            for checkpointed in subsets(reached):
                 yield Plan(trains, checkpointed)
 
 
@@ -146,7 +159,7 @@ def subsets(items: Any) -> Iterator[frozenset[int]]:
 
 
 def ending_at(costs: Costs, lowest: int) -> list[Plan]:
-    return [plan for plan in every_plan(costs) if min(plan.active) == lowest]
+    return [plan for plan in every_plan(costs) if costs.route_of(plan)[1] == lowest]
 
 
 def outcome(costs: Costs, values: list[float], plan: Plan | None) -> tuple[float, int] | None:
@@ -191,7 +204,7 @@ def test_the_least_peak_is_that_of_brute_force(costs, data):
 @given(costs=any_costs(), data=st.data())
 def test_the_least_peak_of_given_blocks_is_that_of_brute_force(costs, data):
     plan = data.draw(st.sampled_from(list(every_plan(costs))))
-    assume(min(plan.active) in costs.lowest_blocks())
+    assume(costs.route_of(plan)[1] in costs.lowest_blocks())
     least = min(map(costs.peak, every_plan(costs, plan.active)))
     assert least_peak(costs, min(plan.active), plan.active) == least
 
@@ -201,7 +214,7 @@ def test_topk_takes_the_most_important_modules_that_fit(costs, scores, memory):
     blocks = [block for block in costs.group_blocks if block is not None]
     worth = dict(zip(blocks, scores, strict=False))
     budget = Budget(memory=memory, base="topk")
-    reachable = [p for p in every_plan(costs) if min(p.active) in costs.lowest_blocks()]
+    reachable = [p for p in every_plan(costs) if costs.route_of(p)[1] in costs.lowest_blocks()]
     fits = [plan for plan in reachable if costs.peak(plan) <= memory]
     problem = context(costs, (*scores[: len(blocks)], 1.0))
     if not fits:

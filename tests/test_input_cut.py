@@ -15,8 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from dynalora_adapters import LoRAConfig, inject
 from dynalora_optim import DynamicAllocationOptimizer, LiveBytes
-from dynalora_optim.groups._blocks import Block
-from dynalora_optim.switching._model_hooks import in_lists
+from dynalora_optim.groups._blocks import Block, in_lists
 
 transformers = pytest.importorskip("transformers")
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -74,7 +75,7 @@ def value_of(plan: Plan, values: list[float]) -> float:
 def looked_at(monkeypatch) -> Iterator[list[int]]:
     """How many partial plans each block was tried on, of searches that nobody made before."""
     numbers: list[int] = []
-    plain = _search._undominated
+    plain = _search.undominated
 
     def counted(partials, **options):
         numbers.append(len(partials))
@@ -85,7 +86,7 @@ def looked_at(monkeypatch) -> Iterator[list[int]]:
         _search._least_peaks.cache_clear()
 
     forget()
-    monkeypatch.setattr(_search, "_undominated", counted)
+    monkeypatch.setattr(_search, "undominated", counted)
     yield numbers
     forget()
 
@@ -115,6 +116,27 @@ def test_the_worst_case_is_linear_in_the_blocks(looked_at, whole, share, seed, c
             assert costs.peak(plan) <= limit
             assert flops is None or costs.flops(plan) <= flops
     assert len(looked_at) <= 4 * BLOCKS
+    assert max(looked_at) <= 4 * _search._MOST
+
+
+def two_lists(seed: int, *, joined: bool) -> Costs:
+    """The same blocks as two lists: towers that join, or an encoder and a decoder."""
+    costs, half = differing(seed), BLOCKS // 2
+    own = ((half, BLOCKS if joined else half),)
+    return replace(costs, own=own, routes=(replace(costs, first=half),))
+
+
+@pytest.mark.parametrize("joined", [False, True])
+def test_several_lists_take_a_few_times_longer(looked_at, joined):
+    """One search for each route, and in a tower that joins a second one, for where it ends."""
+    costs = two_lists(0, joined=joined)
+    limit, values = int(0.15 * costs.peak(costs.all_active)), importances(0)
+    for lowest in costs.lowest_blocks():
+        plan = best_plan(costs, values, limit, lowest)
+        if plan:
+            assert min(plan.active) == lowest
+            assert costs.peak(plan) <= limit
+    assert len(looked_at) <= 8 * BLOCKS
     assert max(looked_at) <= 4 * _search._MOST
 
 
@@ -192,6 +214,6 @@ def test_no_plan_exceeds_the_limit_however_few_are_kept(costs, values, limit, da
     with keeping(data.draw(st.integers(1, 3))):
         plan = best_plan(costs, values[: len(costs.blocks)], limit, lowest, flops)
     if plan:
-        assert min(plan.active) == lowest
+        assert costs.route_of(plan)[1] == lowest
         assert costs.peak(plan) <= limit
         assert flops is None or costs.flops(plan) <= flops

@@ -126,6 +126,15 @@ def keeps_graph() -> bool:
     return bool(ask and ask())
 
 
+def age(node: Any) -> int:
+    """Return a number that is greater for a younger node of a graph; such nodes run first.
+
+    If torch lacks ``_sequence_nr``: the same number for all nodes, which then all count as young.
+    """
+    ask = getattr(node, "_sequence_nr", None)
+    return int(ask()) if ask else 1
+
+
 # --- Storages and operations, for LiveBytes.
 
 

@@ -94,8 +94,13 @@ def leaves(x: Tensor) -> list[Tensor]:
 
 def nodes(x: Tensor) -> Iterator[Any]:
     """Yield the nodes of the graph of ``x``, from the last one on."""
+    return nodes_below([x.grad_fn])
+
+
+def nodes_below(first: Iterable[Any]) -> Iterator[Any]:
+    """Yield these nodes of a graph and all that their gradients reach."""
     seen: set[Any] = set()
-    waiting = [x.grad_fn]
+    waiting = [*first]
     while waiting:
         node = waiting.pop()
         if node is None or node in seen:

@@ -71,7 +71,8 @@ class Allocation(AllocationState):
         """
         plan = self._spending.plan(self._positions(names))
         if plan:
-            return Choice(frozenset(names), plan.checkpointed)
+            assert self.costs
+            return Choice(frozenset(names), self.costs.in_model(plan.checkpointed))
         idle = self._layout.idle(names) if self._layout else frozenset[int]()
         return Choice(frozenset(names), idle)
 
@@ -115,7 +116,7 @@ class Allocation(AllocationState):
         self._clock.demand()
 
     def _try_out(self, costs: Costs) -> None:
-        least = min(costs.lowest_blocks(), key=partial(least_peak_of_one, costs))
+        least = min(costs.alone(), key=partial(least_peak_of_one, costs))
         active = costs.blocks_of([]) | {least}
         chosen = [g for g, block in enumerate(costs.group_blocks) if block in {None, *active}]
         self._spending.fitting(chosen)

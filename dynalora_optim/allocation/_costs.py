@@ -11,73 +11,26 @@ forward and the backward of block b. Then
 and the same for the part after the blocks (the head and the loss). All these numbers are measured,
 in ``memory/_block_profiler.py``. What the loop keeps alive beside them (gradients, the output,
 other forwards) is in a `Loop`. This file computes with numbers only.
+
+A model may have several lists of blocks: an encoder and a decoder, a tower for images and one for
+text. They form one sequence, in the order in which they run. What a block costs can depend on the
+list in which the backward pass ends: if that is the encoder, a decoder block also passes a gradient
+to the encoder's output. So there is one *route* for each list in which a backward pass can end,
+with numbers of its own. In a route the gradient reaches all blocks of a list that reads what an
+earlier list of the route has made. Of any other list, such as a second tower, it reaches the blocks
+from the lowest one up that trains; if none trains there, the list runs without a graph.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from dynalora_optim.allocation._loop import ALONE, Loop
+from dynalora_optim.allocation._plan import BlockCost, BlockUses, Plan, Use
 
-
-@dataclass(frozen=True)
-class Use:
-    """What one block costs in one role. Bytes include the block's own input if the block holds it.
-
-    Attributes:
-        forward: The most bytes alive during its forward.
-        held: The bytes alive between its forward and its backward.
-        backward: The most bytes alive during its backward, its recomputation included.
-        flops: The FLOPs of its backward, its recomputation included.
-        input: The bytes of the block's own input among those held.
-    """
-
-    forward: int
-    held: int
-    backward: int
-    flops: int
-    input: int = 0
-
-
-@dataclass(frozen=True)
-class BlockUses:
-    """The costs of one block in one role, kept in full or checkpointed."""
-
-    full: Use
-    checkpointed: Use
-
-
-@dataclass(frozen=True)
-class BlockCost:
-    """The costs of one block in each role.
-
-    Attributes:
-        lowest: The block trains, and the backward pass ends there.
-        active: The block trains and passes the gradient on.
-        idle: The block passes the gradient on, but does not train.
-        below: The most bytes alive during its forward if it records no graph.
-        gradients: The bytes of the gradients of its allocated parameters.
-    """
-
-    lowest: BlockUses
-    active: BlockUses
-    idle: BlockUses
-    below: int
-    gradients: int
-
-
-@dataclass(frozen=True)
-class Plan:
-    """Which blocks train, and which blocks that the gradient passes through are checkpointed."""
-
-    active: frozenset[int]
-    checkpointed: frozenset[int] = frozenset()
-
-    def lowest(self, blocks: int) -> int:
-        """Return the block at which the backward pass ends; ``blocks`` if none trains."""
-        return min(self.active, default=blocks)
+__all__ = ["BlockCost", "BlockUses", "Costs", "Plan", "Use"]
 
 
 @dataclass(frozen=True)
@@ -104,6 +57,11 @@ class Costs:
         output_alone: The part of ``output`` that the graph does not hold.
         outside: What a loss that the model does not compute itself is assumed to take.
         loop: What the loop keeps alive beside a forward and its backward.
+        first: The first block of this route: what runs before it records no graph.
+        own: Ranges (first, stop) of blocks in which the gradient goes no further down than to the
+            lowest block of the range that trains.
+        routes: The costs of the routes that end in a later list, each with its ``first``.
+        order: For each block its position in the model's definition; ``()`` if that is the same.
     """
 
     blocks: tuple[BlockCost, ...]
@@ -122,11 +80,43 @@ class Costs:
     output_alone: int = 0
     outside: int = 0
     loop: Loop = ALONE
+    first: int = 0
+    own: tuple[tuple[int, int], ...] = ()
+    routes: tuple[Costs, ...] = ()
+    order: tuple[int, ...] = ()
 
     @property
     def all_active(self) -> Plan:
         """The plan in which every block trains and none is checkpointed, as in plain LoRA."""
-        return Plan(self.trainable | ({0} if self.prefix else set()))
+        return Plan(self.trainable)
+
+    def at(self, lowest: int) -> Costs:
+        """Return the costs of the route on which ``lowest`` is the lowest block that trains."""
+        for number, route in reversed([*enumerate(self.routes)]):
+            if lowest >= route.first:
+                return replace(
+                    route,
+                    routes=self.routes[number + 1 :],
+                    loop=self.loop,
+                    pinned=self.pinned,
+                    group_blocks=self.group_blocks,
+                )
+        return self
+
+    def route_of(self, plan: Plan) -> tuple[Costs, int]:
+        """Return the costs of the route of ``plan``, and the lowest block the gradient reaches."""
+        lowest = plan.lowest(len(self.blocks))
+        here = self.at(lowest)
+        return here, here.first if here.prefix and plan.active else lowest
+
+    def in_model(self, blocks: Collection[int]) -> frozenset[int]:
+        """Return the positions of these blocks in the model's definition."""
+        return frozenset(self.positions[block] for block in blocks)
+
+    @property
+    def positions(self) -> Sequence[int]:
+        """The position of each block in the model's definition."""
+        return self.order or range(len(self.blocks))
 
     @property
     def trainable(self) -> frozenset[int]:
@@ -135,11 +125,23 @@ class Costs:
         return self.blocks_of(everyone) or frozenset({len(self.blocks) - 1})
 
     def lowest_blocks(self) -> list[int]:
-        """Return the possible lowest blocks: none is above a block that always trains."""
-        if self.prefix:
-            return [0]
+        """Return the possible lowest blocks: none is above a block that always trains.
+
+        If what comes before the blocks of a route trains, the gradient reaches the first of them in
+        any case; this one then stands for the route, whether it trains or not.
+        """
         highest = min(self.pinned, default=len(self.blocks) - 1)
-        return [block for block in sorted(self.trainable) if block <= highest]
+        last = self.routes[-1] if self.routes else self  # no route goes on behind one with a prefix
+        first = last.first if last.prefix else len(self.blocks)
+        found = [block for block in sorted(self.trainable) if block < first and block <= highest]
+        return found + [first] * (first <= highest)
+
+    def alone(self) -> list[int]:
+        """Return the blocks of which each can train without others, but those that always do."""
+        lowest = self.lowest_blocks()
+        last = self.routes[-1] if self.routes else self
+        any_of_last = last.prefix is not None and last.first in lowest
+        return sorted(b for b in self.trainable if b in lowest or (any_of_last and b >= last.first))
 
     def role(self, block: int, lowest: int, *, active: bool) -> BlockUses:
         """Return the costs of ``block`` when the backward pass ends at ``lowest``."""
@@ -148,19 +150,29 @@ class Costs:
             return cost.lowest
         return cost.active if active else cost.idle
 
+    def roles(self, plan: Plan) -> Iterator[tuple[int, BlockUses]]:
+        """Yield the blocks that the gradient reaches, from the lowest up, and their roles."""
+        here, lowest = self.route_of(plan)
+        ends = [(f, s, min(plan.active & {*range(f, s)}, default=s)) for f, s in here.own]
+        for block in range(lowest, len(self.blocks)):
+            active = block in plan.active
+            end = next((end for f, s, end in ends if f <= block < s), lowest)
+            if block == end > lowest:
+                yield block, here.blocks[block].lowest
+            elif block >= end:
+                yield block, here.role(block, lowest, active=active)
+
     def uses(self, plan: Plan) -> Iterator[tuple[int, Use]]:
         """Yield the blocks that the gradient reaches, from the lowest up, and what each costs."""
-        lowest = plan.lowest(len(self.blocks))
-        for block in range(lowest, len(self.blocks)):
-            role = self.role(block, lowest, active=block in plan.active)
+        for block, role in self.roles(plan):
             yield block, role.checkpointed if block in plan.checkpointed else role.full
 
     def base(self, lowest: int) -> int:
         """Return the bytes that stay alive after the blocks' forward and that no block holds."""
         base = self.forward_base + self.loop.stale
-        if lowest or self.prefix:
+        if lowest > self.first or self.prefix:
             return base
-        lowest_role = self.blocks[0].lowest
+        lowest_role = self.blocks[lowest].lowest
         held_in_any_case = min(lowest_role.full.input, lowest_role.checkpointed.input)
         return base - min(self.entry, held_in_any_case)
 
@@ -169,26 +181,33 @@ class Costs:
 
         With a budget on everything, the state of what is active counts too.
         """
-        lowest = plan.lowest(len(self.blocks))
+        here, lowest = self.route_of(plan)
+        state = here.loop.resident.of_active(here.gradients(plan))
+        return here.loop.carried + state + max(here._moments(plan, lowest))
+
+    def _moments(self, plan: Plan, lowest: int) -> Iterator[int]:
+        """Yield the bytes alive at the moments of a step, if its route is this one."""
         base, back = self.base(lowest), self.backward_base
         held = self.prefix.held if self.prefix else 0
         trained = self.outer_gradients + self.gradients(plan)
         standing = trained if self.loop.standing else 0
-        below = [base + held + block.below for block in self.blocks[:lowest]]
-        moments = [moment + standing for moment in (self.before + self.loop.stale, *below)]
         above = self.head_gradients + self.gradients(plan)
-        for block, use in self.uses(plan):
-            above -= self.blocks[block].gradients * (block in plan.active)
-            moments.append(base + held + use.forward + standing)
-            moments.append(back + held + use.backward + (standing or above) + self.kept)
+        reached = dict(self.uses(plan))
+        yield self.before + self.loop.stale + standing
+        for block in range(self.first, len(self.blocks)):
+            cost, use = self.blocks[block], reached.get(block)
+            if use is None:
+                yield base + held + cost.below + standing
+                continue
+            above -= cost.gradients * (block in plan.active)
+            yield base + held + use.forward + standing
+            yield back + held + use.backward + (standing or above) + self.kept
             held += use.held
-        moments.append(held + self.after_blocks(base, lowest) + standing)
+        yield held + self.after_blocks(base, lowest) + standing
         if self.prefix:
             gradients = standing or self.head_gradients + self.gradients(plan)
-            moments.append(back + self.prefix.backward + gradients + self.kept)
-        moments.append(trained + self.update(self.gradients(plan)))
-        state = self.loop.resident.of_active(self.gradients(plan))
-        return self.loop.carried + state + max(moments)
+            yield back + self.prefix.backward + gradients + self.kept
+        yield trained + self.update(self.gradients(plan))
 
     def update(self, gradients: int) -> int:
         """Return the temporary bytes of an update of blocks whose gradients have so many bytes."""
@@ -197,7 +216,7 @@ class Costs:
     def after_blocks(self, base: int, lowest: int) -> int:
         """Return the most bytes alive after the blocks' forward, besides what the blocks hold."""
         alone = self.output_alone if self.loop.keeps_output else 0
-        left = base + self.head.held + self.output_alone
+        left = self.backward_base + self.loop.stale + self.head.held + self.output_alone
         moments = [
             base + self.head.forward,
             left + self.outside,
@@ -220,25 +239,30 @@ class Costs:
     def sparing(self, active: Collection[int]) -> Plan:
         """Return the plan in which these blocks train and the forward leaves the least alive."""
         plan = Plan(frozenset(active))
-        lowest = min(active, default=0)
-        roles = {b: self.role(b, lowest, active=b in plan.active) for b, _ in self.uses(plan)}
-        smaller = [b for b, role in roles.items() if role.checkpointed.held < role.full.held]
+        roles = self.roles(plan)
+        smaller = [b for b, role in roles if role.checkpointed.held < role.full.held]
         return Plan(plan.active, frozenset(smaller))
 
     def left(self, plan: Plan) -> int:
         """Return the bytes that a forward leaves alive for its backward, its output included."""
-        base = self.base(plan.lowest(len(self.blocks))) - self.loop.stale
-        return base + self.held(plan) + self.output_alone + self.outside
+        here, _ = self.route_of(plan)
+        return here.backward_base + here.held(plan) + here.output_alone + here.outside
 
     def held(self, plan: Plan) -> int:
         """Return the bytes that autograd keeps at the end of the forward pass."""
-        before = self.prefix.held if self.prefix else 0
-        return before + sum(use.held for _, use in self.uses(plan)) + self.head.held
+        here, _ = self.route_of(plan)
+        before = here.prefix.held if here.prefix else 0
+        return before + sum(use.held for _, use in here.uses(plan)) + here.head.held
 
     def flops(self, plan: Plan) -> int:
         """Return the FLOPs of the backward pass, recomputation included."""
-        outer = self.head.flops + (self.prefix.flops if self.prefix else 0)
-        return outer + sum(use.flops for _, use in self.uses(plan))
+        here, _ = self.route_of(plan)
+        return here.outer_flops + sum(use.flops for _, use in here.uses(plan))
+
+    @property
+    def outer_flops(self) -> int:
+        """The FLOPs of the backward of what lies outside the blocks."""
+        return self.head.flops + (self.prefix.flops if self.prefix else 0)
 
     def recomputed(self, plan: Plan) -> int:
         """Return the FLOPs of the recomputation alone."""

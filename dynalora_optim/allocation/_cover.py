@@ -42,10 +42,11 @@ def fewest_plans(costs: Costs, limit: int) -> list[Plan]:
 
     If none of these fits, because blocks that train hold less than others, return any that fit.
     """
-    lowest, nothing = costs.lowest_blocks(), [0.0] * len(costs.blocks)
-    fewest = [cheapest_plan(costs, costs.pinned | {block}, limit) for block in lowest]
-    plans = fewest if any(fewest) else [best_plan(costs, nothing, limit, b) for b in lowest]
-    return [plan for plan in plans if plan]
+    nothing = [0.0] * len(costs.blocks)
+    fewest = [cheapest_plan(costs, costs.pinned | {block}, limit) for block in costs.alone()]
+    if not any(fewest):
+        fewest = [best_plan(costs, nothing, limit, lowest) for lowest in costs.lowest_blocks()]
+    return [plan for plan in fewest if plan]
 
 
 @lru_cache(maxsize=16)

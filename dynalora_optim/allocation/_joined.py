@@ -30,11 +30,24 @@ def joined(one: Costs, other: Costs) -> Costs:
 def _joined(one: Costs, other: Costs) -> Costs:
     if one == other:
         return one
-    both = replace(_largest(one, other), loop=ALONE)
+    if one.order != other.order:
+        raise ValueError(
+            "Budget: the lists of blocks of the model run in another order than in an earlier "
+            "batch, or on another rank, so that no one plan holds for both. Use an allocator "
+            "without a memory budget, such as 'discounted'."
+        )
+    both = replace(_largest(one, other), loop=ALONE, own=_shorter(one, other))
+    both = replace(both, routes=tuple(map(_joined, one.routes, other.routes)))
     # The entry lowers the base, which may not be less than those of the two: see `Costs.base`.
     base = max(costs.in_no_loop().base(0) for costs in (one, other))
     both = replace(both, entry=min(both.entry, max(both.forward_base - base, 0)))
     return one if both == one else both
+
+
+def _shorter(one: Costs, other: Costs) -> tuple[tuple[int, int], ...]:
+    """Return where neither batch lets the gradient of an earlier list in."""
+    pairs = zip(one.own, other.own, strict=True)
+    return tuple((first, min(stop, other_stop)) for (first, stop), (_, other_stop) in pairs)
 
 
 def _largest(one: Any, other: Any) -> Any:

@@ -14,7 +14,12 @@ from dynalora_optim.allocation._resident import Resident
 def saved_costs(costs: Costs) -> dict[str, Any]:
     """Return the numbers as plain dicts and lists."""
     loop = {**asdict(costs.loop), "later": list(costs.loop.later)}
-    return {**asdict(costs), "pinned": sorted(costs.pinned), "loop": loop}
+    lists = {
+        "own": [list(stretch) for stretch in costs.own],
+        "order": list(costs.order),
+        "routes": [saved_costs(route) for route in costs.routes],
+    }
+    return {**asdict(costs), "pinned": sorted(costs.pinned), "loop": loop, **lists}
 
 
 def restored_costs(state: Mapping[str, Any], *, modules: int) -> Costs:
@@ -33,6 +38,11 @@ def restored_costs(state: Mapping[str, Any], *, modules: int) -> Costs:
                 "pinned": frozenset(state["pinned"]),
                 "head": Use(**state["head"]),
                 "prefix": Use(**state["prefix"]) if state["prefix"] else None,
+                "own": tuple((first, stop) for first, stop in state.get("own", ())),
+                "order": tuple(state.get("order", ())),
+                "routes": tuple(
+                    restored_costs(route, modules=modules) for route in state.get("routes", ())
+                ),
                 "loop": _loop(state["loop"]),
             }
         )
@@ -48,7 +58,7 @@ def _loop(state: Mapping[str, Any]) -> Loop:
 
 
 def _check(costs: Costs, modules: int) -> None:
-    may_lack = {"group_blocks", "prefix"}
+    may_lack = {"group_blocks", "prefix", "routes"}
     parts = [getattr(costs, f.name) for f in fields(costs) if f.name not in may_lack]
     parts += [part for part in (*costs.group_blocks, costs.prefix) if part is not None]
     numbers = _numbers(tuple(parts))
@@ -57,6 +67,8 @@ def _check(costs: Costs, modules: int) -> None:
         or len(costs.group_blocks) != modules
         or not {*costs.group_blocks, *costs.pinned} <= {None, *range(len(costs.blocks))}
         or len(costs.loop.later) not in (0, len(costs.blocks))
+        or sorted(costs.order) not in ([], [*range(len(costs.blocks))])
+        or any(len(route.blocks) != len(costs.blocks) for route in costs.routes)
         or not costs.flops(costs.all_active)
     ):
         raise ValueError("state_dict has costs of other modules, or no costs at all.")

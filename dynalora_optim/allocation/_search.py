@@ -36,33 +36,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from functools import lru_cache, reduce
-from itertools import accumulate, compress, groupby
-from operator import and_
-from typing import Any, TypeAlias
+from functools import lru_cache
 
-from dynalora_optim.allocation._costs import Costs, Plan
+from dynalora_optim.allocation._costs import Costs, Plan, Use
+from dynalora_optim.allocation._partials import (
+    CHECKPOINTED,
+    IDLE,
+    NEVER,
+    Choices,
+    Partial,
+    Problem,
+    Way,
+    undominated,
+    ways_of,
+)
 
 _MOST = 256  # partial plans that are kept of each block
 _FINEST, _COARSER = 2**-16, 1.5  # the first width of a box, and the factor of each further one
 _VALUE_FIRST = 64  # how much wider a box is in FLOPs where they only decide between equal values
-Choices: TypeAlias = tuple[tuple[bool, ...], ...]  # per block: the allowed values of "it trains"
-# Slack, gradients, value, FLOPs, and the choice: two bits per block, those of the last block first,
-# so that of equal plans the smallest number recomputes, and leaves out, the lowest blocks.
-Partial: TypeAlias = tuple[int, int, float, int, int]
-_IDLE, _CHECKPOINTED = 2, 1
-
-
-@dataclass(frozen=True)
-class _Problem:
-    """What may be chosen, what it is worth, and what it may not exceed."""
-
-    costs: Costs
-    choices: Choices
-    values: tuple[float, ...] | None  # None: only the peak counts
-    limit: int
-    flops: float | None = None
 
 
 def best_plan(
@@ -78,20 +69,22 @@ def best_plan(
         flops: The FLOPs that the backward pass may not exceed; None for no limit.
     """
     # If every block can train, no choice has a higher value. This search does not need the values.
-    choices = _one_choice(costs, costs.trainable)
-    everyone = _Problem(costs, choices, (0.0,) * len(choices), limit, flops)
+    choices, costs = _one_choice(costs, costs.trainable), costs.at(lowest)
+    everyone = Problem(costs, choices, (0.0,) * len(choices), limit, flops)
     shared = costs.base(lowest), _down_to(costs, lowest)
     plan = _best_plans(everyone, *shared).get(lowest)
     if plan:
         return plan
-    choosing = _Problem(costs, _all_choices(costs), tuple(values), limit, flops)
+    worths = _positive(values) if costs.prefix else tuple(values)
+    choosing = Problem(costs, _all_choices(costs), worths, limit, flops)
     return _best_plans(choosing, *shared).get(lowest)
 
 
 def cheapest_plan(costs: Costs, active: Collection[int], limit: int) -> Plan | None:
     """Return the plan of least work in which exactly these blocks train; None if none fits."""
+    costs, lowest = costs.route_of(Plan(frozenset(active)))
     choices = _one_choice(costs, active)
-    problem, lowest = _Problem(costs, choices, (0.0,) * len(choices), limit), min(active)
+    problem = Problem(costs, choices, (0.0,) * len(choices), limit)
     return _best_plans(problem, costs.base(lowest), lowest).get(lowest)
 
 
@@ -101,7 +94,9 @@ def least_peak(costs: Costs, lowest: int, active: Collection[int] | None = None)
     If ``active`` is given, only plans in which exactly these blocks train are considered.
     """
     choices = _all_choices(costs) if active is None else _one_choice(costs, active)
-    return _least_peaks(costs, choices, costs.base(lowest), _down_to(costs, lowest))[lowest]
+    here = costs.at(lowest)
+    lowest = here.first if here.prefix else lowest
+    return _least_peaks(here, choices, here.base(lowest), _down_to(here, lowest))[lowest]
 
 
 def least_peak_of_one(costs: Costs, block: int) -> int:
@@ -110,11 +105,11 @@ def least_peak_of_one(costs: Costs, block: int) -> int:
 
 
 def _down_to(costs: Costs, lowest: int) -> int:
-    """Return the lowest of the lowest blocks that share one search: all but block 0.
+    """Return the lowest of the lowest blocks that share one search: all but the first of a route.
 
     What further forwards need is not the same for any two, so that each has a search of its own.
     """
-    return lowest if costs.loop.later else min(lowest, 1)
+    return lowest if costs.loop.later else min(lowest, costs.first + 1)
 
 
 def _all_choices(costs: Costs) -> Choices:
@@ -127,12 +122,22 @@ def _one_choice(costs: Costs, active: Collection[int]) -> Choices:
     return tuple((block in active,) for block in range(len(costs.blocks)))
 
 
+def _positive(values: Sequence[float]) -> tuple[float, ...]:
+    """Return the ``values``, those of 0 so small that they only count if there are no others."""
+    least = min((value for value in values if value > 0), default=1.0)
+    return tuple(value or least * 1e-9 for value in values)
+
+
 @lru_cache(maxsize=256)
-def _best_plans(problem: _Problem, base: int, down_to: int) -> dict[int, Plan]:
+def _best_plans(problem: Problem, base: int, down_to: int) -> dict[int, Plan]:
     """Return the best plan for each lowest block from ``down_to`` up, if they have this base."""
     costs, plans = problem.costs, {}
     for lowest, partials in _whole(problem, base, down_to):
-        fit = (p for p in partials if _elsewhere(costs, base, lowest, p) <= problem.limit)
+        fit = (
+            p
+            for p in _training(costs, partials)
+            if _elsewhere(costs, base, lowest, p) <= problem.limit
+        )
         best = min(fit, key=lambda p: (-p[2], p[3], -p[0], p[4]), default=None)
         if best:
             plans[lowest] = _plan(costs, lowest, best[-1])
@@ -143,13 +148,22 @@ def _best_plans(problem: _Problem, base: int, down_to: int) -> dict[int, Plan]:
 def _least_peaks(costs: Costs, choices: Choices, base: int, down_to: int) -> dict[int, int]:
     """Return the least peak for each lowest block from ``down_to`` up, if they have this base."""
     # With no limit to measure it against, slack is what a peak lacks to 0 bytes.
-    problem, peaks = _Problem(costs, choices, None, 0), {}
+    problem, peaks = Problem(costs, choices, None, 0), {}
     bottom = costs.prefix.held if costs.prefix else 0
     for lowest, partials in _whole(problem, base, down_to):
         peaks[lowest] = min(
-            max(bottom - p[0], _elsewhere(costs, base, lowest, p)) for p in partials
+            max(bottom - p[0], _elsewhere(costs, base, lowest, p))
+            for p in _training(costs, partials)
         )
     return peaks
+
+
+def _training(costs: Costs, partials: list[Partial]) -> list[Partial]:
+    """Return those in which a block trains: if what comes before the blocks does, none has to."""
+    if not costs.prefix:
+        return partials
+    none = sum(IDLE << 2 * block for block in range(costs.first, len(costs.blocks)))
+    return [partial for partial in partials if partial[-1] & none != none]
 
 
 def _elsewhere(costs: Costs, base: int, lowest: int, partial: Partial) -> int:
@@ -161,7 +175,7 @@ def _elsewhere(costs: Costs, base: int, lowest: int, partial: Partial) -> int:
     trained = partial[1] + costs.prefix_gradients
     standing = trained if costs.loop.standing else 0
     bottom = costs.prefix.held if costs.prefix else 0
-    below = [base + bottom + block.below for block in costs.blocks[:lowest]]
+    below = [base + bottom + block.below for block in costs.blocks[costs.first : lowest]]
     moments = [moment + standing for moment in (costs.before + costs.loop.stale, *below)]
     if costs.prefix:
         gradients = standing or partial[1]
@@ -171,90 +185,91 @@ def _elsewhere(costs: Costs, base: int, lowest: int, partial: Partial) -> int:
     return costs.loop.carried + costs.loop.resident.of_active(in_blocks) + max(moments)
 
 
-def _whole(problem: _Problem, base: int, down_to: int) -> Iterator[tuple[int, list[Partial]]]:
-    """Yield each block down to ``down_to``, from the last one on, and the plans that end there."""
+def _whole(problem: Problem, base: int, down_to: int) -> Iterator[tuple[int, list[Partial]]]:
+    """Yield each block down to ``down_to``, from the last one on, and the plans that end there.
+
+    Blocks of later lists are not yielded: a plan that ends there has another route.
+    """
     costs = problem.costs
     standing = costs.outer_gradients if costs.loop.standing else 0
     alive = costs.loop.carried + costs.after_blocks(base, down_to) + standing
-    flops = costs.flops(Plan(frozenset()))
-    partials = [(problem.limit - alive, costs.head_gradients, 0.0, flops, 0)]
-    for block in reversed(range(down_to, len(costs.blocks))):
-        yield block, _longer(problem, base, partials, block, lowest=block)
-        longer = _longer(problem, base, partials, block)
-        partials = _thinned(problem, _undominated(longer, bounded=problem.flops is not None))
+    partials = [(problem.limit - alive, costs.head_gradients, 0.0, costs.outer_flops, 0)]
+    last = costs.routes[0].first if costs.routes else len(costs.blocks)
+    ranges = {stop - 1: first for first, stop in costs.own if first < stop}
+    block = len(costs.blocks) - 1
+    while block >= down_to:
+        if block in ranges:
+            partials = _own(problem, base, partials, range(ranges[block], block + 1))
+            block = ranges[block] - 1
+            continue
+        if block < last:
+            yield block, _longer(problem, base, partials, block, ways_of(problem, block, block))
+        partials = _fewer(problem, _longer(problem, base, partials, block, ways_of(problem, block)))
+        block -= 1
+
+
+def _own(problem: Problem, base: int, partials: list[Partial], blocks: range) -> list[Partial]:
+    """Return the ``partials`` with these ``blocks`` below them, which no earlier list reaches.
+
+    From their lowest block that trains down, or all of them, they run without a graph.
+    """
+    ended = partials
+    for block in reversed(blocks):
+        lowest = _longer(problem, base, partials, block, ways_of(problem, block, block))
+        partials = _fewer(problem, _longer(problem, base, partials, block, ways_of(problem, block)))
+        below = Use(problem.costs.blocks[block].below, 0, NEVER, 0)
+        idle = [(below, 0, 0.0, IDLE)] if False in problem.choices[block] else []
+        ended = _fewer(problem, [*lowest, *_longer(problem, base, ended, block, idle)])
+    return ended
+
+
+def _fewer(problem: Problem, partials: Iterable[Partial]) -> list[Partial]:
+    return _thinned(problem, undominated(partials, bounded=problem.flops is not None))
 
 
 def _longer(
-    problem: _Problem, base: int, partials: Sequence[Partial], block: int, lowest: int = -1
+    problem: Problem, base: int, partials: Sequence[Partial], block: int, ways: Iterable[Way]
 ) -> list[Partial]:
     """Return the ``partials`` that fit with ``block`` below them, in each of its ways."""
-    costs, limit, values = problem.costs, problem.limit, problem.values
-    least = -math.inf if values is None else costs.prefix.held if costs.prefix else 0
+    costs, limit, counts = problem.costs, problem.limit, problem.values is not None
+    least = -math.inf if not counts else costs.prefix.held if costs.prefix else 0
     stands, limit = costs.loop.standing, limit - costs.loop.carried
     before = costs.prefix_gradients if stands else 0
     most = math.inf if problem.flops is None else problem.flops
     state = costs.loop.resident.of_active  # alive at all moments while its block is active
     beside = [state(partial[1] - costs.head_gradients) for partial in partials]
     longer: list[Partial] = []
-    for active in (True,) if block == lowest else problem.choices[block]:
-        role = costs.role(block, lowest, active=active)
-        gradients = costs.blocks[block].gradients if active else 0
-        value = values[block] if values and active else 0.0
+    for use, gradients, value, kind in ways:
+        bits = kind << 2 * block
         # What is alive beside that of the blocks above, in this block too.
         own = (gradients + before if stands else 0) + state(gradients)
-        for use, checkpointed in ((role.full, 0), (role.checkpointed, _CHECKPOINTED)):
-            bits = (checkpointed if active else checkpointed + _IDLE) << 2 * block
-            held = use.held + gradients * stands + state(gradients)
-            flops = use.flops if values else 0
-            forward = limit - base - use.forward - own
-            backward = limit - costs.backward_base - use.backward - costs.kept - own
-            longer += [
-                (slack, above + gradients, worth + value, work + flops, choice | bits)
-                for (room, above, worth, work, choice), more in zip(partials, beside, strict=True)
-                if work + flops <= most
-                and (
-                    slack := min(
-                        room - held, forward - above * stands - more, backward - above - more
-                    )
-                )
-                >= least
-            ]
-    return longer
+        held = use.held + gradients * stands + state(gradients)
+        flops = use.flops if counts else 0
+        forward = limit - base - use.forward - own
+        backward = limit - costs.backward_base - use.backward - costs.kept - own
+        longer += [
+            (slack, above + gradients, worth + value, work + flops, choice | bits)
+            for (room, above, worth, work, choice), more in zip(partials, beside, strict=True)
+            if work + flops <= most
+            and (
+                slack := min(room - held, forward - above * stands - more, backward - above - more)
+            )
+            >= least
+        ]
+    if counts or not costs.prefix:
+        return longer
+    return [(room, above, min(worth, 1.0), 0, choice) for room, above, worth, _, choice in longer]
 
 
 def _plan(costs: Costs, lowest: int, bits: int) -> Plan:
     blocks = range(lowest, len(costs.blocks))
     return Plan(
-        frozenset(block for block in blocks if not bits >> 2 * block & _IDLE),
-        frozenset(block for block in blocks if bits >> 2 * block & _CHECKPOINTED),
+        frozenset(block for block in blocks if not bits >> 2 * block & IDLE),
+        frozenset(block for block in blocks if bits >> 2 * block & CHECKPOINTED),
     )
 
 
-def _undominated(partials: Iterable[Partial], *, bounded: bool) -> list[Partial]:
-    """Return, from the most slack down, those to which none other is equal or better.
-
-    Without a bound on FLOPs any value is worth any work; with it, less work may be worth more
-    value later on.
-    """
-    ordered = sorted(partials, key=lambda p: (-p[0], p[1], -p[2], p[3], p[4]))
-    orders: list[list[Any]] = [[p[1] for p in ordered]]
-    if bounded:
-        orders += [[-p[2] for p in ordered], [p[3] for p in ordered]]
-    else:
-        orders += [[(-p[2], p[3]) for p in ordered]]
-    orders = [order for order in orders if order and min(order) < max(order)]
-    if not orders:
-        return ordered[:1]
-    if len(orders) == 1:
-        least = [*accumulate(orders[0], min)]
-        changes = (place == 0 or least[place] < least[place - 1] for place in range(len(least)))
-        return [*compress(ordered, changes)]
-    no_worse = [reduce(and_, masks) for masks in zip(*map(_no_greater, orders), strict=True)]
-    first = [not others & ((1 << place) - 1) for place, others in enumerate(no_worse)]
-    return [*compress(ordered, first)]
-
-
-def _thinned(problem: _Problem, partials: list[Partial]) -> list[Partial]:
+def _thinned(problem: Problem, partials: list[Partial]) -> list[Partial]:
     """Return ``partials``, sorted by slack, or of each box the first, if there are too many."""
     if len(partials) <= _MOST:
         return partials
@@ -273,21 +288,9 @@ def _thinned(problem: _Problem, partials: list[Partial]) -> list[Partial]:
         width *= _COARSER
 
 
-def _box(problem: _Problem) -> tuple[float, float, float]:
+def _box(problem: Problem) -> tuple[float, float, float]:
     """Return how much gradients, value and FLOPs a box of width 1 has."""
     value, work = sum(problem.values or ()), problem.costs.flops(problem.costs.all_active)
     if value and problem.flops is None:
         work *= _VALUE_FIRST
     return max(problem.limit, 1), value or 1.0, work
-
-
-def _no_greater(keys: Sequence[Any]) -> list[int]:
-    """Return for each key where there are keys that are no greater, as the bits of a number."""
-    found, masks = 0, [0] * len(keys)
-    for _, alike in groupby(sorted(range(len(keys)), key=keys.__getitem__), keys.__getitem__):
-        places = list(alike)
-        for place in places:
-            found |= 1 << place
-        for place in places:
-            masks[place] = found
-    return masks

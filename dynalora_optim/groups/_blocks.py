@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 from torch import nn
@@ -19,16 +19,17 @@ class Block:
     module: nn.Module
 
 
-def find_blocks(model: nn.Module) -> list[Block]:
-    """Return the model's repeated blocks in forward order; an empty list if it has none.
+def find_blocks(model: nn.Module, members: Collection[nn.Module] = ()) -> list[Block]:
+    """Return the model's repeated blocks, list by list; an empty list if it has none.
 
-    The blocks are the items of one ``ModuleList`` or ``Sequential`` of two or more modules of one
-    class that is not inside another one (so that the experts of a block are not blocks). If the
-    model has several, such as an encoder and a decoder, or a tower for images and one for text,
-    they are those of the first one in which much trains (tensors are counted).
+    The blocks are the items of each ``ModuleList`` or ``Sequential`` of two or more modules of one
+    class that is not inside another one (so that the experts of a block are not blocks), and in
+    which much trains (tensors are counted) or one of the ``members`` lies. So an encoder and a
+    decoder, or a tower for images and one for text, are two lists. They come in the order of the
+    model's definition, which need not be the order in which they run.
 
     Raises:
-        ValueError: The list holds one module twice.
+        ValueError: A list holds one module twice.
     """
     lists: dict[str, nn.ModuleList | nn.Sequential] = {}
     for name, module in model.named_modules():
@@ -37,31 +38,51 @@ def find_blocks(model: nn.Module) -> list[Block]:
             lists[name] = module
     if not lists:
         return []
-    trained = {name: _trained(found) or 0.001 * len(found) for name, found in lists.items()}
-    enough = _ENOUGH * max(trained.values())
-    name = next(name for name, count in trained.items() if count >= enough)
+    trained, inside = {name: _trained(found) for name, found in lists.items()}, {*members}
+    enough = max(1, _ENOUGH * max(trained.values()))
+    chosen = [
+        name
+        for name, found in lists.items()
+        if trained[name] >= enough or not inside.isdisjoint(found.modules())
+    ]
+    chosen = chosen or [max(lists, key=lambda name: len(lists[name]))]
+    return [block for name in chosen for block in _items(name, lists[name])]
+
+
+def _items(name: str, found: nn.ModuleList | nn.Sequential) -> list[Block]:
     prefix = f"{name}." if name else ""
-    blocks = [Block(prefix + key, module) for key, module in lists[name].named_children()]
-    if len(blocks) < len(lists[name]):
+    blocks = [Block(prefix + key, module) for key, module in found.named_children()]
+    if len(blocks) < len(found):
         raise ValueError(
-            f"{name or type(model).__name__} holds one block several times, so its passes cannot "
-            "be distinguished. Use neither a Budget nor groups='blocks' with this model."
+            f"{name or 'the model'} holds one block several times, so its passes cannot be "
+            "distinguished. Use neither a Budget nor groups='blocks' with this model."
         )
     return blocks
 
 
-def model_blocks(model: nn.Module, *, must: bool) -> list[Block]:
+def in_lists(blocks: Sequence[Block]) -> list[list[Block]]:
+    """Return the blocks of each list, such as an encoder's and a decoder's, by their parents."""
+    lists: dict[str, list[Block]] = {}
+    for block in blocks:
+        lists.setdefault(block.name.rpartition(".")[0], []).append(block)
+    return list(lists.values())
+
+
+def model_blocks(
+    model: nn.Module, *, must: bool, members: Collection[nn.Module] = ()
+) -> list[Block]:
     """Return the model's blocks; an empty list if it has none, or holds one several times.
 
     Args:
         model: The adapted model.
         must: Whether blocks are required.
+        members: Modules whose blocks are wanted in any case; see `find_blocks`.
 
     Raises:
         ValueError: Blocks are required, but there are none, or one is held several times.
     """
     try:
-        blocks = find_blocks(model)
+        blocks = find_blocks(model, members)
     except ValueError:
         if must:
             raise

@@ -11,7 +11,7 @@ from torch import nn
 from dynalora_optim._base.checks import whole_number
 from dynalora_optim._base.torch_private import has_child, parameter_slots, plain_name
 from dynalora_optim._base.wrappers import bare
-from dynalora_optim.groups._blocks import find_blocks
+from dynalora_optim.groups._blocks import find_blocks, in_lists
 from dynalora_optim.groups._module_group import AdapterModule, GroupRole, ModuleGroup, Slot
 
 
@@ -20,7 +20,8 @@ class Blocks:
     """Full-parameter training by blocks: each of the model's repeated blocks is a group.
 
     Args:
-        block_size: How many consecutive blocks form one group; the last group may have fewer.
+        block_size: How many consecutive blocks form one group; the last group of each list, such
+            as that of an encoder, may have fewer.
         outside: The role of the modules outside the blocks, such as embeddings, the final norm and
             the head: ``"always_active"``, ``"frozen"``, or ``"allocated"`` (the allocator chooses
             them too). Modules that ``always_active=`` names are always active.
@@ -52,14 +53,19 @@ class Blocks:
                 "ModuleList of two or more modules of one class. Pass groups=callable(name, "
                 "module) -> group name or None."
             )
-        place = {block.module: position for position, block in enumerate(blocks)}
-        holders = {m for m in model.modules() if any(part in place for part in m.modules())}
-        holders -= place.keys()
+        home = {
+            block.module: (found, position)
+            for found in in_lists(blocks)
+            for position, block in enumerate(found)
+        }
+        holders = {m for m in model.modules() if any(part in home for part in m.modules())}
+        holders -= home.keys()
         for name, module in model.named_modules():
-            if module in place:
-                first = place[module] // self.block_size * self.block_size
-                last = min(first + self.block_size, len(blocks)) - 1
-                group = blocks[first].name + (f"-{last}" if last > first else "")
+            if module in home:
+                found, position = home[module]
+                first = position // self.block_size * self.block_size
+                last = min(first + self.block_size, len(found)) - 1
+                group = found[first].name + (f"-{last}" if last > first else "")
                 yield ModuleGroup(group, (module,), tuple(_slots(name, module)))
             elif module in holders:
                 # The module contains the blocks, so that it is not a group as a whole. Each of its

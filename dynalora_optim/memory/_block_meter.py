@@ -15,7 +15,7 @@ from dynalora_optim.allocation._costs import Costs
 from dynalora_optim.groups._blocks import Block, model_blocks
 from dynalora_optim.groups._layout import blocks_of
 from dynalora_optim.groups._module_group import ModuleGroup
-from dynalora_optim.memory._block_profiler import Profiler
+from dynalora_optim.memory._routes import Batch, Routes
 from dynalora_optim.switching._module_switch import ModuleSwitch
 from dynalora_optim.switching._recompute import checkpoints_itself, is_compiled, is_reentrant
 
@@ -69,8 +69,11 @@ class BlockMeter:
         switch: ModuleSwitch,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
+        known: Costs | None,
     ) -> Costs:
         """Return the costs of every choice among ``groups`` for this batch.
+
+        Several lists of blocks have the order of the ``known`` costs, if there are any.
 
         The flags that ``switch`` has set are lost; the caller must set them again.
 
@@ -78,16 +81,11 @@ class BlockMeter:
             ValueError: The model has no blocks, or blocks that cannot be measured one by one.
         """
         self.check(groups)
-        places = blocks_of(groups, self.blocks)
-        members = [
-            [group for group, place in zip(groups, places, strict=True) if place == position]
-            for position in range(len(self.blocks))
-        ]
         switch.clear(groups)
-        profiler = Profiler(self.model, self.blocks, members, switch)
+        routes = Routes(self.model, self.blocks, groups, switch)
         with self._uncompiled():
-            costs = profiler.measure(args, kwargs, group_blocks=places)
-        self._check_prefix(groups, profiler.prefix_parameters)
+            costs = routes.measure(Batch(args, kwargs), known)
+        self._check_prefix(groups, routes.prefix_parameters)
         return costs
 
     def _uncompiled(self) -> AbstractContextManager[object]:

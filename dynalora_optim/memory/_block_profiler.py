@@ -5,44 +5,46 @@ forward and backward, in each role that it can have. The bytes that it holds, an
 alive, are counted exactly (`LiveBytes`). Only one block's graph is alive at a time, so that
 measuring needs the memory to train one block, and two hidden states. That is less than any budget
 in which each of several blocks can train.
+
+A model with several lists of blocks runs once for each list in which a backward pass can end (see
+`Costs`). What runs between two lists and after the last one records its graph in this pass, which
+begins at the outputs of the blocks.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from functools import partial
+from contextvars import Context
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from dynalora_optim._base.live_bytes import LiveBytes, tensor_bytes
+from dynalora_optim._base.live_bytes import tensor_bytes
 from dynalora_optim._base.trees import (
     elements,
     first_tensor,
+    leaves,
     replaced,
     tensors,
     trainable_leaves,
 )
-from dynalora_optim.allocation._costs import BlockCost, BlockUses, Costs, Use
-from dynalora_optim.groups._blocks import Block, outside
-from dynalora_optim.groups._module_group import ModuleGroup
+from dynalora_optim.allocation._costs import Costs, Use
+from dynalora_optim.groups._blocks import outside
+from dynalora_optim.memory._block_list import BlockList, Layout, anchors_of, finished
+from dynalora_optim.memory._block_run import BlockRunner
+from dynalora_optim.memory._graph_parts import GraphParts, now, try_backward
 from dynalora_optim.memory._stand_ins import (
     block_input,
     enter,
-    leave,
     loss_of,
-    no_autocast,
     outside_checkpoint,
     own_loss,
     undisturbed,
 )
 from dynalora_optim.switching._module_switch import ModuleSwitch
-from dynalora_optim.switching._recompute import Recomputer
 
 _SCALARS = 1024  # bytes that no block shows: the loss, its gradient, data of a checkpoint
 # What a loss outside of the model may take, in sizes of the output: a cross entropy makes as many
@@ -51,36 +53,45 @@ _LOSS = 2
 
 
 class Profiler:
-    """Measures the blocks in one forward pass of ``model``; see `measure`."""
+    """Measures the blocks in one forward pass of ``model``; see `measure`.
+
+    Args:
+        model: The adapted model.
+        layout: Its blocks and groups.
+        switch: Makes groups active and inactive.
+        lists: The blocks of each list that runs, without the lists before this route.
+        runner: Measures each block, with its memory.
+    """
 
     def __init__(
         self,
         model: nn.Module,
-        blocks: Sequence[Block],
-        groups: Sequence[Sequence[ModuleGroup]],
+        layout: Layout,
         switch: ModuleSwitch,
+        lists: Sequence[range],
+        runner: BlockRunner,
     ) -> None:
         self._model = model
-        self._blocks = blocks
-        self._groups = groups  # the allocated groups of each block
+        self._layout = layout
+        self._blocks = layout.blocks
         self._switch = switch
-        self._recomputer = Recomputer()
-        self._recompute = partial(self._recomputer.recompute, among=switch.held)
-        self._memory = LiveBytes()
-        self._costs: list[BlockCost] = []
-        self._alike: dict[str, BlockCost] = {}
+        self._lists = [BlockList(found) for found in lists]
+        self._runner = runner
+        self._memory = runner.memory
+        self._waiting = [position for found in lists for position in found]  # to be measured
         self._is_measuring = False
         self._prefix: Use | None = None
-        self._arguments: list[Tensor] = []  # other arguments of blocks than their inputs
+        self._kept: list[Tensor] = []  # arguments of blocks that their graphs may hold
+        self._graphs: list[Any] = []  # of what runs between two lists: the nodes of its results
         self.prefix_parameters: list[Tensor] = []
+        self.inner_parameters: list[Tensor] = []  # of what runs between two lists
 
-    def measure(
-        self,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        *,
-        group_blocks: Sequence[int | None],
-    ) -> Costs:
+    @property
+    def unread(self) -> frozenset[int]:
+        """The blocks that have run, but never get a gradient, because nothing reads them."""
+        return frozenset(position for found in self._lists for position in found.unread)
+
+    def measure(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Costs:
         """Return the costs of every choice for the batch that the model is called with.
 
         Gradients, buffers and random numbers are unchanged afterwards.
@@ -91,109 +102,147 @@ class Profiler:
         with ExitStack() as stack:
             stack.enter_context(undisturbed(self._model))
             stack.enter_context(torch.enable_grad())
-            stack.callback(self._recomputer.recompute, ())  # also after an error within a block
-            self._recompute([])
+            stack.callback(self._runner.end)  # also after an error within a block
+            self._runner.begin()
             for handle in self._hooks():
                 stack.callback(handle.remove)
             stack.enter_context(self._memory)
             output = [self._model(*args, **kwargs)]
-            self._check_complete()
+            if self._waiting:
+                raise ValueError(self._out_of_order(self._waiting[0]))
             head = self._head(output)
+        first = self._lists[0]
         return Costs(
-            blocks=tuple(self._costs),
-            group_blocks=tuple(group_blocks),
-            pinned=frozenset(i for i in range(len(self._blocks)) if self._is_pinned(i)),
+            blocks=finished(self._lists, len(self._blocks)),
+            group_blocks=tuple(self._layout.homes),
+            pinned=self._layout.pinned(),
             head=head,
-            forward_base=self._forward_base + _SCALARS,
-            backward_base=self._backward_base + _SCALARS,
-            entry=self._entry,
+            forward_base=first.base + _SCALARS,
+            backward_base=first.back + _SCALARS,
+            entry=first.entry,
             head_gradients=sum(map(tensor_bytes, self._head_parameters())),
             prefix=self._prefix,
             batch=elements(args, kwargs),
             before=self._before_blocks,
             prefix_gradients=sum(map(tensor_bytes, self.prefix_parameters)),
+            first=first.blocks.start,
+            own=tuple((one.blocks.start, one.reached) for one in self._lists if one is not first),
             **self._outputs,
         )
 
     def _hooks(self) -> Iterator[RemovableHandle]:
-        for position, block in enumerate(self._blocks):
-            yield block.module.register_forward_pre_hook(
-                self._before(position), with_kwargs=True, prepend=True
-            )
-            yield block.module.register_forward_hook(self._after(position), with_kwargs=True)
+        for found in self._lists:
+            for position in found.blocks:
+                module = self._blocks[position].module
+                yield module.register_forward_pre_hook(
+                    self._before(found, position), with_kwargs=True, prepend=True
+                )
+                # First of all, so that whoever records outputs records these.
+                yield module.register_forward_hook(self._anchored(found), prepend=True)
+                yield module.register_forward_hook(self._after(found, position), with_kwargs=True)
 
-    def _before(self, position: int) -> Callable[..., None]:
+    def _before(self, found: BlockList, position: int) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if self._is_measuring:
                 return
-            if position != len(self._costs):
+            if not self._waiting or position != self._waiting[0]:
                 raise ValueError(self._out_of_order(position))
             x = block_input(args, kwargs)
-            if position == 0:
-                self._enter_blocks(x)
-            self._arguments += [tensor for tensor in tensors((args, kwargs)) if tensor is not x]
+            others = [tensor for tensor in tensors((args, kwargs)) if tensor is not x]
+            if position == found.blocks.start:
+                self._enter_list(found, x, others)
+            if found is not self._lists[0]:
+                self._see(found, position, others)
+            self._kept += others
             self._memory.restart()
             self._start = self._memory.live - tensor_bytes(x)
 
         return hook
 
-    def _after(self, position: int) -> Callable[..., Any]:
-        def hook(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
+    def _anchored(self, found: BlockList) -> Callable[..., Any]:
+        """Return a hook: what the block returns begins a graph, also where no graph is recorded."""
+
+        def hook(module: nn.Module, args: Any, output: Any) -> Any:
             if self._is_measuring:
                 return None
-            self._is_measuring = True
-            with outside_checkpoint(module):
-                self._costs.append(self._block_cost(position, args, kwargs))
-            self._is_measuring = False
-            return self._leave_blocks(output) if position == len(self._blocks) - 1 else None
+            y = first_tensor(output)
+            with torch.enable_grad():
+                return replaced(output, y, enter(found.new_anchor().to(y), y))
 
         return hook
 
-    def _block_cost(
-        self, position: int, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> BlockCost:
-        """Measure a block, or return the costs of an earlier block that looks the same."""
-        below = self._memory.peak - self._start
-        block = self._blocks[position].module
-        parameters = [(p.shape, p.dtype, p.requires_grad) for p in block.parameters()]
-        kinds = [type(module) for module in block.modules()]
-        seen = (kinds, parameters, len(self._groups[position]), below)
-        key = repr((*seen, self._memory.flops, self._memory.ops))
-        if key not in self._alike:
-            self._alike[key] = self._measure_block(position, args, kwargs, below)
-        return self._alike[key]
+    def _after(self, found: BlockList, position: int) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+            if self._is_measuring:
+                return
+            below, groups = self._memory.peak - self._start, self._layout.members[position]
+            self._is_measuring = True
+            with outside_checkpoint(module):
+                call = found.call(position, args, kwargs, is_reached=bool(self._prefix))
+                # Whoever records the outputs of the running forward does not record these.
+                cost = Context().run(self._runner.cost, module, groups, call, below)
+            self._is_measuring = False
+            found.costs.append(cost)
+            self._waiting.pop(0)
+            if position == found.blocks[-1]:
+                self._leave_list(found)
 
-    def _enter_blocks(self, x: Tensor) -> None:
-        """Measure the part before the blocks if it trains; then continue without a graph."""
-        self._before_blocks = self._memory.peak
-        self._entry = self._memory.size([x])
-        self._first_input = weakref.ref(x.untyped_storage())
-        self.prefix_parameters = trainable_leaves(x)
-        if self.prefix_parameters:
-            held = self._memory.live - tensor_bytes(x)
-            self._memory.restart()
-            start = self._memory.live - held
-            torch.autograd.grad(
-                leave(x), self.prefix_parameters, retain_graph=True, allow_unused=True
-            )
-            self._prefix = Use(0, held, self._memory.peak - start, self._memory.flops)
+        return hook
+
+    def _enter_list(self, found: BlockList, x: Tensor, others: Sequence[Tensor]) -> None:
+        """Measure what has run since the list before; then continue without a graph."""
+        if found is self._lists[0]:
+            self._before_blocks = self._memory.peak
+            self._measure_prefix(x, others)
+            self._first_moment = now()
+        else:
+            before = self._lists[self._lists.index(found) - 1]
+            before.then = Use(self._memory.peak, 0, 0, 0)
+            self._see(found, found.blocks.start, [x])
+        self._moment = now()
+        found.enter(self._memory, x)
         torch.set_grad_enabled(False)
 
-    def _leave_blocks(self, output: Any) -> Any:
-        """Continue with a graph that ends at this output."""
-        y = first_tensor(output)
-        self._forward_base = self._start - (self._prefix.held if self._prefix else 0)
-        self._backward_base = 0 if self._prefix else self._memory.size(self._arguments)
-        self._entry = self._entry if self._first_input() is not None else 0
+    def _measure_prefix(self, x: Tensor, others: Sequence[Tensor]) -> None:
+        """Measure the part before the blocks if it trains."""
+        trained = [t for t in (x, *others) if trainable_leaves(t)]
+        own = {id(p): p for tensor in trained for p in trainable_leaves(tensor)}
+        self.prefix_parameters = list(own.values())
+        if trained:
+            held = self._memory.live - tensor_bytes(x)
+            peak, flops = try_backward(self._memory, trained, self.prefix_parameters)
+            self._prefix = Use(0, held, peak + held, flops)
+
+    def _see(self, found: BlockList, position: int, arguments: Sequence[Tensor]) -> None:
+        """Measure the part that has made these ``arguments``, if it began at an earlier list."""
+        seen = set(map(id, self._kept))
+        fresh = [t for t in arguments if t.requires_grad and id(t) not in seen]
+        parameters = [p for tensor in fresh for p in trainable_leaves(tensor)]
+        others = [one for one in self._lists if one is not found]
+        ends = {id(end): end for end in (*parameters, *anchors_of(others))}
+        reaching = [t for t in fresh if any(id(leaf) in ends for leaf in leaves(t))]
+        for one in others:
+            one.note_read(leaf for tensor in reaching for leaf in leaves(tensor))
+        if reaching:
+            found.reached = min(found.reached, position)
+            before = self._lists[self._lists.index(found) - 1]
+            before.add_then(*try_backward(self._memory, reaching, list(ends.values())))
+            self.inner_parameters += parameters
+            self._graphs += [tensor.grad_fn for tensor in reaching]
+
+    def _leave_list(self, found: BlockList) -> None:
+        """Continue with a graph that ends at the list's outputs."""
+        found.leave(self._start - (self._prefix.held if self._prefix else 0))
+        if found is self._lists[0]:
+            found.back = 0 if self._prefix else self._memory.size(self._kept)
         torch.set_grad_enabled(True)
-        self._anchor = y.new_zeros((), requires_grad=True)
         self._memory.restart()
         self._memory.peak = 0  # not the bytes alive now: the last block's input will be freed
-        return replaced(output, y, enter(self._anchor, y))
 
     def _head(self, outputs: list[Any]) -> Use:
         """Measure the part after the blocks; the model's output is taken out of ``outputs``."""
-        forward = self._memory.peak - self._forward_base
+        first, last = self._lists[0], self._lists[-1]
+        forward = max(self._memory.peak - first.base, 0)
         output = outputs.pop()
         loss, own = loss_of(output), own_loss(output)
         size = self._memory.size(t for t in tensors(output) if t is not own)
@@ -201,80 +250,35 @@ class Profiler:
         del output
         alone, outside = alive - self._memory.live, 0 if own is not None else _LOSS * size
         self._outputs: dict[str, Any] = {"output": size, "output_alone": alone, "outside": outside}
-        leaves = [self._anchor, *self._head_parameters()]
-        return self._backward(loss, leaves, forward, self._backward_base)
+        return self._head_backward(loss, forward, first, last)
 
-    def _measure_block(
-        self, position: int, args: tuple[Any, ...], kwargs: dict[str, Any], below: int
-    ) -> BlockCost:
-        groups = self._groups[position]
-        block = self._blocks[position].module
+    def _head_backward(self, loss: Tensor, forward: int, first: BlockList, last: BlockList) -> Use:
+        """Measure the backward of what follows the last list, and then of what is older.
 
-        def role(*, trains: bool, passes: bool) -> BlockUses:
-            self._switch.set_flags(groups, [g.name for g in groups] if trains else [])
-            uses = []
-            for checkpointed in (False, True):
-                self._recompute([block] if checkpointed else [])
-                uses.append(self._run(block, args, kwargs, passes=passes))
-            self._recompute([])
-            return BlockUses(*uses)
-
-        idle = role(trains=False, passes=True)
-        active = role(trains=True, passes=True)
-        return BlockCost(
-            lowest=role(trains=True, passes=False),
-            active=active,
-            idle=idle,
-            below=below,
-            gradients=sum(tensor_bytes(p) for p in block.parameters() if p.requires_grad),
-        )
-
-    def _run(
-        self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, passes: bool
-    ) -> Use:
-        """Run one block forward and backward; with ``passes`` its input requires a gradient."""
-        self._memory.restart()
-        start = self._memory.live
-        anchor = torch.zeros((), requires_grad=True)
-        # Its gradient is wanted, so that nothing cuts the graph there.
-        anchor.register_hook(lambda gradient: None)  # type: ignore[no-untyped-call]
-        leaves = [anchor] if passes else []
-        leaves += [p for p in block.parameters() if p.requires_grad]
-        with torch.enable_grad():
-            loss = self._forward(block, args, kwargs, anchor if passes else None)
-        held_input = tensor_bytes(block_input(args, kwargs)) if self._copy() else 0
-        use = self._backward(loss, leaves, self._memory.peak - start, start)
-        return dataclasses.replace(use, input=held_input)
-
-    def _forward(
-        self,
-        block: nn.Module,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        anchor: Tensor | None,
-    ) -> Tensor:
-        x = block_input(args, kwargs)
-        copy = x.clone()  # only the graph must hold it
-        self._copy = weakref.ref(copy.untyped_storage())
-        if anchor is not None:
-            copy = enter(anchor.to(x), copy)
-        args, kwargs = replaced((args, kwargs), x, copy)
-        del copy
-        return leave(first_tensor(block(*args, **kwargs)))
-
-    def _backward(self, loss: Tensor, leaves: Sequence[Tensor], forward: int, start: int) -> Use:
-        held = self._memory.live - start
-        self._memory.restart()
-        if not loss.requires_grad:
-            return Use(forward, 0, 0, 0)
-        with no_autocast():
-            torch.autograd.grad(loss, leaves, torch.ones_like(loss), allow_unused=True)
-        return Use(forward, held, self._memory.peak - start, self._memory.flops)
-
-    def _is_pinned(self, position: int) -> bool:
-        allocated = {id(p) for group in self._groups[position] for p in group.parameters()}
-        parameters = self._blocks[position].module.parameters()
-        return any(p.requires_grad and id(p) not in allocated for p in parameters)
+        A backward pass runs the latter after the last list's blocks: it and the gradients that wait
+        for it are alive in their backward.
+        """
+        memory, parts = self._memory, GraphParts(loss, self._moment)
+        for one in self._lists:
+            one.note_read((*parts.late, *parts.early))
+        ends = anchors_of(self._lists) + self._head_parameters()
+        alive = memory.live
+        memory.restart()
+        waiting = parts.run_late(ends)
+        peak, flops, remaining = memory.peak, memory.flops, memory.live
+        if parts.is_older_than(self._first_moment):
+            first.back = remaining
+        later = max(remaining, first.back)
+        for one in self._lists[1:]:
+            one.back = later
+        most, older_flops = parts.run_early(memory, ends, waiting)
+        if first is last:
+            peak = max(peak, most)
+        else:
+            self._lists[-2].add_then(most - later, older_flops)
+            older_flops = 0
+        back = first.back
+        return Use(forward, max(alive - back, 0), max(peak - back, 0), flops + older_flops)
 
     def _head_parameters(self) -> list[Tensor]:
         before = {id(parameter) for parameter in self.prefix_parameters}
@@ -285,10 +289,6 @@ class Profiler:
             if p.requires_grad and id(p) not in before and not self._switch.is_detached(p)
         }
         return list(own.values())
-
-    def _check_complete(self) -> None:
-        if len(self._costs) < len(self._blocks):
-            raise ValueError(self._out_of_order(len(self._costs)))
 
     def _out_of_order(self, position: int) -> str:
         return (

@@ -168,5 +168,6 @@ def _least_peak(followers: Sequence[Costs], lowest: int) -> int:
 
 def _without_gradients(costs: Costs) -> Costs:
     blocks = tuple(replace(block, gradients=0) for block in costs.blocks)
-    loop = Loop(keeps_output=True)
-    return replace(costs, blocks=blocks, head_gradients=0, prefix_gradients=0, loop=loop)
+    routes = tuple(map(_without_gradients, costs.routes))
+    bare = replace(costs, blocks=blocks, routes=routes, head_gradients=0, prefix_gradients=0)
+    return replace(bare, loop=Loop(keeps_output=True))

@@ -55,7 +55,7 @@ class InputCut:
 
     Args:
         blocks: The blocks of the list.
-        rest: The modules of the model that lie in no block.
+        rest: The modules of the model that lie in no block of the list.
         callers: Knows the tensors of the caller.
     """
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from dynalora_optim.groups._blocks import Block, outside
+from dynalora_optim.groups._blocks import Block, in_lists, outside
 from dynalora_optim.switching._input_cut import CallersTensors, InputCut
 
 
@@ -39,10 +39,11 @@ class ModelHooks:
 
     def _cuts(self) -> Iterator[RemovableHandle]:
         """Register the hooks that end the graph."""
-        rest, callers = list(outside(self._model, self._blocks)), CallersTensors()
+        callers = CallersTensors()
         yield self._model.register_forward_pre_hook(callers.enter, with_kwargs=True)
         yield self._model.register_forward_hook(callers.leave, always_call=True)
         for blocks in in_lists(self._blocks):
+            rest = list(outside(self._model, blocks))  # another list may come before this one
             cut = InputCut([block.module for block in blocks], rest, callers)
             first = blocks[0].module
             yield first.register_forward_pre_hook(cut.enter, with_kwargs=True)
@@ -53,14 +54,6 @@ class ModelHooks:
         for handle in self._handles:
             handle.remove()
         self._handles = []
-
-
-def in_lists(blocks: Sequence[Block]) -> list[list[Block]]:
-    """Return the blocks of each list, such as an encoder's and a decoder's, by their parents."""
-    lists: dict[str, list[Block]] = {}
-    for block in blocks:
-        lists.setdefault(block.name.rpartition(".")[0], []).append(block)
-    return list(lists.values())
 
 
 def _without_cache(

@@ -1,0 +1,63 @@
+"""What a block costs in each role, and the plan that gives each block its role; numbers only."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Use:
+    """What one block costs in one role. Bytes include the block's own input if the block holds it.
+
+    Attributes:
+        forward: The most bytes alive during its forward.
+        held: The bytes alive between its forward and its backward.
+        backward: The most bytes alive during its backward, its recomputation included.
+        flops: The FLOPs of its backward, its recomputation included.
+        input: The bytes of the block's own input among those held.
+    """
+
+    forward: int
+    held: int
+    backward: int
+    flops: int
+    input: int = 0
+
+
+@dataclass(frozen=True)
+class BlockUses:
+    """The costs of one block in one role, kept in full or checkpointed."""
+
+    full: Use
+    checkpointed: Use
+
+
+@dataclass(frozen=True)
+class BlockCost:
+    """The costs of one block in each role.
+
+    Attributes:
+        lowest: The block trains, and the backward pass ends there.
+        active: The block trains and passes the gradient on.
+        idle: The block passes the gradient on, but does not train.
+        below: The most bytes alive during its forward if it records no graph.
+        gradients: The bytes of the gradients of its allocated parameters.
+    """
+
+    lowest: BlockUses
+    active: BlockUses
+    idle: BlockUses
+    below: int
+    gradients: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which blocks train, and which blocks that the gradient passes through are checkpointed."""
+
+    active: frozenset[int]
+    checkpointed: frozenset[int] = frozenset()
+
+    def lowest(self, blocks: int) -> int:
+        """Return the block at which the backward pass ends; ``blocks`` if none trains."""
+        return min(self.active, default=blocks)

@@ -1,0 +1,158 @@
+"""Running one block by itself, forward and backward, in each role that it can have."""
+
+from __future__ import annotations
+
+import dataclasses
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dynalora_optim._base.live_bytes import LiveBytes, tensor_bytes
+from dynalora_optim._base.trees import first_tensor, replaced
+from dynalora_optim.allocation._costs import BlockCost, BlockUses, Use
+from dynalora_optim.groups._module_group import ModuleGroup
+from dynalora_optim.memory._stand_ins import block_input, enter, leave, no_autocast
+from dynalora_optim.switching._module_switch import ModuleSwitch
+from dynalora_optim.switching._recompute import Recomputer
+
+
+@dataclass(frozen=True)
+class Call:
+    """How the model calls a block.
+
+    Attributes:
+        args: The positional arguments.
+        kwargs: The keyword arguments.
+        shared: The other arguments than its input that require a gradient, such as the output of an
+            encoder.
+        is_reached: Whether the gradient goes on below the block, whichever blocks train.
+        input_passes: If so, whether it does through the block's input.
+        is_last: Whether no later block gets the shared arguments.
+    """
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    shared: Sequence[Tensor] = ()
+    is_reached: bool = False
+    input_passes: bool = True
+    is_last: bool = True
+
+
+class BlockRunner:
+    """Measures blocks with ``memory``; blocks that look the same are measured once."""
+
+    def __init__(self, memory: LiveBytes, switch: ModuleSwitch) -> None:
+        self.memory = memory
+        self._switch = switch
+        self._recomputer = Recomputer()
+        self._recompute = partial(self._recomputer.recompute, among=switch.held)
+        self._alike: dict[str, BlockCost] = {}
+
+    def begin(self) -> None:
+        """Recompute no block, also none that the user has checkpointed."""
+        self._recompute([])
+
+    def end(self) -> None:
+        """Leave the user's own checkpoints as they were."""
+        self._recomputer.recompute(())
+
+    def cost(
+        self, block: nn.Module, groups: Sequence[ModuleGroup], call: Call, below: int
+    ) -> BlockCost:
+        """Return the costs of ``block``, whose forward without a graph has taken ``below`` bytes.
+
+        The numbers of operations since the last restart of the memory tell forwards apart.
+        """
+        parameters = [(p.shape, p.dtype, p.requires_grad) for p in block.parameters()]
+        kinds = [type(module) for module in block.modules()]
+        reached = call.is_reached, call.input_passes, call.is_last or not call.shared
+        shared = [tensor.shape for tensor in call.shared] if call.is_reached else []
+        seen = (kinds, parameters, len(groups), below, *reached, shared)
+        key = repr((*seen, self.memory.flops, self.memory.ops))
+        if key not in self._alike:
+            self._alike[key] = self._measured(block, groups, call, below)
+        return self._alike[key]
+
+    def _measured(
+        self, block: nn.Module, groups: Sequence[ModuleGroup], call: Call, below: int
+    ) -> BlockCost:
+        def role(*, trains: bool, passes: bool) -> BlockUses:
+            self._switch.set_flags(groups, [g.name for g in groups] if trains else [])
+            uses = []
+            for checkpointed in (False, True):
+                self._recompute([block] if checkpointed else [])
+                uses.append(self._run(block, call, passes=passes))
+            self._recompute([])
+            return BlockUses(*uses)
+
+        idle = role(trains=False, passes=True)
+        active = role(trains=True, passes=True)
+        return BlockCost(
+            lowest=active if call.is_reached else role(trains=True, passes=False),
+            active=active,
+            idle=idle,
+            below=below,
+            gradients=sum(tensor_bytes(p) for p in block.parameters() if p.requires_grad),
+        )
+
+    def _run(self, block: nn.Module, call: Call, *, passes: bool) -> Use:
+        """Run one block forward and backward; with ``passes`` its input requires a gradient."""
+        self.memory.restart()
+        start = self.memory.live
+        anchor = wanted(torch.zeros((), requires_grad=True))
+        leaves = [anchor] if passes else []
+        leaves += [p for p in block.parameters() if p.requires_grad]
+        with torch.enable_grad():
+            losses = self._forward(block, call, anchor if passes else None)
+        size = tensor_bytes(block_input(call.args, call.kwargs))
+        use = backward(self.memory, losses, leaves, self.memory.peak - start, start)
+        return dataclasses.replace(use, input=size if self._held_input else 0)
+
+    def _forward(self, block: nn.Module, call: Call, anchor: Tensor | None) -> list[Tensor]:
+        """Return a scalar for the output, and one for what later blocks make of each argument."""
+        x = block_input(call.args, call.kwargs)
+        tree: Any = (call.args, call.kwargs)
+        gotten = []
+        for tensor in call.shared:
+            new = tensor.detach()
+            if anchor is not None and call.is_reached:
+                new = enter(anchor.to(tensor), new)
+                gotten.append(new)
+            tree = replaced(tree, tensor, new)
+        copy = x.detach().clone()  # only the graph must hold it
+        held = weakref.ref(copy.untyped_storage())
+        if anchor is not None and (call.input_passes or not call.is_reached):
+            copy = enter(anchor.to(x), copy)
+        args, kwargs = replaced(tree, x, copy)
+        del copy, tree
+        losses = [leave(first_tensor(block(*args, **kwargs)))]
+        del args, kwargs
+        self._held_input = held() is not None
+        # In a backward pass later blocks come first, and their gradients wait for this one's.
+        return losses if call.is_last else [*losses, *map(leave, gotten)]
+
+
+def wanted(anchor: Tensor) -> Tensor:
+    """Return ``anchor`` with a hook: its gradient is wanted, so that nothing cuts the graph."""
+    anchor.register_hook(lambda gradient: None)  # type: ignore[no-untyped-call]
+    return anchor
+
+
+def backward(
+    memory: LiveBytes, losses: Sequence[Tensor], leaves: Sequence[Any], forward: int, start: int
+) -> Use:
+    """Run the backward of ``losses``; return what it takes beyond the ``start`` bytes."""
+    held = memory.live - start
+    memory.restart()
+    losses = [loss for loss in losses if loss.requires_grad]
+    if not losses or not leaves:
+        return Use(forward, 0, 0, 0)
+    with no_autocast():
+        ones = [torch.ones_like(loss) for loss in losses]
+        torch.autograd.grad(losses, leaves, ones, allow_unused=True)
+    return Use(forward, held, memory.peak - start, memory.flops)
