@@ -209,7 +209,11 @@ class Costs:
         """Return the most bytes alive after the blocks' forward, besides what the blocks hold."""
         alone = self.output_alone if self.loop.keeps_output else 0
         left = base + self.head.held + self.output_alone
-        alive = left if self.outside or not self.routes else left - base + self.backward_base
+        alive = (
+            left
+            if self.outside or not self.routes
+            else left - base + self.backward_base + self.loop.stale
+        )
         moments = [
             base + self.head.forward,
             alive + self.outside,
