@@ -216,10 +216,15 @@ class Costs:
     def after_blocks(self, base: int, lowest: int) -> int:
         """Return the most bytes alive after the blocks' forward, besides what the blocks hold."""
         alone = self.output_alone if self.loop.keeps_output else 0
-        left = self.backward_base + self.loop.stale + self.head.held + self.output_alone
+        left = base + self.head.held + self.output_alone
+        alive = (
+            left
+            if self.outside or not self.routes
+            else left - base + self.backward_base + self.loop.stale
+        )
         moments = [
             base + self.head.forward,
-            left + self.outside,
+            alive + self.outside,
             self.backward_base + self.head.backward + alone + self.outside,
         ]
         if self.loop.later:
@@ -245,8 +250,9 @@ class Costs:
 
     def left(self, plan: Plan) -> int:
         """Return the bytes that a forward leaves alive for its backward, its output included."""
-        here, _ = self.route_of(plan)
-        return here.backward_base + here.held(plan) + here.output_alone + here.outside
+        here, lowest = self.route_of(plan)
+        base = here.base(lowest) - here.loop.stale
+        return base + here.held(plan) + here.output_alone + here.outside
 
     def held(self, plan: Plan) -> int:
         """Return the bytes that autograd keeps at the end of the forward pass."""

@@ -70,9 +70,11 @@ class BlockRunner:
         """
         parameters = [(p.shape, p.dtype, p.requires_grad) for p in block.parameters()]
         kinds = [type(module) for module in block.modules()]
-        reached = call.is_reached, call.input_passes, call.is_last or not call.shared
-        shared = [tensor.shape for tensor in call.shared] if call.is_reached else []
-        seen = (kinds, parameters, len(groups), below, *reached, shared)
+        reached: tuple[object, ...] = ()  # of other blocks these differences make none
+        if call.is_reached:
+            shapes = [tensor.shape for tensor in call.shared]
+            reached = call.input_passes, shapes, call.is_last or not shapes
+        seen = (kinds, parameters, len(groups), below, call.is_reached, reached)
         key = repr((*seen, self.memory.flops, self.memory.ops))
         if key not in self._alike:
             self._alike[key] = self._measured(block, groups, call, below)
