@@ -112,12 +112,14 @@ class AllocatedOptimizer(LateBoundOptimizer):
         return name not in self._frozen and self._allocation.is_active(name)
 
     @torch.no_grad()
-    def _update_one(self, parameter: Tensor, position: int) -> None:
-        """Update one parameter of the piece at ``position``, within the backward pass."""
+    def _update_one(self, parameter: Tensor, position: int) -> bool:
+        """Update one parameter of the piece at ``position``, if active, in the backward pass."""
         part = self._parts()[position]
-        if self._is_active_name(part.name):
-            piece = self._pieces.piece(self.param_groups, part)
-            self._updater.update_one(parameter, piece, state=self.state, clock=self._allocation)
+        if not self._is_active_name(part.name):
+            return False
+        piece = self._pieces.piece(self.param_groups, part)
+        self._updater.update_one(parameter, piece, state=self.state, clock=self._allocation)
+        return True
 
     def active_parameters(self) -> list[Tensor]:
         """Return the parameters that get gradients now, including those outside all groups."""

@@ -176,6 +176,7 @@ class DynamicAllocationOptimizer(SavedOptimizer):
             raise RuntimeError("step() after close(): build a new DynamicAllocationOptimizer.")
         with torch.enable_grad():
             loss = closure() if closure is not None else None
+        self._updater.drop_spent_gradients()
         if not self._has_agreed:
             self._driver.check_held(flatten(self.param_groups))
         if is_rehearsal(self.param_groups, self.state):  # torch.distributed.checkpoint
