@@ -16,7 +16,10 @@ from torch import Tensor
 from dynalora_optim.update._backward import refusal
 
 # What needs no value. Attributes, such as shape, do not either.
-_HARMLESS = ("size", "stride", "dim", "numel", "is_floating_point", "is_complex", "requires_grad_")
+_HARMLESS = (
+    *("size", "stride", "dim", "numel", "element_size", "untyped_storage"),
+    *("is_floating_point", "is_complex", "requires_grad_"),
+)
 _NORMS = ("norm", "vector_norm", "linalg_vector_norm", "_foreach_norm")
 _SCALINGS = ("mul_", "__imul__", "_foreach_mul_")
 _DELETIONS = ("zero_", "_foreach_zero_")
@@ -36,7 +39,7 @@ class SpentGradient(Tensor):
         """Return the stand-in for ``gradient``."""
         values = gradient.coalesce().values() if gradient.is_sparse else gradient
         left = torch.linalg.vector_norm(values.detach())
-        spent = left.to(gradient.dtype).expand(gradient.shape).as_subclass(cls)
+        spent: SpentGradient = left.to(gradient.dtype).expand(gradient.shape).as_subclass(cls)
         spent.left = left
         return spent
 
