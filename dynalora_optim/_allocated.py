@@ -141,7 +141,8 @@ class AllocatedOptimizer(LateBoundOptimizer):
     def learning_rates(self) -> list[float]:
         """Return the learning rate that each of `module_groups` used at its last update.
 
-        It is nan before the first update, and for an optimizer that computes its own rates.
+        It is nan before the first update since the start or `load_state_dict`, and for an optimizer
+        that computes its own rates.
         """
         last = self._updater.rates.last
         rates = [last.get((part.line, part.name)) for part in self._parts()]

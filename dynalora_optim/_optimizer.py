@@ -281,6 +281,8 @@ class DynamicAllocationOptimizer(SavedOptimizer):
 
 def _close(model: nn.Module, driver: ModuleDriver, costing: StepCosting, updater: Updater) -> None:
     """Remove all hooks; no method, because a finalizer of a method would keep its object alive."""
+    if driver.is_closed:  # by now another optimizer may drive the modules
+        return
     for module in driver.modules():
         ActiveCopies.stop(module)
     score_all_modules(model)

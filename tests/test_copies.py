@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import io
 import logging
 import pickle
@@ -66,6 +67,17 @@ def test_a_copy_of_model_and_optimizer_keeps_the_choice(kind):
         assert [a.grad is None for a, _ in pairs] == [p.grad is None for p in twin.parameters()]
         assert other.active_groups == optimizer.active_groups
         optimizer.zero_grad()
+
+
+def test_copies_are_active_also_after_an_optimizer_that_was_replaced_is_deleted():
+    model = ToyModel()
+    former = wrapped(model, active=1)
+    optimizer = wrapped(model, active=1)
+    del former
+    gc.collect()
+    copied = copy.deepcopy(model)
+    assert all(layer[0].active for layer in copied.layers)
+    assert len(optimizer.active_groups) == 1
 
 
 def test_after_close_nothing_is_left_in_the_modules():
