@@ -216,12 +216,16 @@ class AllocatedOptimizer(LateBoundOptimizer):
             ActiveCopies.of(module)
         self._apply_allocation(probe=self._driver.is_probing)
 
-    def _join_unfrozen(self, wanted: Collection[str] = ()) -> None:
-        """Let groups join that were frozen so far: those that train now, and those ``wanted``."""
+    def _join_unfrozen(self, wanted: Collection[str] | None = None) -> None:
+        """Let groups join that were frozen so far: those that train now, or those ``wanted``."""
         ready = [
             parameter
             for group in self._waiting
-            if group.name in wanted or any(p.requires_grad for p in group.parameters())
+            if (
+                any(p.requires_grad for p in group.parameters())
+                if wanted is None
+                else group.name in wanted
+            )
             for parameter in group.parameters()
         ]
         held = set(map(id, flatten(self.param_groups)))

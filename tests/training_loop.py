@@ -224,6 +224,7 @@ class Loop:
         self.added: list[str] = []  # names of what has joined with a param group of its own
         self.clip = "none"
         self.pending = False  # whether there are gradients
+        self.waits: set[str] = set()  # modules that train, but that the next step leaves out
         for name in self.frozen:
             for parameter in self.model.groups()[name]:
                 parameter.requires_grad_(False)
@@ -327,6 +328,7 @@ class Loop:
             self.clipped()
             if fails:
                 raise Boom("closure")
+            self.drop(self.waits)
             return 0.5
 
         with self.local.rates():
@@ -542,6 +544,12 @@ class Loop:
                     for key in ("exp_avg", "momentum_buffer"):
                         if isinstance(value := state.get(parameter, {}).get(key), Tensor):
                             value.zero_()
+
+    def drop(self, names: Collection[str]) -> None:
+        """Delete the gradients of these modules."""
+        for name in names:
+            for parameter in self.model.groups()[name]:
+                parameter.grad = None
 
     def gradients(self) -> dict[str, Tensor | None]:
         """The gradients by name."""
