@@ -171,6 +171,7 @@ class TrainingScript(RuleBasedStateMachine):
             third = error_of(getattr(self.follower, move_of_follower), *rest)
             assert type(third) is type(error), (move, error, third)
         self.over = error is not None and not isinstance(error, Boom)
+        if self.over: print("OVER", move, repr(error)[:200])
         return error is None
 
     def waiting(self) -> set[str]:
@@ -223,6 +224,11 @@ class TrainingScript(RuleBasedStateMachine):
         self.active_sum += len(trained)
         if self.is_due() and not self.held:
             self.selection_made()
+
+    @precondition(lambda self: self.over)
+    @rule()
+    def end(self):
+        """Do nothing: all runs have ended in the same error."""
 
     # Moves that affect training
 
