@@ -609,7 +609,7 @@ class LocalRates:
             past[self.steps :] = [group["lr"]]
 
     def _rate(self, module: str | None, line: int, group: dict[str, Any]) -> float:
-        rate, time = group["lr"], self.updates.get(module or "", self.steps)
+        rate, time = group["lr"], self.updates.get(module, 0) if module else self.steps
         if self.loop.chosen["lr_time"] == "own":
             rate = group.get("initial_lr", group["lr"]) * decay(time)
         elif self.loop.chosen["lr_time"] == "local":
