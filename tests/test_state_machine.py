@@ -430,12 +430,13 @@ class TrainingScript(RuleBasedStateMachine):
     @rule()
     def save(self):
         runs = (self.leader, self.plain)
-        self.snapshot = [(run.shape(), run.saved()) for run in runs], self.ledger()
+        files = [(run.shape(), run.saved()) for run in runs]
+        self.snapshot = files, self.ledger(), self.leader.optimizer.groups
 
     @precondition(lambda self: not (self.over or self.leader.closed) and self.snapshot)
     @rule(used=st.booleans())
     def go_on_from_the_file(self, used):
-        files, ledger = self.snapshot
+        files, ledger, _ = self.snapshot
         self.leader, self.plain = (Loop.resumed(*file, used=used) for file in files)
         self.follower = Loop.resumed(*files[0])
         vars(self).update(copy.deepcopy(ledger))
@@ -451,9 +452,10 @@ class TrainingScript(RuleBasedStateMachine):
     @precondition(lambda self: not (self.over or self.leader.closed) and self.snapshot)
     @rule()
     def roll_back(self):
-        (ours, plain), ledger = self.snapshot
+        (ours, plain), ledger, groups = self.snapshot
         now, then = self.leader.shape(), ours[0]
         assume(all(now[key] == then[key] for key in ("frozen", "added")))
+        assume(self.leader.optimizer.groups == groups)  # others are refused
         for run, (_, file) in ((self.leader, ours), (self.follower, ours), (self.plain, plain)):
             run.load(torch.load(io.BytesIO(file), weights_only=True))
         vars(self).update(copy.deepcopy(ledger))

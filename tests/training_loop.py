@@ -492,14 +492,14 @@ class Loop:
     def resumed(shape: dict[str, Any], file: bytes, *, used: bool = False) -> Loop:
         """A run built anew that goes on from ``file``; one that was ``used`` has trained before."""
         fresh = Loop(shape["chosen"], plain=shape["plain"], seed=5, added=shape["added"])
-        for name in [name for name in fresh.frozen if name not in shape["frozen"]]:
-            fresh.unfreeze(name)
         fresh.clip, fresh.model.checkpoints = shape["clip"], shape["checkpoints"]
         fresh.model.to(shape["dtype"])
         if used:
             fresh.backward(900)
             fresh.step()
             fresh.zero_grad(True)
+        for name in [name for name in fresh.frozen if name not in shape["frozen"]]:
+            fresh.unfreeze(name)
         fresh.model.train(shape["training"])
         fresh.load(torch.load(io.BytesIO(file), weights_only=True))
         return fresh
