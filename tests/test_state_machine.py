@@ -209,10 +209,11 @@ class TrainingScript(RuleBasedStateMachine):
         self.plain.waits = joining - trained
         if move != "step_by_closure":  # whose gradients are still to come
             self.plain.drop(joining - trained)
+        batches = arguments[0] if arguments else ()  # of a closure
         moved = {
             name
             for name, params in self.plain.model.groups().items()
-            if name in trained and (arguments or any(p.grad is not None for p in params))
+            if name in trained and (batches or any(p.grad is not None for p in params))
         }
         if not self.do(move, *arguments, **quiet) or closed:
             return
