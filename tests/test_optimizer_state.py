@@ -420,3 +420,14 @@ def test_groups_that_are_held_stay_alone(life):
         optimizer.load_state_dict(before)
         train(model, optimizer, 2)
         assert len(optimizer.active_groups) == 3
+
+
+def test_a_group_that_waits_can_be_held():
+    model = ToyModel()
+    optimizer = wrapped(model, active=1, period=9)
+    model.layers.append(torch.nn.Sequential(ToyAdapter(8)))
+    optimizer.add_param_group({"params": [model.layers[-1][0].A, model.layers[-1][0].B]})
+    optimizer.hold(["layers.6.0"])
+    train(model, optimizer, 2)
+    assert optimizer.record.counts()["layers.6.0"] == 2
+    optimizer.load_state_dict(optimizer.state_dict())

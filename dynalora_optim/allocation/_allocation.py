@@ -125,7 +125,8 @@ class Allocation(AllocationState):
         chosen = self._selector.named(self.names, kept)
         if chosen != self.chosen or not self.record:
             self.chosen = chosen
-            scores = self.record[-1].scores if self.record else dict.fromkeys(self.names, 0.0)
+            before = self.record[-1].scores if self.record else {}  # without groups that are new
+            scores = {name: before.get(name, 0.0) for name in self.names}
             self.record.append(Reallocation(self.steps, scores, self.active_names()))
 
     def extend(
