@@ -11,23 +11,26 @@ from torch.utils.hooks import RemovableHandle
 from dynalora_optim._base.collectives import gathered, world_size
 from dynalora_optim._base.live_bytes import LiveBytes
 from dynalora_optim._base.trees import elements
+from dynalora_optim._costing_state import WATCHED, CostingState
 from dynalora_optim._driver import ModuleDriver
+from dynalora_optim._holdings import Holder, Holdings, total_of
 from dynalora_optim.allocation._allocation import Allocation
 from dynalora_optim.allocation._costs import Costs, Plan
 from dynalora_optim.allocation._joined import joined
+from dynalora_optim.allocation._resident import Resident
 from dynalora_optim.importance._tracker import ImportanceTracker
 from dynalora_optim.memory._announce import announce
 from dynalora_optim.memory._block_meter import BlockMeter
-from dynalora_optim.memory._habits import Habits
-from dynalora_optim.memory._passes import Graph, Passes
-from dynalora_optim.memory._shapes import MeasuredShapes, Shape, shape_of
+from dynalora_optim.memory._passes import Graph
+from dynalora_optim.memory._shapes import Shape, shape_of
+from dynalora_optim.update._pause import PausedState
+from dynalora_optim.update._rule import UpdateRule
 
 T = TypeVar("T")
-_WATCHED = 2  # optimizer steps whose temporary tensors are counted
 _KEPT = 1024  # plans that are kept
 
 
-class StepCosting:
+class StepCosting(CostingState):
     """Measures training batches and plans each forward, for an allocator that decides by costs."""
 
     def __init__(
@@ -38,61 +41,24 @@ class StepCosting:
         tracker: ImportanceTracker,
     ) -> None:
         self._meter = meter
-        self._allocation = allocation
         self._driver = driver
         self._tracker = tracker
         self._handles: list[RemovableHandle] = []
         self._is_measuring = False
-        self.restart()
+        super().__init__(allocation)
 
-    def restart(self) -> None:
-        """Forget all costs, and what was learned about the loop."""
-        self._shapes = MeasuredShapes()
-        self._follow(Habits())
+    def attach(self, holder: Holder, rule: UpdateRule, paused: PausedState) -> None:
+        """Listen to each training forward, if the allocation needs costs.
 
-    def _follow(self, habits: Habits) -> None:
-        self._habits = habits
-        self._passes = Passes(habits.see_backward)
-        # Of the forward that runs: its costs, its costs in the loop, and its plan.
-        self._now: tuple[Costs, Costs, Plan] | None = None
-        self._version: object = None  # of the habits that the allocation knows
-        self._plans: dict[object, tuple[Costs, Plan]] = {}
-        self._watched = 0  # optimizer steps whose temporary tensors were counted
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_plans": {}}  # their keys are ids of objects that a copy has not
-
-    def state(self) -> dict[str, Any]:
-        """Return the values that a resumed run needs, as plain numbers, strings and lists."""
-        return {"shapes": self._shapes.state(), "habits": self._habits.state()}
-
-    def check_state(self, state: Any) -> None:
-        """Raise unless `load_state` can load ``state``.
-
-        Raises:
-            ValueError: It has another form, or is of other modules.
+        Args:
+            holder: The optimizer, of which only a weak reference is kept.
+            rule: Its update rule.
+            paused: What happens to the state of modules that pause.
         """
-        self._restored(state)
-
-    def load_state(self, state: Any) -> None:
-        """Load what `state` returned; None stands for a run that has measured nothing."""
-        self._shapes, habits = self._restored(state)
-        self._follow(habits)
-        if habits.is_known:
-            self._watched = _WATCHED
-
-    def _restored(self, state: Any) -> tuple[MeasuredShapes, Habits]:
-        if state is None:
-            return MeasuredShapes(), Habits()
-        if not isinstance(state, dict) or not {"shapes", "habits"} <= state.keys():
-            raise ValueError("state_dict has a 'loop' of another form.")
-        modules = len(self._allocation.names)
-        shapes = MeasuredShapes.of(state["shapes"], modules=modules)
-        return shapes, Habits.of(state["habits"], modules=modules)
-
-    def attach(self) -> None:
-        """Listen to each training forward, if the allocation needs costs."""
         self.close()
+        if (total := total_of(self._allocation.allocator)) is not None:
+            places = self._meter.model, self._meter.blocks
+            self._holdings = Holdings(holder, rule, *places, paused=paused, total=total)
         if self._allocation.needs_costs:
             self._handles = announce(self._meter.model, self)
 
@@ -113,6 +79,7 @@ class StepCosting:
         self._now = None
         if self._allocation.costs is None:
             self.restart()  # groups may have been added since: older costs do not know them
+        self._count_holdings(args, kwargs)
         self._habits.standing |= self._driver.has_gradients()
         shape, graphs = shape_of(args, kwargs), self._passes.alive()
         costs = self._shapes.find(shape, elements(args, kwargs))
@@ -122,6 +89,12 @@ class StepCosting:
             here, plan = self._planned_or_refused(costs, graphs)
             self._driver.recompute(plan.checkpointed)
             self._now = costs, here, plan
+
+    def _count_holdings(self, args: Any, kwargs: Any) -> None:
+        """Count what is alive beside the step, and again if there is new state."""
+        holdings, known = self._holdings, self._habits.resident.weights
+        if holdings and (not known or holdings.has_new_state()):
+            self._habits.resident = holdings.count(args, kwargs)
 
     def _fits(self, costs: Costs, graphs: Sequence[Graph]) -> bool:
         """Return whether the budget holds a forward of these costs, which are of a larger batch."""
@@ -154,6 +127,7 @@ class StepCosting:
         measured = [self._measured(args, kwargs)]
         if self._allocation.costs is None:  # all ranks run their first forward together
             measured = gathered(measured[0])
+            self._habits.resident = reduce(Resident.merged, gathered(self._habits.resident))
         measured = [costs for costs in measured if costs.flops(costs.all_active)]
         if not measured:
             return None
@@ -240,7 +214,7 @@ class StepCosting:
             update: Updates the parameters.
             largest: Returns the bytes of the largest gradient of a group.
         """
-        if not self._allocation.needs_costs or self._watched >= _WATCHED:
+        if not self._allocation.needs_costs or self._watched >= WATCHED:
             return update()
         self._watched += 1
         with LiveBytes() as memory:
@@ -280,7 +254,8 @@ class StepCosting:
         if args or kwargs:
             if not self._meter.model.training:
                 raise RuntimeError("memory_report() measures training: call model.train() first.")
-            costs = self._measured(args, kwargs)
+            self._count_holdings(args, kwargs)
+            costs = self._habits.beside(self._measured(args, kwargs))
             if self._habits.is_known:
                 costs = self._habits.in_loop(costs, [], carried=0, stale=0)
         if costs is None:

@@ -130,7 +130,7 @@ class DynamicAllocationOptimizer(SavedOptimizer):
         choosing = Choosing(as_allocator(allocator), as_schedule(period), active, seed)
         tracker = as_tracker(importance)
         assembly = Assembly(model, grouping, backward, choosing, tracker)
-        former = owners_to_replace(grouping, optimizer)
+        former = owners_to_replace(model, grouping, optimizer, assembly.allocation.needs_costs)
         # Nothing outside this object has changed so far; nothing below raises.
         replace_owners(former)
         log_waiting(grouping)
@@ -269,7 +269,7 @@ class DynamicAllocationOptimizer(SavedOptimizer):
         for module in self._driver.modules():
             ActiveCopies.of(module)
         self._driver.attach()
-        self._costing.attach()
+        self._costing.attach(self, self._updater.rule, self.pause.state)
         parts = self._model, self._driver, self._costing, self._updater
         weakref.finalize(self, _close, *parts).atexit = False
 

@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 from dynalora_optim import AllocationContext, Budget
 from dynalora_optim.allocation._costs import BlockCost, BlockUses, Costs, Plan, Use
 from dynalora_optim.allocation._loop import Loop
+from dynalora_optim.allocation._resident import NOTHING, UNIT, Resident
 from dynalora_optim.allocation._saved_costs import restored_costs, saved_costs
 from dynalora_optim.allocation._search import best_plan, cheapest_plan, least_peak
 from dynalora_optim.allocation._tilt import tilt
@@ -67,6 +68,16 @@ def any_costs(draw: Any) -> Costs:
     )
 
 
+# State that exists only while its block trains: whole bytes per byte of gradients are exact.
+residents = st.builds(
+    Resident,
+    active=st.integers(0, 3).map(lambda bytes_: bytes_ * UNIT),
+    update=st.integers(0, 3).map(lambda bytes_: bytes_ * UNIT),
+    outer_update=sizes,
+    most_update=st.integers(0, 100),
+)
+
+
 @st.composite
 def loops(draw: Any, blocks: int) -> Loop:
     later = draw(st.lists(sizes, min_size=blocks, max_size=blocks) | st.just([]))
@@ -76,6 +87,7 @@ def loops(draw: Any, blocks: int) -> Loop:
         keeps_output=draw(st.booleans()),
         update=draw(st.integers(0, 100)),
         later=tuple(later),
+        resident=draw(st.just(NOTHING) | residents),
     )
 
 

@@ -67,6 +67,10 @@ def _accuracy(counts: np.ndarray, truth: np.ndarray, predictions: np.ndarray) ->
     return np.asarray(counts @ (truth == predictions).astype(float) / len(truth))
 
 
+def _minus_loss(counts: np.ndarray, _: np.ndarray, predictions: np.ndarray) -> np.ndarray:
+    return np.asarray(-counts @ predictions / len(predictions))
+
+
 def _pearson(counts: np.ndarray, truth: np.ndarray, predictions: np.ndarray) -> np.ndarray:
     """Return 0 if one of them is constant. Values are centred, so that the sums do not cancel."""
     x, y = (
@@ -107,5 +111,9 @@ def _ratio(over: np.ndarray, under: np.ndarray) -> np.ndarray:
     return np.asarray(np.divide(over, under, out=np.zeros_like(over), where=under > 0))
 
 
-BY_SUMS: dict[str, Drawn] = {"accuracy": _accuracy, "Pearson": _pearson}
+BY_SUMS: dict[str, Drawn] = {
+    "accuracy": _accuracy,
+    "minus loss": _minus_loss,
+    "Pearson": _pearson,
+}
 BY_TABLE: dict[str, Drawn] = {"F1": _f1, "Matthews correlation": _matthews}

@@ -1,4 +1,4 @@
-"""Two importances that might be better than a random choice when few modules are active.
+"""Importances and draws that might be better than a random choice when few modules are active.
 
 They are also examples of how to write a measure and an allocator.
 """
@@ -6,14 +6,16 @@ They are also examples of how to write a measure and an allocator.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from dynalora_optim import AllocationContext
+from dynalora_optim import AllocationContext, RoundRobin
 
 
 @dataclass(frozen=True)
@@ -76,3 +78,85 @@ class UpperConfidence:
             return context.importance[m] / most + self.exploration * bonus
 
         return sorted(context.ranking(), key=index, reverse=True)[: context.active]
+
+
+@dataclass(frozen=True)
+class RootMeanSquare:
+    """The root of the mean squared gradient of a module, which does not grow with its size.
+
+    Source: GRASS (arXiv 2604.07808); MISA (arXiv 2511.00056) uses its square.
+    """
+
+    def score_gradients(self, parameters: Sequence[Tensor]) -> Tensor:
+        """Return the root of the mean over all elements of all gradients."""
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        squares = torch.stack([gradient.detach().float().square().sum() for gradient in gradients])
+        return (squares.sum() / sum(map(Tensor.numel, gradients))).sqrt()
+
+
+@dataclass(frozen=True)
+class Alignment:
+    """How much a gradient points where its running mean does: their cosine, mapped to [0, 1].
+
+    Attributes:
+        beta: Decay of the running mean.
+
+    Source: Magma (arXiv 2602.15322).
+    """
+
+    beta: float = 0.9
+    _means: WeakTensorKeyDictionary = field(
+        default_factory=WeakTensorKeyDictionary, repr=False, compare=False
+    )
+
+    def score_gradients(self, parameters: Sequence[Tensor]) -> Tensor:
+        """Return (1 + cosine) / 2 over all gradients of the module; 1 the first time."""
+        terms = [self._sums(p, p.grad.detach().float()) for p in parameters if p.grad is not None]
+        product, mean, gradient = torch.stack(terms).sum(0)
+        cosine: Tensor = product / (mean * gradient).sqrt().clamp_min(1e-30)
+        return (1 + cosine) / 2
+
+    def _sums(self, parameter: Tensor, gradient: Tensor) -> Tensor:
+        """Return <m, g>, <m, m> and <g, g>, and move the mean m towards g."""
+        mean: Tensor = self._means.get(parameter, gradient)  # type: ignore[no-untyped-call]
+        self._means[parameter] = self.beta * mean + (1 - self.beta) * gradient
+        pairs = ((mean, gradient), (mean, mean), (gradient, gradient))
+        return torch.stack([(a * b).sum() for a, b in pairs])
+
+
+@dataclass(frozen=True)
+class Softmax:
+    """Draws modules, one after the other, with weights exp(y / (T mean y)).
+
+    Dividing by the mean makes the temperature T independent of the scale of the scores. A high T
+    draws uniformly; a low one draws the most important modules.
+
+    Attributes:
+        temperature: T.
+
+    Source: GRASS (arXiv 2604.07808), MISA (arXiv 2511.00056).
+    """
+
+    temperature: float = 1.0
+
+    def weights(self, context: AllocationContext) -> list[float]:
+        """Return exp((y^ - max y^) M / T) for M modules, whose mean y^ is 1 / M."""
+        top, modules = max(context.importance), len(context.importance)
+        return [math.exp((y - top) * modules / self.temperature) for y in context.importance]
+
+    def select(self, context: AllocationContext) -> list[int]:
+        """Return the modules that are drawn."""
+        return context.sample(self.weights(context))
+
+
+# Short names of what is not in dynalora_optim, or has other settings there.
+ALLOCATORS: dict[str, Callable[..., Any]] = {
+    "bandit": UpperConfidence,
+    "softmax": Softmax,
+    "shuffled": partial(RoundRobin, "random"),
+}
+MEASURES: dict[str, Callable[[], Any]] = {
+    "decrease": ExpectedDecrease,
+    "rms": RootMeanSquare,
+    "alignment": Alignment,
+}

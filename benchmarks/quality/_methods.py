@@ -3,8 +3,10 @@
 A method is a name, such as ``forward``. It may have options after an @, such as
 ``forward@active=4,period=10`` or ``budget-0.40@activation_warmup=0``. The options are those of
 `DynamicAllocationOptimizer`; ``activation_warmup`` for ``Pause(warmup=...)``; those of `Budget`
-(memory, compute, base, floor); ``top=1/3`` to put adapters only into the top share of the blocks;
-and ``targets=all-linear`` to put them into all linear layers.
+(memory, compute, base, floor); ``temperature`` of a softmax draw; ``top=1/3`` to adapt only the top
+share of the blocks; ``targets=all-linear`` to put adapters into all linear layers; and
+``longer=1.25`` to train for that many times the task's steps, so that methods can be compared at
+equal compute.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from _importances import ExpectedDecrease, UpperConfidence
+from _importances import ALLOCATORS, MEASURES
 from _models import lora_targets
 from _shared import head_modules
 from torch import nn
@@ -24,6 +26,7 @@ from torch.optim import Optimizer
 
 from dynalora_adapters import LoRAConfig, VeRAConfig, inject
 from dynalora_optim import (
+    Blocks,
     Budget,
     DynamicAllocationOptimizer,
     Ema,
@@ -51,9 +54,12 @@ class Method:
     Attributes:
         adapts: One of `SCALES`, or ``"lora-peft"``, ``"vera-peft"`` for the adapters of peft.
         allocation: Options of `DynamicAllocationOptimizer`; None for the plain optimizer.
-        top: The share of the blocks, counted from the top, that get adapters.
+        top: The share of the blocks, counted from the top, that get adapters or, with ``adapts``
+            ``"full"``, train. Below 1, nothing outside the blocks and the head trains.
         targets: ``"all-linear"``, or None for the query and value projections.
         preset: `lisa` or `badam`, used in place of `DynamicAllocationOptimizer`.
+        longer: The number of steps, as a multiple of the task's.
+        checkpointed: Recompute every block in the backward pass, by the model's own switch.
     """
 
     adapts: str
@@ -61,6 +67,8 @@ class Method:
     top: float = 1.0
     targets: str | None = None
     preset: Callable[..., DynamicAllocationOptimizer] | None = None
+    longer: float = 1.0
+    checkpointed: bool = False
 
     @property
     def scale(self) -> float:
@@ -74,6 +82,12 @@ def _dynamic(adapts: str = "lora", **options: Any) -> Method:
     return Method(adapts, {**share, **usual, **options})
 
 
+def _blocks(**options: Any) -> Method:
+    """Return a method that trains whole blocks, chosen by a `Budget`, and the head."""
+    groups = Blocks(outside="frozen")
+    return Method("full", {"period": PERIOD, "groups": groups, "heads": True, **options})
+
+
 def _decrease(allocator: Any) -> Method:
     return _dynamic(importance="decrease", allocator=allocator)
 
@@ -85,17 +99,24 @@ METHODS: dict[str, Method] = {
     "lora-peft": Method("lora-peft"),
     "static": Method("lora", top=1 / 3),
     "random": _dynamic(allocator="random"),
+    "shuffled": _dynamic(allocator="shuffled"),
     "forward": _dynamic(importance="forward"),
     "gradient": _dynamic(importance="gradient"),
     "decrease": _decrease("stochastic"),
     "bandit": _decrease("bandit"),
+    "grass": _dynamic(importance="rms", allocator="softmax"),
+    "magma": _dynamic(importance="alignment", allocator="softmax"),
     "vera": Method("vera"),
     "vera-peft": Method("vera-peft"),
     "dynavera": _dynamic("vera", importance="forward"),
+    "lora-checkpointed": Method("lora", checkpointed=True),
+    "budget-0.175": _dynamic(memory=0.175, compute=0.6),
     "budget-0.40": _dynamic(memory=0.40, compute=0.6),
     "budget-0.75": _dynamic(memory=0.75, compute=1.0),
     "lisa": Method("full", {"layers": 2, "period": PERIOD}, preset=lisa),
     "badam": Method("full", {"period": PERIOD}, preset=badam),
+    "top-blocks": Method("full", top=1 / 3),
+    "blocks-0.30": _blocks(memory=0.30, compute=0.6),
 }
 
 
@@ -110,12 +131,14 @@ def method(name: str) -> Method:
         raise ValueError(f"there is no method {base!r}; choose from {[*METHODS]}")
     found = METHODS[base]
     given = dict(map(_option, filter(None, options.split(","))))
-    adapters = {key: given.pop(key) for key in ("top", "targets") if key in given}
-    found = replace(found, **adapters)
-    if found.targets not in (None, "all-linear") or (found.targets and found.top < 1):
-        raise ValueError(f"{name!r}: targets= must be all-linear, and then top= must be 1")
+    of_method = ("top", "targets", "longer")
+    found = replace(found, **{key: given.pop(key) for key in of_method if key in given})
+    if found.targets not in (None, "all-linear"):
+        raise ValueError(f"{name!r}: targets= must be all-linear")
     if given and found.allocation is None:
-        raise ValueError(f"{base} makes no choices, so {name!r} may only set top= and targets=")
+        raise ValueError(
+            f"{base} makes no choices, so {name!r} may only set {', '.join(of_method)}"
+        )
     return replace(found, allocation={**found.allocation, **given}) if found.allocation else found
 
 
@@ -134,14 +157,18 @@ def _option(text: str) -> tuple[str, Any]:
 
 def adapt(model: nn.Module, chosen: Method) -> nn.Module:
     """Prepare the parameters that a method trains. Return the model; peft may wrap it."""
-    kind, heads = chosen.adapts, head_modules(model)
+    kind, heads = chosen.adapts, new_heads(model)
+    if chosen.checkpointed:
+        model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
     if kind == "full":
+        if chosen.top < 1:
+            _freeze_below(model, chosen.top, heads)
         return model
     if kind == "bitfit":
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name.endswith("bias") or name.split(".")[0] in heads)
         return model
-    targets = chosen.targets or top_targets(model, chosen.top)
+    targets = top_targets(model, chosen)
     if kind == "lora":
         config = LoRAConfig(rank=LORA_RANK, alpha=2 * LORA_RANK, targets=targets, trainable=heads)
         return inject(model, config)
@@ -165,21 +192,37 @@ def _adapted_by_peft(
     return adapted
 
 
-def top_targets(model: nn.Module, top: float) -> list[str]:
+def top_targets(model: nn.Module, chosen: Method) -> str | list[str]:
     """Return the layers to adapt. Below ``top=1`` they are full names in the top blocks."""
-    targets = lora_targets(model)
-    if top >= 1:
-        return targets
-    places = [re.search(r"\.(\d+)\.", name) for name, _ in model.named_modules()]
-    blocks = 1 + max(int(place[1]) for place in places if place)
-    lowest = blocks - max(1, round(top * blocks))
+    named = chosen.targets or lora_targets(model)
+    if chosen.top >= 1:
+        return named
+    in_top = _in_top(model, chosen.top)
     return [
         name
-        for name, _ in model.named_modules()
-        if name.rpartition(".")[2] in targets
-        and (place := re.search(r"\.(\d+)\.", name))
-        and int(place[1]) >= lowest
+        for name, module in model.named_modules()
+        if in_top(name)
+        and (isinstance(module, nn.Linear) if chosen.targets else name.rpartition(".")[2] in named)
     ]
+
+
+def _freeze_below(model: nn.Module, top: float, heads: list[str]) -> None:
+    """Freeze all parameters except those of the heads and of the top share of the blocks."""
+    in_top = _in_top(model, top)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name.split(".")[0] in heads or in_top(name))
+
+
+def _in_top(model: nn.Module, top: float) -> Callable[[str], bool]:
+    """Return whether a name belongs to the top share of the blocks."""
+
+    def block(name: str) -> int:
+        place = re.search(r"\.(\d+)\.", name)
+        return int(place[1]) if place else -1
+
+    blocks = 1 + max(block(name) for name, _ in model.named_modules())
+    lowest = blocks - max(1, round(top * blocks))
+    return lambda name: block(name) >= lowest
 
 
 def build(model: nn.Module, chosen: Method, *, lr: float, seed: int) -> Optimizer:
@@ -198,10 +241,12 @@ def build(model: nn.Module, chosen: Method, *, lr: float, seed: int) -> Optimize
         if parameter.requires_grad:
             (head if name.startswith(tuple(heads)) else adapted).append(parameter)
     groups = [{"params": adapted, "lr": lr * chosen.scale}, {"params": head, "lr": lr}]
-    optimizer = torch.optim.AdamW(groups)
+    optimizer = torch.optim.AdamW([group for group in groups if group["params"]])
     if chosen.allocation is None:
         return optimizer
     options = {"seed": seed, **_allocation(chosen.allocation)}
+    if options.pop("heads", False):
+        options["always_active"] = heads
     if chosen.preset is not None:
         return chosen.preset(model, optimizer, always_active=heads, **options)
     return DynamicAllocationOptimizer(optimizer, model, **options)
@@ -211,8 +256,14 @@ def head_names(model: nn.Module) -> list[str]:
     """Return the dotted paths of the heads. The model may be a peft model."""
     inner = getattr(model, "base_model", None)
     if type(model).__name__.startswith("Peft"):
-        return [f"base_model.model.{name}" for name in head_modules(inner.model)]  # type: ignore[union-attr]
-    return head_modules(model)
+        return [f"base_model.model.{name}" for name in new_heads(inner.model)]  # type: ignore[union-attr]
+    return new_heads(model)
+
+
+def new_heads(model: nn.Module) -> list[str]:
+    """Return the names of the heads that start from random weights: a language model has none."""
+    outputs = getattr(model, "get_output_embeddings", lambda: None)()
+    return head_modules(model) if outputs is None else []
 
 
 def _allocation(options: Mapping[str, Any]) -> dict[str, Any]:
@@ -223,8 +274,10 @@ def _allocation(options: Mapping[str, Any]) -> dict[str, Any]:
         plain["allocator"] = Budget(**shares)
     if "activation_warmup" in plain:
         plain["pause"] = Pause(warmup=plain.pop("activation_warmup"))
-    if plain.get("allocator") == "bandit":
-        plain["allocator"] = UpperConfidence()
-    if plain.get("importance") == "decrease":
-        plain["importance"] = ImportanceTracker(ExpectedDecrease(), window=Ema(0.9), probe=True)
+    allocator, importance = plain.get("allocator"), plain.get("importance")
+    if allocator in ALLOCATORS:
+        temperature = {"temperature": plain.pop("temperature")} if "temperature" in plain else {}
+        plain["allocator"] = ALLOCATORS[allocator](**temperature)
+    if importance in MEASURES:
+        plain["importance"] = ImportanceTracker(MEASURES[importance](), window=Ema(0.9), probe=True)
     return plain

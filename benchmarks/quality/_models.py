@@ -13,6 +13,8 @@ from _corpora import PINS
 from _shared import CAUSAL_LM, CLASSIFIER, archive, cache_folder, extract, made, pins, pretrained
 from torch import nn
 
+from dynalora_optim.integrations.transformers import chunk_loss
+
 LARGER = "all-mpnet-base-v2"
 
 # The query and value projections, by transformers' ``config.model_type``. GPT-2 joins them.
@@ -71,6 +73,17 @@ def load_classifier(
     heads = {"num_labels": num_labels, "pad_token_id": pad_token_id}
     kind = "AutoModelForSequenceClassification"
     model: nn.Module = pretrained(kind, source, dtype=torch.float32, **heads, **cut)
+    return model
+
+
+def load_language_model(source: str, *, layers: int | None = None) -> nn.Module:
+    """Load the weights of a language model, whose loss is computed in chunks.
+
+    ``layers`` limits the number of blocks; None: all.
+    """
+    cut = {} if layers is None else {"num_hidden_layers": layers}
+    model: nn.Module = pretrained("AutoModelForCausalLM", source, dtype=torch.float32, **cut)
+    chunk_loss(model)
     return model
 
 

@@ -1,4 +1,4 @@
-"""The tasks of the sweep: GLUE, and an offline suite of real sentences that is not GLUE.
+"""The tasks of the sweep: GLUE, an offline suite of real sentences, and one for language models.
 
 Every task has training rows, validation rows to choose a learning rate, and test rows to report on.
 If a public official test split exists, it is used. If not, a share of the rows is held out. It is
@@ -10,25 +10,38 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from _corpora import GLUE_COLUMNS, bbc_news, load_glue, orange_texts, vader_ratings
-from _shared import Row, read_csv, split_tenth
+from _shared import CAUSAL_LM, Row, read_csv, split_tenth
 
 Metric = Callable[[np.ndarray, np.ndarray], float]  # labels, predictions
 
 
 @dataclass(frozen=True)
 class SuiteTask:
-    """The training, validation and test rows of a task."""
+    """The training, validation and test rows of a task.
+
+    Attributes:
+        train: The training rows.
+        validation: The rows by which a learning rate is chosen.
+        test: The rows of the report.
+        is_regression: The labels are ratings, not classes.
+        asks: What the model is asked for: the label of a row; or, of a language model, the
+            ``"next token"``, or the ``"answer"`` that stands for the label.
+        answers: The answer of each class.
+    """
 
     train: Sequence[Row]
     validation: Sequence[Row]
     test: Sequence[Row]
     is_regression: bool = False
+    asks: Literal["label", "next token", "answer"] = "label"
+    answers: tuple[str, ...] = ()
 
     @property
     def num_labels(self) -> int:
@@ -82,7 +95,13 @@ def _pearson(labels: np.ndarray, predictions: np.ndarray) -> float:
     return float(np.corrcoef(labels, predictions)[0, 1])
 
 
+def _minus_loss(labels: np.ndarray, predictions: np.ndarray) -> float:
+    """Return the mean loss per token with a minus, so that more is better, as in all metrics."""
+    return -float(predictions.mean())
+
+
 METRICS: dict[str, Metric] = {
+    "minus loss": _minus_loss,
     "accuracy": _accuracy,
     "Matthews correlation": _matthews,
     "F1": _f1,
@@ -110,6 +129,25 @@ def _vader_tweets() -> SuiteTask:
 
 def _bbc_news() -> SuiteTask:
     return SuiteTask(*split_by_hash(_distinct(_classes(bbc_news()))))
+
+
+def _answers(load: Callable[[], SuiteTask], answers: Sequence[str]) -> SuiteTask:
+    """Return a task of classes as questions to a language model. Its test has 300 rows."""
+    task = load()
+    return replace(
+        task,
+        validation=task.validation[:HELD_OUT],
+        test=task.test[:HELD_OUT],
+        asks="answer",
+        answers=tuple(answers),
+    )
+
+
+def _plain_text(name: str) -> SuiteTask:
+    """Return the texts of a corpus, for a language model."""
+    task = _official(name)
+    held_out = (task.validation[:HELD_OUT], task.test[:HELD_OUT])
+    return SuiteTask(task.train, *held_out, asks="next token")
 
 
 def _own(path: Path) -> SuiteTask:
@@ -143,7 +181,20 @@ _GLUE_METRICS = {
     "stsb": ("Pearson", "Spearman"),
 }
 
+HELD_OUT = 300  # rows of a language task in each evaluation at the end of a run
+# In the order of the names of the classes; R8's are acq, crude, earn, grain, interest, money-fx,
+# ship and trade.
+R8_ANSWERS = ("mergers", "oil", "earnings", "grain", "interest", "currency", "shipping", "trade")
+BBC_ANSWERS = ("business", "entertainment", "politics", "sport", "technology")
+
 SUITES: dict[str, dict[str, Recipe]] = {
+    "language": {
+        "bbc_answers": Recipe(lambda: _answers(_bbc_news, BBC_ANSWERS), ("accuracy",), 120, 48),
+        "r8_answers": Recipe(
+            lambda: _answers(lambda: _official("reuters-r8"), R8_ANSWERS), ("accuracy",), 120, 48
+        ),
+        "reuters_text": Recipe(lambda: _plain_text("reuters-r8"), ("minus loss",), 120, 64),
+    },
     "offline": {
         "rotten_tomatoes": Recipe(_rotten_tomatoes, ("accuracy",), 200, 40),
         "vader_tweets": Recipe(_vader_tweets, ("Pearson",), 300, 32),
@@ -166,6 +217,7 @@ SUITES: dict[str, dict[str, Recipe]] = {
     },
 }
 assert SUITES["glue"].keys() == GLUE_COLUMNS.keys()
+DEFAULT_MODELS = {"language": CAUSAL_LM}  # of other suites: CLASSIFIER
 
 
 def recipe(suite: str, task: str) -> Recipe:

@@ -4,25 +4,24 @@ from __future__ import annotations
 
 import hashlib
 import json
-import random
 import statistics
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
-from itertools import chain, islice, repeat
 from typing import Any
 
 import numpy as np
 import torch
+from _batches import length_grouped_batches
+from _kinds import Kind, kind_of
 from _methods import adapt, build, method
-from _models import load_classifier, locate
-from _shared import Batch, batched, encode, linear_schedule, pretrained, without_padding
+from _models import locate
+from _shared import Batch, batched, linear_schedule, pretrained, without_padding
 from _store import versions
-from _suite import METRICS, SuiteTask, recipe
+from _suite import METRICS, recipe
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.utils.data import default_collate
 
 from dynalora_optim import DynamicAllocationOptimizer, LiveBytes
 
@@ -57,8 +56,7 @@ class Work:
     """A task, tokenized for a model."""
 
     source: str
-    pad_token_id: int
-    task: SuiteTask
+    kind: Kind
     train: list[Batch]
     validation: list[Batch]
     test: list[Batch]
@@ -70,14 +68,14 @@ def prepare(suite: str, name: str, model: str, max_length: int) -> Work:
     source = locate(model)
     tokenizer = pretrained("AutoTokenizer", source)
     task = recipe(suite, name).load()
+    kind = kind_of(task, tokenizer)
 
     def encoded(rows: Sequence[Any]) -> list[Batch]:
-        return encode(tokenizer, rows, max_length)
+        return kind.encode(rows, max_length)
 
     return Work(
         source,
-        tokenizer.pad_token_id,
-        task,
+        kind,
         encoded(task.train),
         encoded(task.validation),
         encoded(task.test),
@@ -91,12 +89,15 @@ def run(settings: Settings) -> dict[str, Any]:
         ``key``, ``settings``, ``versions``; ``evaluations``: step, loss and metrics on validation
         rows, as a list; ``validation`` and ``test``: the metrics on all rows at the end;
         ``predictions``: for the test rows, in their order; ``peak_bytes`` and ``saved_bytes``: the
-        largest of the counted steps; ``active_parameters``: mean number of parameters with a
-        gradient; ``trainable_parameters``; ``counts``: active steps by module; ``seconds``.
+        largest of the counted steps; ``state_bytes``: the most that the optimizer's state took,
+        and ``active_state_bytes``: the most that the state of what was active took, which is all
+        that remains on the device if idle states are offloaded; ``active_parameters``: mean number
+        of parameters with a gradient; ``trainable_parameters``; ``counts``: active steps by module;
+        ``seconds``.
     """
     start = time.perf_counter()
     work = prepare(settings.suite, settings.task, settings.model, settings.max_length)
-    model, optimizer = _start(settings, work)
+    model, optimizer = started(settings, work)
     loop = Loop(model, optimizer, settings, work)
     loop.train()
     validation, test = loop.judge(work.validation), loop.judge(work.test)
@@ -116,46 +117,13 @@ def run(settings: Settings) -> dict[str, Any]:
     }
 
 
-def _start(settings: Settings, work: Work) -> tuple[nn.Module, Optimizer]:
+def started(settings: Settings, work: Work) -> tuple[nn.Module, Optimizer]:
     """Return model and optimizer. Head and adapters start with the same weights in all methods."""
     torch.manual_seed(settings.seed)
-    model = load_classifier(
-        work.source,
-        num_labels=work.task.num_labels,
-        pad_token_id=work.pad_token_id,
-        layers=settings.layers,
-    )
+    model = work.kind.load(work.source, layers=settings.layers)
     chosen = method(settings.method)
     model = adapt(model, chosen)
     return model, build(model, chosen, lr=settings.lr, seed=settings.seed)
-
-
-def length_grouped_batches(
-    examples: list[Batch], *, batch_size: int, steps: int, seed: int
-) -> Iterator[Batch]:
-    """Yield ``steps`` batches of rows with similar lengths, so that there is little padding.
-
-    In every epoch the rows are shuffled and divided into pools of 50 batches. The rows of a pool
-    are sorted by length, and its batches are shuffled. The same seed gives the same order.
-
-    Raises:
-        ValueError: There are fewer examples than ``batch_size``.
-    """
-    if len(examples) < batch_size:
-        raise ValueError(f"batch_size={batch_size} exceeds the {len(examples)} training rows")
-    lengths = [int(example["attention_mask"].sum()) for example in examples]
-    generator = random.Random(seed)
-
-    def epoch() -> Iterator[list[int]]:
-        order = generator.sample(range(len(examples)), len(examples))
-        for start in range(0, len(order), 50 * batch_size):
-            pool = sorted(order[start : start + 50 * batch_size], key=lengths.__getitem__)
-            whole = range(0, len(pool) - batch_size + 1, batch_size)
-            batches = [pool[first : first + batch_size] for first in whole]
-            yield from generator.sample(batches, len(batches))
-
-    rows = islice(chain.from_iterable(epoch() for _ in repeat(None)), steps)
-    return (default_collate([examples[i] for i in batch]) for batch in rows)
 
 
 @dataclass(frozen=True)
@@ -165,6 +133,13 @@ class Judged:
     loss: float
     metrics: dict[str, float]
     predictions: list[float]
+
+
+def state_bytes(states: Iterable[Mapping[str, Any]]) -> int:
+    """Return the bytes of all tensors in the states of some parameters."""
+    return sum(
+        value.nbytes for state in states for value in state.values() if isinstance(value, Tensor)
+    )
 
 
 class Loop:
@@ -179,54 +154,58 @@ class Loop:
         self._settings, self._work = settings, work
         self._bare, self._inner = model, optimizer
         processes = self.accelerator.num_processes
+        self._steps = round(settings.steps * method(settings.method).longer)
         # Accelerate steps the scheduler once per process in each step.
-        scheduler = linear_schedule(optimizer, settings.steps * processes)
+        scheduler = linear_schedule(optimizer, self._steps * processes)
         self._model, self._optimizer, self._scheduler = self.accelerator.prepare(
             model, optimizer, scheduler
         )
+        self._model.train()
         self.evaluations: list[dict[str, float]] = []
         self._updated: list[int] = []
         self._peaks = [0]
         self._saved = [0]
+        self._state = [0]
+        self._active_state = [0]
         self._seconds: list[float] = []
 
     def train(self) -> None:
         """Take all steps, with some evaluations."""
-        steps = self._settings.steps
-        every = max(1, steps // EVALUATIONS)
+        every = max(1, self._steps // EVALUATIONS)
         quick = self._work.validation[:QUICK]
-        self._model.train()
-        for step, batch in enumerate(self._batches(), start=1):
+        for step, batch in enumerate(self.batches(), start=1):
             if step % WEIGHED == 2:  # not the first, which creates the optimizer state
                 with LiveBytes() as memory:
-                    self._step(batch, memory)
+                    self.step(batch, memory)
                 self._peaks.append(memory.peak)
             else:
                 start = time.perf_counter()
-                self._step(batch)
+                self.step(batch)
                 self._seconds.append(time.perf_counter() - start)
             if step % every == 0:
                 judged = self.judge(quick)
                 self.evaluations.append({"step": step, "loss": judged.loss, **judged.metrics})
 
-    def _batches(self) -> Iterator[Batch]:
+    def batches(self) -> Iterator[Batch]:
         """Yield the batches of this process, which are the same for every method."""
         processes, place = self.accelerator.num_processes, self.accelerator.process_index
         size = self._settings.batch_size
         whole = length_grouped_batches(
             self._work.train,
             batch_size=size * processes,
-            steps=self._settings.steps,
+            steps=self._steps,
             seed=self._settings.seed,
         )
         for batch in whole:
             mine = {name: field[place * size : (place + 1) * size] for name, field in batch.items()}
-            yield self._placed(without_padding(mine))
+            inputs = {name: mine[name] for name in mine if name != "answer"}
+            yield self._placed(without_padding(inputs))
 
     def _placed(self, batch: Batch) -> Batch:
         return {name: field.to(self.accelerator.device) for name, field in batch.items()}
 
-    def _step(self, batch: Batch, memory: LiveBytes | None = None) -> None:
+    def step(self, batch: Batch, memory: LiveBytes | None = None) -> None:
+        """Take a step. If its memory is being counted, note what it holds."""
         if isinstance(self._inner, DynamicAllocationOptimizer):
             self._inner.tracker.attention_mask = batch["attention_mask"]
         with self.accelerator.autocast():
@@ -235,8 +214,13 @@ class Loop:
             self._saved.append(memory.live)
         self.accelerator.backward(loss)
         parameters = [p for group in self._inner.param_groups for p in group["params"]]
-        self._updated.append(sum(p.numel() for p in parameters if p.grad is not None))
+        active = [p for p in parameters if p.grad is not None]
+        self._updated.append(sum(p.numel() for p in active))
         self._optimizer.step()
+        if memory is not None:
+            state = self._inner.state
+            self._active_state.append(state_bytes(state[p] for p in active))
+            self._state.append(state_bytes(state.values()))
         self._scheduler.step()
         self._optimizer.zero_grad()
 
@@ -251,11 +235,11 @@ class Loop:
         found: list[tuple[int, float, float]] = []  # place, prediction, loss
         for batch in batched(numbered):
             place = batch.pop("place").tolist()
-            predicted, losses = self._predict(self._placed(batch))
+            predicted, losses = self._work.kind.predict(self._bare, self._placed(batch))
             found += zip(place, predicted.tolist(), losses.tolist(), strict=True)
         self._bare.train()
         in_order = sorted(gather_object(found))
-        labels = np.array([row["labels"].item() for row in rows])
+        labels = np.array([self._work.kind.truth(row) for row in rows])
         predictions = np.array([prediction for _, prediction, _ in in_order])
         names = recipe(self._settings.suite, self._settings.task).metrics
         return Judged(
@@ -263,15 +247,6 @@ class Loop:
             {name: METRICS[name](labels, predictions) for name in names},
             np.round(predictions, 4).tolist(),
         )
-
-    def _predict(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Return the predictions (rows,), classes or ratings, and the loss of each row."""
-        labels = batch.pop("labels")
-        logits = self._bare(**batch).logits.float()
-        if self._work.task.is_regression:
-            ratings = logits.squeeze(-1)
-            return ratings, (ratings - labels) ** 2
-        return logits.argmax(-1), nn.functional.cross_entropy(logits, labels, reduction="none")
 
     def close(self) -> None:
         """Release the model, because Accelerate keeps references to what it has prepared."""
@@ -286,6 +261,8 @@ class Loop:
         return {
             "peak_bytes": max(self._peaks),
             "saved_bytes": max(self._saved),
+            "state_bytes": max(self._state),
+            "active_state_bytes": max(self._active_state),
             "active_parameters": statistics.fmean(self._updated),
             "trainable_parameters": sum(p.numel() for p in parameters),
             "seconds_per_step": statistics.median(self._seconds),

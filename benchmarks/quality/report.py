@@ -24,7 +24,7 @@ from _compare import Difference, Result, Sweep
 from _figures import FIGURES, save
 from _shared import CLASSIFIER
 from _store import finished
-from _suite import recipe
+from _suite import DEFAULT_MODELS, recipe
 from sweep import names
 
 
@@ -128,7 +128,7 @@ def command(sweep: Sweep, methods: str, folder: Path) -> str:
     given |= {"methods": methods, "output": folder}
     kinds = sweep.kinds
     first = next(iter(kinds.values()))
-    usual = {"model": CLASSIFIER, "batch_size": 16, "layers": None}
+    usual = {"model": DEFAULT_MODELS.get(sweep.suite, CLASSIFIER), "batch_size": 16, "layers": None}
     given |= {key: first[key] for key, value in usual.items() if first[key] != value}
     for key in ("steps", "max_length"):
         if any(kinds[t][key] != getattr(recipe(sweep.suite, t), key) for t in kinds):

@@ -5,9 +5,10 @@
     accelerate launch benchmarks/quality/sweep.py --suite glue --model roberta-base
 
 The offline suite has real sentences, but is not GLUE. --suite glue is GLUE, from the hub or its
-cache. A method is tuned on validation rows: first with one seed over the rates of --lrs, then with
-every seed over the best two of them. Each finished run is one line of runs.jsonl. If a sweep is
-killed, start it again: it continues, and no run is done twice. `report.py` makes the tables.
+cache; --suite language asks a language model. A method is tuned on validation rows: first with one
+seed over the rates of --lrs, then with every seed over the best two of them. Each finished run is
+one line of runs.jsonl. If a sweep is killed, start it again: it continues, and no run is done
+twice. `report.py` makes the tables.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from _methods import METHODS, method
 from _models import needs_hub
 from _shared import CLASSIFIER, positive
 from _store import append, finished
-from _suite import SUITES, recipe
+from _suite import DEFAULT_MODELS, SUITES, recipe
 from _training import Settings, prepare, run
 from tqdm import tqdm
 
@@ -169,13 +170,13 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         epilog=f"methods: {', '.join(METHODS)}; options after an @, as in forward@active=4",
     )
     add = parser.add_argument
-    add("--suite", choices=SUITES, default="offline", help="offline: real sentences; or GLUE")
+    add("--suite", choices=SUITES, default="offline", help="offline: sentences; language: an LM")
     add("--tasks", type=names, help="names or CSV files, with commas; None: all of the suite")
     add("--methods", type=names, default=DEFAULT_METHODS, help="names, with commas")
     add("--seeds", type=positive, default=3, help="runs of a method on a task")
     add("--lrs", type=_rates, default=LRS, help="learning rates to choose from, with commas")
     add("--finalists", type=positive, default=2, help="number of rates that run with every seed")
-    add("--model", default=CLASSIFIER, help="hub id or local folder")
+    add("--model", help="hub id or local folder; None: the suite's")
     add("--steps", type=positive, help="optimizer steps; None: as in the task")
     add("--batch-size", type=positive, default=16, help="rows per step and process")
     add("--max-length", type=positive, help="tokens per row; None: as in the task")
@@ -185,6 +186,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--output", type=Path, default=Path("runs/quality"), help="folder for the finished runs")
     options = parser.parse_args(arguments)
     options.tasks = options.tasks or list(SUITES[options.suite])
+    options.model = options.model or DEFAULT_MODELS.get(options.suite, CLASSIFIER)
     return options
 
 

@@ -31,6 +31,7 @@ from dynalora_optim.allocation._context import (
 from dynalora_optim.allocation._costs import BlockCost, BlockUses, Costs, Plan, Use
 from dynalora_optim.allocation._loop import Loop
 from dynalora_optim.allocation._record import AllocationRecord, Reallocation
+from dynalora_optim.allocation._resident import Resident
 from dynalora_optim.allocation._schedules import Once, Periodic, Schedule
 
 __all__ = [
@@ -51,6 +52,7 @@ __all__ = [
     "Periodic",
     "Plan",
     "Reallocation",
+    "Resident",
     "RoundRobin",
     "Schedule",
     "Stochastic",

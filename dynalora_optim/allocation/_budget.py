@@ -13,7 +13,7 @@ import math
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import ClassVar
+from typing import ClassVar, cast
 
 from dynalora_optim._base.checks import by_name
 from dynalora_optim.allocation._allocators import (
@@ -22,7 +22,8 @@ from dynalora_optim.allocation._allocators import (
     TopK,
     UniformRandom,
 )
-from dynalora_optim.allocation._causes import causes
+from dynalora_optim.allocation._amounts import check_amounts, memory_amount, total_amount
+from dynalora_optim.allocation._causes import too_small, total_limit
 from dynalora_optim.allocation._context import AllocationContext, Weighted
 from dynalora_optim.allocation._costs import Costs, Plan
 from dynalora_optim.allocation._cover import (
@@ -33,7 +34,7 @@ from dynalora_optim.allocation._cover import (
     including,
     shares,
 )
-from dynalora_optim.allocation._mean_compute import MeanCompute, Turns, check_number, up
+from dynalora_optim.allocation._mean_compute import MeanCompute, Turns, up
 from dynalora_optim.allocation._search import best_plan, cheapest_plan, least_peak
 from dynalora_optim.importance._normalise import normalised
 
@@ -43,7 +44,6 @@ _BASES: dict[str, Callable[[], Weighted]] = {
     "random": UniformRandom,
     "topk": TopK,
 }
-_GIB = 2**30
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,8 @@ class Budget:
     Attributes:
         memory: The most bytes alive in forward and backward, in addition to weights, optimizer
             state and batch: a share (float in (0, 1]) of the peak of the whole step with all
-            modules active and nothing checkpointed, or bytes (int).
+            modules active and nothing checkpointed, or bytes: an int, or a text such as
+            ``"20GiB"`` (GiB, MiB, KiB, GB, MB, kB or bytes), which is read back as an int.
         compute: The most FLOPs of the mean backward pass, recomputation included, as a share of the
             backward pass with all modules active; None for no bound. If one selection exceeds it,
             the next ones take less.
@@ -70,21 +71,27 @@ class Budget:
         floor: The share of selections whose lowest block is drawn uniformly. Each of n blocks is
             active with a probability of at least floor / n, or of a tenth of that if a small
             ``compute`` does not allow more.
+        total: In place of ``memory``: the most bytes (an int or a text) of everything that the
+            process holds for training: weights, buffers, float32 copies, optimizer state at its
+            largest, the batch, and the step. Or ``"device"``: what a GPU can give.
 
     Raises:
         TypeError: An argument is not a number.
-        ValueError: A number is out of range.
+        ValueError: A number is out of range; or both or none of ``memory`` and ``total`` are given.
     """
 
     uses_active: ClassVar[bool] = False
 
-    memory: float
+    memory: float | str | None = None
     compute: float | None = None
     base: str | Weighted = "discounted"
     floor: float = 0.1
+    total: int | str | None = None
 
     def __post_init__(self) -> None:
-        _check_memory(self.memory)
+        check_amounts(self.memory, self.total)
+        name, amount = ("memory", memory_amount) if self.total is None else ("total", total_amount)
+        object.__setattr__(self, name, amount(getattr(self, name)))
         MeanCompute(self.compute, self.floor)  # checks both
         base = by_name(
             "base",
@@ -97,10 +104,14 @@ class Budget:
         object.__setattr__(self, "base", base)
 
     def limit(self, costs: Costs) -> int:
-        """Return the peak, in bytes, that no step exceeds."""
-        if isinstance(self.memory, int):
-            return self.memory
-        return _share_of(costs.whole_peak, self.memory)
+        """Return the peak, in bytes, that no step exceeds.
+
+        With ``total`` it is what is left for the step and for the state of what is active.
+        """
+        if self.total is not None:
+            return total_limit(self.total, costs)
+        share = cast(float, self.memory)
+        return share if isinstance(share, int) else _share_of(costs.whole_peak, share)
 
     def select(self, context: AllocationContext) -> list[int]:
         """Return the modules of the plan that is drawn.
@@ -177,7 +188,7 @@ class Budget:
         turns = Turns(len(plans))
         if not self._is_fixed:
             turns = MeanCompute(self.compute, self.floor).turns(shares(costs, plans), draws)
-        turns.check(selections, f"Budget(memory={self.memory}, compute={self.compute})")
+        turns.check(selections, f"Budget({_amount(self)}, compute={self.compute})")
         return [_groups(costs, plan) for plan in plans]
 
     def _distribution(self, context: AllocationContext) -> tuple[list[Plan], list[float]]:
@@ -259,13 +270,7 @@ class Budget:
         )
 
     def _too_small(self, costs: Costs, least: int, what: str) -> str:
-        whole = costs.whole_peak
-        return (
-            f"Budget(memory={self.memory}) cannot hold a step that trains {what}, even with every "
-            f"block checkpointed; pass at least memory={math.ceil(least / whole * 1000) / 1000} or "
-            f"{least} bytes ({least / _GIB:.2f} GiB). All modules together take "
-            f"{whole / _GIB:.2f} GiB.{causes(costs, least)}"
-        )
+        return too_small(_amount(self), costs, least, what)
 
 
 def _costs(context: AllocationContext) -> Costs:
@@ -288,12 +293,5 @@ def _groups(costs: Costs, plan: Plan) -> list[int]:
     return [group for group, block in places if block is None or block in plan.active]
 
 
-def _check_memory(memory: float) -> None:
-    check_number("memory", memory, "a share (float) in (0, 1], or bytes (int)")
-    if isinstance(memory, float) and not 0 < memory <= 1:
-        raise ValueError(
-            f"Budget(memory={memory}) is not a share in (0, 1]; pass one, or a number of bytes "
-            "(int)."
-        )
-    if memory <= 0:
-        raise ValueError(f"Budget(memory={memory}) is not positive; pass a number of bytes.")
+def _amount(budget: Budget) -> str:
+    return f"memory={budget.memory}" if budget.total is None else f"total={budget.total!r}"

@@ -165,7 +165,10 @@ class Costs:
         return base - min(self.entry, held_in_any_case)
 
     def peak(self, plan: Plan) -> int:
-        """Return the most bytes alive at any time of a step, in addition to weights and batch."""
+        """Return the most bytes alive at any time of a step, in addition to weights and batch.
+
+        With a budget on everything, the state of what is active counts too.
+        """
         lowest = plan.lowest(len(self.blocks))
         base, back = self.base(lowest), self.backward_base
         held = self.prefix.held if self.prefix else 0
@@ -183,8 +186,13 @@ class Costs:
         if self.prefix:
             gradients = standing or self.head_gradients + self.gradients(plan)
             moments.append(back + self.prefix.backward + gradients + self.kept)
-        moments.append(trained + self.loop.update)
-        return self.loop.carried + max(moments)
+        moments.append(trained + self.update(self.gradients(plan)))
+        state = self.loop.resident.of_active(self.gradients(plan))
+        return self.loop.carried + state + max(moments)
+
+    def update(self, gradients: int) -> int:
+        """Return the temporary bytes of an update of blocks whose gradients have so many bytes."""
+        return max(self.loop.update, self.loop.resident.temporary(gradients))
 
     def after_blocks(self, base: int, lowest: int) -> int:
         """Return the most bytes alive after the blocks' forward, besides what the blocks hold."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from dynalora_optim.allocation._resident import NOTHING, Resident
+
 
 @dataclass(frozen=True)
 class Loop:
@@ -25,6 +27,7 @@ class Loop:
             there are none.
         reference: The peak with all modules active and nothing checkpointed, of the whole step; 0
             for that of the forward and backward at hand.
+        resident: What the process holds beside the step, for a budget on everything.
     """
 
     is_known: bool = True
@@ -35,6 +38,7 @@ class Loop:
     update: int = 0
     later: tuple[int, ...] = ()
     reference: int = 0
+    resident: Resident = NOTHING
 
 
 ALONE = Loop()  # one forward and its backward, with nothing beside them

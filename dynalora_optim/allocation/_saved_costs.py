@@ -8,6 +8,7 @@ from typing import Any
 
 from dynalora_optim.allocation._costs import BlockCost, BlockUses, Costs, Use
 from dynalora_optim.allocation._loop import Loop
+from dynalora_optim.allocation._resident import Resident
 
 
 def saved_costs(costs: Costs) -> dict[str, Any]:
@@ -32,13 +33,18 @@ def restored_costs(state: Mapping[str, Any], *, modules: int) -> Costs:
                 "pinned": frozenset(state["pinned"]),
                 "head": Use(**state["head"]),
                 "prefix": Use(**state["prefix"]) if state["prefix"] else None,
-                "loop": Loop(**{**state["loop"], "later": tuple(state["loop"]["later"])}),
+                "loop": _loop(state["loop"]),
             }
         )
     except (AttributeError, KeyError, TypeError) as error:
         raise ValueError(f"state_dict has costs of another form: {error!r}.") from error
     _check(costs, modules)
     return costs
+
+
+def _loop(state: Mapping[str, Any]) -> Loop:
+    own = {"later": tuple(state["later"]), "resident": Resident(**state["resident"])}
+    return Loop(**{**state, **own})
 
 
 def _check(costs: Costs, modules: int) -> None:

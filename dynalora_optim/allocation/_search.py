@@ -166,7 +166,9 @@ def _elsewhere(costs: Costs, base: int, lowest: int, partial: Partial) -> int:
     if costs.prefix:
         gradients = standing or partial[1]
         moments.append(costs.backward_base + costs.prefix.backward + gradients + costs.kept)
-    return costs.loop.carried + max([*moments, trained + costs.loop.update])
+    in_blocks = partial[1] - costs.head_gradients
+    moments.append(trained + costs.update(in_blocks))
+    return costs.loop.carried + costs.loop.resident.of_active(in_blocks) + max(moments)
 
 
 def _whole(problem: _Problem, base: int, down_to: int) -> Iterator[tuple[int, list[Partial]]]:
@@ -183,7 +185,7 @@ def _whole(problem: _Problem, base: int, down_to: int) -> Iterator[tuple[int, li
 
 
 def _longer(
-    problem: _Problem, base: int, partials: Iterable[Partial], block: int, lowest: int = -1
+    problem: _Problem, base: int, partials: Sequence[Partial], block: int, lowest: int = -1
 ) -> list[Partial]:
     """Return the ``partials`` that fit with ``block`` below them, in each of its ways."""
     costs, limit, values = problem.costs, problem.limit, problem.values
@@ -191,22 +193,31 @@ def _longer(
     stands, limit = costs.loop.standing, limit - costs.loop.carried
     before = costs.prefix_gradients if stands else 0
     most = math.inf if problem.flops is None else problem.flops
+    state = costs.loop.resident.of_active  # alive at all moments while its block is active
+    beside = [state(partial[1] - costs.head_gradients) for partial in partials]
     longer: list[Partial] = []
     for active in (True,) if block == lowest else problem.choices[block]:
         role = costs.role(block, lowest, active=active)
         gradients = costs.blocks[block].gradients if active else 0
         value = values[block] if values and active else 0.0
-        own = gradients + before if stands else 0  # alive beside those above, in this block too
+        # What is alive beside that of the blocks above, in this block too.
+        own = (gradients + before if stands else 0) + state(gradients)
         for use, checkpointed in ((role.full, 0), (role.checkpointed, _CHECKPOINTED)):
             bits = (checkpointed if active else checkpointed + _IDLE) << 2 * block
-            held, flops = use.held + gradients * stands, use.flops if values else 0
+            held = use.held + gradients * stands + state(gradients)
+            flops = use.flops if values else 0
             forward = limit - base - use.forward - own
             backward = limit - costs.backward_base - use.backward - costs.kept - own
             longer += [
                 (slack, above + gradients, worth + value, work + flops, choice | bits)
-                for room, above, worth, work, choice in partials
-                if (slack := min(room - held, forward - above * stands, backward - above)) >= least
-                and work + flops <= most
+                for (room, above, worth, work, choice), more in zip(partials, beside, strict=True)
+                if work + flops <= most
+                and (
+                    slack := min(
+                        room - held, forward - above * stands - more, backward - above - more
+                    )
+                )
+                >= least
             ]
     return longer
 

@@ -9,7 +9,10 @@ from typing import Any
 from dynalora_optim.allocation._costs import Costs, Plan
 from dynalora_optim.allocation._joined import joined
 from dynalora_optim.allocation._loop import Loop
+from dynalora_optim.allocation._resident import NOTHING, Resident
 from dynalora_optim.allocation._saved_costs import restored_costs, saved_costs
+
+_ELEMENT = 8  # the bytes of an element of a batch, at the most
 
 
 class Habits:
@@ -23,6 +26,8 @@ class Habits:
             largest gradient of a block.
         pattern: The costs of the forwards that precede one backward, each the largest seen in its
             place.
+        resident: What the process holds beside the step, for a budget on everything. A resumed run
+            counts it anew.
     """
 
     def __init__(self) -> None:
@@ -31,12 +36,14 @@ class Habits:
         self.keeps_output = False
         self.update = 0.0
         self.pattern: list[Costs] = []
+        self.resident: Resident = NOTHING
 
     @property
     def version(self) -> tuple[object, ...]:
         """A value that changes whenever something was learned."""
         places = tuple(map(id, self.pattern))
-        return self.is_known, self.standing, self.keeps_output, self.update, places
+        habits = self.is_known, self.standing, self.keeps_output, self.update
+        return *habits, places, self.resident
 
     def see_forward(self, costs: Costs, place: int) -> None:
         """Learn the costs of a forward that so many others precede, if so many are expected."""
@@ -59,6 +66,7 @@ class Habits:
         self.keeps_output |= other.keeps_output
         self.update = max(self.update, other.update)
         self.pattern = _merged(self.pattern, other.pattern)
+        self.resident = self.resident.merged(other.resident)
 
     def expected(self) -> Costs:
         """Return the costs of the first forward of a step that takes the most."""
@@ -79,8 +87,13 @@ class Habits:
             keeps_output=self.keeps_output or not self.is_known,
             update=round(self.update * max(largest, costs.outer_gradients)),
             later=later,
+            resident=self._resident(chain),
         )
         return replace(costs, loop=replace(loop, reference=self._reference(chain, loop)))
+
+    def beside(self, costs: Costs) -> Costs:
+        """Return the ``costs`` of a forward alone, beside what the process holds."""
+        return costs.in_loop(resident=self._resident([costs]))
 
     def _reference(self, chain: Sequence[Costs], loop: Loop) -> int:
         """Return the peak of a step with everything active and nothing checkpointed."""
@@ -97,9 +110,16 @@ class Habits:
             left += here.left(here.all_active)
         return peak
 
+    def _resident(self, chain: Sequence[Costs]) -> Resident:
+        """Return what the process holds, with the batches of these forwards."""
+        if not self.resident.weights:
+            return NOTHING
+        return replace(self.resident, batch=_ELEMENT * sum(costs.batch for costs in chain))
+
     def state(self) -> dict[str, Any]:
         """Return the values that a resumed run needs."""
-        return {**vars(self), "pattern": [saved_costs(costs) for costs in self.pattern]}
+        values = {**vars(self), "pattern": [saved_costs(costs) for costs in self.pattern]}
+        return {name: value for name, value in values.items() if name != "resident"}
 
     @staticmethod
     def of(state: Mapping[str, Any], *, modules: int) -> Habits:
@@ -110,7 +130,7 @@ class Habits:
         """
         habits = Habits()
         pattern: Any = state.get("pattern")
-        for name, value in vars(habits).items():
+        for name, value in habits.state().items():
             if type(state.get(name)) is not type(value):
                 raise ValueError(f"state_dict: {name}={state.get(name)!r} is not a valid value.")
             setattr(habits, name, state[name])

@@ -138,7 +138,7 @@ def _rehearse(
 
     def step() -> StepMemory:
         with _fused():
-            return count_step(_Rehearsal(meta=True), model.train(), batch, optimizer, loss)
+            return count_step(Rehearsal(meta=True), model.train(), batch, optimizer, loss)
 
     yield step()
     if isinstance(optimizer, Allocating) and optimizer.pause.state == "keep":
@@ -183,7 +183,7 @@ def _meta_copy(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, memo)
 
 
-class _Rehearsal(LiveBytes):  # type: ignore[no-untyped-call]
+class Rehearsal(LiveBytes):  # type: ignore[no-untyped-call]
     """Counts memory, and returns 1 (or True) if code reads a value of a meta tensor."""
 
     def __torch_dispatch__(

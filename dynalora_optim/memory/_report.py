@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
@@ -28,6 +28,8 @@ class MemoryUse:
             optimizer state and batch.
         backward_flops: FLOPs of the backward pass, recomputation included.
         recomputed_flops: FLOPs of the recomputation.
+        process: With ``Budget(total=...)``: everything that the process holds for training, by
+            part, with the state at its largest; "step" is the peak. Empty otherwise.
     """
 
     gradients: int
@@ -36,6 +38,12 @@ class MemoryUse:
     peak: int
     backward_flops: int
     recomputed_flops: int
+    process: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def whole(self) -> int:
+        """The bytes of all parts of ``process``; 0 without ``Budget(total=...)``."""
+        return sum(self.process.values())
 
     @property
     def recompute_share(self) -> float:
@@ -52,12 +60,14 @@ class MemoryReport:
         adapters: Bytes of the allocated modules' parameters.
         current: The memory with the modules that are active now.
         all_active: The memory with all modules active and nothing checkpointed.
+        total: The bytes that ``Budget(total=...)`` allows for everything; None without it.
     """
 
     weights: int
     adapters: int
     current: MemoryUse
     all_active: MemoryUse
+    total: int | None = None
 
     def __str__(self) -> str:
         uses = (self.current, self.all_active)
@@ -74,10 +84,23 @@ class MemoryReport:
             ("peak of a step", *(_mib(use.peak) for use in uses)),
             ("backward GFLOPs", *(f"{use.backward_flops / 1e9:,.1f}" for use in uses)),
             ("of which recomputation", *(f"{use.recompute_share:.0%}" for use in uses)),
+            *self._process_rows(),
         ]
         width = max(len(row[0]) for row in rows)
         lines = [("MiB", "current", "all active"), *rows]
         return "\n".join(f"{name:<{width}}{now:>14}{full:>14}" for name, now, full in lines)
+
+    def _process_rows(self) -> list[tuple[str, str, str]]:
+        if self.total is None:
+            return []
+        now, full = self.current, self.all_active
+        parts = [
+            (f"process: {name}", _mib(size), _mib(full.process[name]))
+            for name, size in now.process.items()
+            if size or full.process[name]
+        ]
+        everything = ("everything", _mib(now.whole), _mib(full.whole))
+        return [*parts, everything, ("allowed (total)", _mib(self.total), "")]
 
 
 def memory_report(
@@ -87,6 +110,7 @@ def memory_report(
     adapters: Sequence[Tensor],
     trained: Sequence[Tensor],
     state: Mapping[Tensor, Mapping[str, Any]],
+    total: int | None = None,
 ) -> MemoryReport:
     """Return the report for ``measured``: the costs, the current plan, and the blocks' names."""
     costs, plan, names = measured
@@ -99,19 +123,23 @@ def memory_report(
         adapters=sum(map(tensor_bytes, adapters)),
         current=_use(costs, plan, names, held),
         all_active=_use(costs, costs.all_active, names, full),
+        total=total,
     )
 
 
 def _use(costs: Costs, plan: Plan, names: Sequence[str], optimizer_state: int) -> MemoryUse:
     before = {"what comes before": costs.prefix.held} if costs.prefix else {}
     blocks = {names[block]: use.held for block, use in costs.uses(plan)}
+    trained, resident = costs.gradients(plan), costs.loop.resident
+    peak = costs.peak(plan) - resident.of_active(trained)
     return MemoryUse(
         gradients=costs.gradients(plan) + costs.outer_gradients,
         optimizer_state=optimizer_state,
         saved={**before, **blocks, "head": costs.head.held},
-        peak=costs.peak(plan),
+        peak=peak,
         backward_flops=costs.flops(plan),
         recomputed_flops=costs.recomputed(plan),
+        process={**resident.parts(trained), "step": peak} if resident.weights else {},
     )
 
 

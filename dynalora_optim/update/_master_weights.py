@@ -20,6 +20,7 @@ from dynalora_optim.update._param_groups import ParamGroup, State, flatten
 
 MASTER = "master_weight"  # the copy's key in a parameter's state
 LOW_PRECISION = (torch.bfloat16, torch.float16)
+ROUNDING_BYTES = 20  # what `stochastically_rounded` takes for each number, at the most
 
 Rounding: TypeAlias = Literal["nearest", "stochastic"]
 
@@ -38,6 +39,11 @@ class MasterWeights:
     def __init__(self, rounding: Rounding | None, seed: int) -> None:
         self._rounding = rounding
         self._seed = seed
+
+    @property
+    def rounds_at_random(self) -> bool:
+        """Whether copies are rounded at random when their module pauses."""
+        return self._rounding == "stochastic"
 
     def check(self, optimizer: Optimizer) -> None:
         """Raise unless the rounding is valid, and can be used with ``optimizer``.

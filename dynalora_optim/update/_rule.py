@@ -43,6 +43,20 @@ class UpdateRule:
         mark_stepped(self.optimizer)
         return changed
 
+    def rehearse(self, pieces: Iterable[ParamGroup], state: Any) -> None:
+        """Update the parameters of ``pieces``, which are copies; the optimizer stays as it is."""
+        before = dict(vars(self.optimizer))
+        try:
+            self._run(_unhooked_step(self.optimizer), pieces, state)
+        finally:
+            vars(self.optimizer).clear()
+            vars(self.optimizer).update(before)
+
+    @property
+    def rounds_at_random(self) -> bool:
+        """Whether float32 copies of weights are rounded at random when their module pauses."""
+        return self._masters.rounds_at_random
+
     def switch_mode(self, mode: str, pieces: Iterable[ParamGroup], state: Any) -> list[ParamGroup]:
         """Call ``train()`` or ``eval()`` of an optimizer that has them (schedule-free)."""
         if callable(method := getattr(self.optimizer, mode, None)):
