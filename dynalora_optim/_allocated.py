@@ -114,12 +114,14 @@ class AllocatedOptimizer(LateBoundOptimizer):
         return name not in self._frozen and self._allocation.is_active(name)
 
     @torch.no_grad()
-    def _update_one(self, parameter: Tensor, position: int) -> None:
-        """Update one parameter of the piece at ``position``, within the backward pass."""
+    def _update_one(self, parameter: Tensor, position: int) -> bool:
+        """Update one parameter of the piece at ``position``, if active, in the backward pass."""
         part = self._parts()[position]
-        if self._is_active_name(part.name):
-            piece = self._pieces.piece(self.param_groups, part)
-            self._updater.update_one(parameter, piece, state=self.state, clock=self._allocation)
+        if not self._is_active_name(part.name):
+            return False
+        piece = self._pieces.piece(self.param_groups, part)
+        self._updater.update_one(parameter, piece, state=self.state, clock=self._allocation)
+        return True
 
     def active_parameters(self) -> list[Tensor]:
         """Return the parameters that get gradients now, including those outside all groups."""
@@ -146,7 +148,8 @@ class AllocatedOptimizer(LateBoundOptimizer):
     def learning_rates(self) -> list[float]:
         """Return the learning rate that each of `module_groups` used at its last update.
 
-        It is nan before the first update, and for an optimizer that computes its own rates.
+        It is nan before the first update since the start or `load_state_dict`, and for an optimizer
+        that computes its own rates.
         """
         last = self._updater.rates.last
         rates = [last.get((part.line, part.name)) for part in self._parts()]
@@ -221,12 +224,16 @@ class AllocatedOptimizer(LateBoundOptimizer):
             ActiveCopies.of(module)
         self._apply_allocation(probe=self._driver.is_probing)
 
-    def _join_unfrozen(self, wanted: Collection[str] = ()) -> None:
-        """Let groups join that were frozen so far: those that train now, and those ``wanted``."""
+    def _join_unfrozen(self, wanted: Collection[str] | None = None) -> None:
+        """Let groups join that were frozen so far: those that train now, or those ``wanted``."""
         ready = [
             parameter
             for group in self._waiting
-            if group.name in wanted or any(p.requires_grad for p in group.parameters())
+            if (
+                any(p.requires_grad for p in group.parameters())
+                if wanted is None
+                else group.name in wanted
+            )
             for parameter in group.parameters()
         ]
         held = set(map(id, flatten(self.param_groups)))

@@ -18,8 +18,7 @@ from dynalora_optim.groups._layout import BlockLayout
 from dynalora_optim.importance._measures import GradientMeasure
 from dynalora_optim.importance._tracker import ImportanceTracker
 from dynalora_optim.memory._block_meter import BlockMeter
-from dynalora_optim.update._backward import Backward
-from dynalora_optim.update._fused import refusal
+from dynalora_optim.update._backward import Backward, refusal
 
 
 @dataclass(frozen=True)

@@ -176,6 +176,7 @@ class DynamicAllocationOptimizer(SavedOptimizer):
             raise RuntimeError("step() after close(): build a new DynamicAllocationOptimizer.")
         with torch.enable_grad():
             loss = closure() if closure is not None else None
+        self._updater.drop_spent_gradients()
         if not self._has_agreed:
             self._driver.check_held(flatten(self.param_groups))
         if is_rehearsal(self.param_groups, self.state):  # torch.distributed.checkpoint
@@ -280,6 +281,8 @@ class DynamicAllocationOptimizer(SavedOptimizer):
 
 def _close(model: nn.Module, driver: ModuleDriver, costing: StepCosting, updater: Updater) -> None:
     """Remove all hooks; no method, because a finalizer of a method would keep its object alive."""
+    if driver.is_closed:  # by now another optimizer may drive the modules
+        return
     for module in driver.modules():
         ActiveCopies.stop(module)
     score_all_modules(model)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import io
 import logging
 import pickle
@@ -14,6 +15,8 @@ from kinds import KINDS, each_kind, made
 from torch import nn
 from torch.optim import SGD, AdamW
 from toy import ToyModel, backward, same, train, weights, wrapped
+
+from dynalora_optim import ImportanceTracker
 
 
 def through_torch_save(model: nn.Module) -> nn.Module:
@@ -66,6 +69,34 @@ def test_a_copy_of_model_and_optimizer_keeps_the_choice(kind):
         assert [a.grad is None for a, _ in pairs] == [p.grad is None for p in twin.parameters()]
         assert other.active_groups == optimizer.active_groups
         optimizer.zero_grad()
+
+
+def test_copies_are_active_also_after_an_optimizer_that_was_replaced_is_deleted():
+    model = ToyModel()
+    former = wrapped(model, active=1)
+    optimizer = wrapped(model, active=1)
+    del former
+    gc.collect()
+    copied = copy.deepcopy(model)
+    assert all(layer[0].active for layer in copied.layers)
+    assert len(optimizer.active_groups) == 1
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+@pytest.mark.parametrize("seen", [False, True])
+def test_copies_are_active_also_while_a_probe_is_open(copied, seen):
+    model = ToyModel()
+    tracker = ImportanceTracker("gradient", probe=True)
+    optimizer = wrapped(model, active=1, importance=tracker)
+    if seen:
+        backward(model)
+    twin = copied(model)
+    backward(twin)
+    twin.zero_grad()
+    backward(twin)
+    assert all(p.grad is not None for layer in twin.layers for p in (layer[0].A, layer[0].B))
+    backward(model, 1)
+    assert len(optimizer.active_groups) == 1
 
 
 def test_after_close_nothing_is_left_in_the_modules():

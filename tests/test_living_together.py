@@ -112,6 +112,27 @@ def test_a_rate_set_on_the_inner_optimizer_counts(after):
     assert inner.state_dict()["state"].keys() == plain.state_dict()["state"].keys()
 
 
+@pytest.mark.parametrize("closed", [True, False])
+def test_a_state_that_the_inner_optimizer_loads_counts_for_all(closed):
+    (model, plain), (twin, inner, optimizer) = both()
+    schedulers = [lr_scheduler.ExponentialLR(o, 0.5) for o in (plain, optimizer)]
+    saved = copy.deepcopy(plain.state_dict())
+    train(model, plain, 2)
+    train(twin, optimizer, 2)
+    if closed:
+        optimizer.close()
+    plain.load_state_dict(saved)
+    inner.load_state_dict(saved)
+    for step in range(2, 5):
+        train(model, plain, 1, start=step)
+        train(twin, inner if closed else optimizer, 1, start=step)
+        for scheduler in schedulers:
+            scheduler.step()
+    assert inner.param_groups is optimizer.param_groups
+    assert inner.param_groups[0]["lr"] == plain.param_groups[0]["lr"]
+    assert same(weights(model), weights(twin))
+
+
 def test_local_time_keeps_the_rate_of_each_group():
     model = ToyModel(layers=4)
     modules = [layer[0] for layer in model.layers]

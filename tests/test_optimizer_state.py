@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from strategies import any_allocator
 from test_optimizer_contract import RULES, user_groups
 from torch.optim import lr_scheduler
-from toy import ToyModel, backward, batch, names, same, train, weights, wrapped
+from toy import ToyAdapter, ToyModel, backward, batch, names, same, train, weights, wrapped
 
 from dynalora_optim import (
     Backward,
@@ -394,3 +394,40 @@ def test_threshold_and_names_come_back():
     other.load_state_dict(optimizer.state_dict())
     assert [group["name"] for group in other.module_groups] == [*names(), "always_active"]
     assert other.active_groups == optimizer.active_groups
+
+
+@pytest.mark.parametrize("life", ["same", "resumed", "with a new group"])
+def test_groups_that_are_held_stay_alone(life):
+    model = ToyModel()
+    optimizer = wrapped(model, active=3, period=1)
+    train(model, optimizer, 2)
+    before, held = optimizer.state_dict(), optimizer.groups[1:3]
+    optimizer.hold(held)
+    train(model, optimizer, 2, start=2)
+    if life == "resumed":
+        saved = optimizer.state_dict()
+        model = ToyModel()
+        optimizer = wrapped(model, active=3, period=1)
+        optimizer.load_state_dict(saved)
+    if life == "with a new group":
+        model.layers.append(torch.nn.Sequential(ToyAdapter(8)))
+        optimizer.add_param_group({"params": [model.layers[-1][0].A, model.layers[-1][0].B]})
+    train(model, optimizer, 3, start=4)
+    assert optimizer.active_groups == held
+    assert optimizer.record[-1].chosen == tuple(held)
+    assert optimizer.record.counts()["layers.1.0"] >= 5
+    if life == "same":  # as it was before
+        optimizer.load_state_dict(before)
+        train(model, optimizer, 2)
+        assert len(optimizer.active_groups) == 3
+
+
+def test_a_group_that_waits_can_be_held():
+    model = ToyModel()
+    optimizer = wrapped(model, active=1, period=9)
+    model.layers.append(torch.nn.Sequential(ToyAdapter(8)))
+    optimizer.add_param_group({"params": [model.layers[-1][0].A, model.layers[-1][0].B]})
+    optimizer.hold(["layers.6.0"])
+    train(model, optimizer, 2)
+    assert optimizer.record.counts()["layers.6.0"] == 2
+    optimizer.load_state_dict(optimizer.state_dict())

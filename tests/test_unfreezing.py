@@ -104,3 +104,26 @@ def test_a_cell_that_is_run_again_after_freezing_takes_over(caplog):
     unfreeze(model, second, added=False)
     train(model, second, 1)
     assert second.active_groups == names()
+
+
+def test_a_run_saved_between_unfreezing_and_the_next_step_resumes():
+    def begun():
+        model = frozen()
+        return model, wrapped(model, active=2, period=1)
+
+    def unfreeze(model):
+        for parameter in adapters(model, slice(3, None)):
+            parameter.requires_grad_(True)
+
+    model, optimizer = begun()
+    train(model, optimizer, 2)
+    unfreeze(model)
+    resumed, its = begun()
+    unfreeze(resumed)
+    resumed.load_state_dict(model.state_dict())
+    its.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for run, one in ((model, optimizer), (resumed, its)):
+        train(run, one, 4, start=2)
+        assert one.groups == names()
+    assert its.record.state_dict() == optimizer.record.state_dict()
+    assert same(weights(model), weights(resumed))

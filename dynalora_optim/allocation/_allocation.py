@@ -43,7 +43,6 @@ class Allocation(AllocationState):
         self.record.load_state_dict([])
         self._spending.restart()
         self._selector.selections = 0
-        self._is_held = False
         if self.needs_costs:
             self.chosen = frozenset(self.names)
         else:
@@ -79,7 +78,7 @@ class Allocation(AllocationState):
     @property
     def is_trial(self) -> bool:
         """Whether nothing was selected so far, because the costs of a whole step are not known."""
-        return self.needs_costs and not self._selector.selections and not self._is_held
+        return self.needs_costs and not self._selector.selections and not self._clock.is_stopped
 
     def take_costs(self, costs: Costs) -> None:
         """Use these costs: for the first choice, or to fit the current choice to them.
@@ -127,7 +126,8 @@ class Allocation(AllocationState):
         chosen = self._selector.named(self.names, kept)
         if chosen != self.chosen or not self.record:
             self.chosen = chosen
-            scores = self.record[-1].scores if self.record else dict.fromkeys(self.names, 0.0)
+            before = self.record[-1].scores if self.record else {}  # without groups that are new
+            scores = {name: before.get(name, 0.0) for name in self.names}
             self.record.append(Reallocation(self.steps, scores, self.active_names()))
 
     def extend(
@@ -200,8 +200,7 @@ class Allocation(AllocationState):
                 else "hold() got no module group; at least one must be active."
             )
         self.choice_of(names)
-        self.chosen = frozenset(names)
-        self._is_held = True
+        self._keep(self._positions(names))
         self._clock.stop()
 
     def advance(self, updated: Iterable[str]) -> bool:

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from typing import Any
 
 from dynalora_optim.allocation._schedules import (
-    Never,
     Schedule,
     is_function_of_step,
     warmup_of,
@@ -19,6 +18,7 @@ class Clock:
     Attributes:
         schedule: After which steps to select.
         steps: The optimizer steps done.
+        is_stopped: Whether no selection is made any more, whatever asks for one.
     """
 
     def __init__(self, schedule: Schedule) -> None:
@@ -29,11 +29,11 @@ class Clock:
     def restart(self) -> None:
         """Start again from the first step."""
         self.steps = 0
-        self._is_due = False
+        self.is_stopped = self._is_due = False
 
     def stop(self) -> None:
-        """Ask for no further selection."""
-        self.schedule, self._warmup, self._is_due = Never(), 0, False
+        """Make no further selection."""
+        self.is_stopped = True
 
     @property
     def is_warming_up(self) -> bool:
@@ -43,7 +43,7 @@ class Clock:
     @property
     def may_differ_between_ranks(self) -> bool:
         """Whether the schedule is a user's, which may depend on more than the number of steps."""
-        return not is_function_of_step(self.schedule)
+        return not (self.is_stopped or is_function_of_step(self.schedule))
 
     def demand(self) -> None:
         """Ask for a selection after the next step, whether or not the schedule does."""
@@ -58,12 +58,13 @@ class Clock:
         self.steps += 1
         if not self.is_warming_up:
             self._is_due |= self.steps == self._warmup or self.schedule.due(self.steps)
-        return self._is_due
+        return self._is_due and not self.is_stopped
 
     def state(self) -> dict[str, Any]:
         """Return the values that a resumed run needs."""
-        return {"steps": self.steps, "is_due": self._is_due}
+        return {"steps": self.steps, "is_due": self._is_due, "is_held": self.is_stopped}
 
     def load(self, state: Mapping[str, Any]) -> None:
         """Load what `state` returned."""
         self.steps, self._is_due = state["steps"], state["is_due"]
+        self.is_stopped = state["is_held"]

@@ -78,15 +78,6 @@ class Once:
         return step in (self.warmup, self.warmup + self.at)
 
 
-@dataclass(frozen=True)
-class Never:
-    """Never reallocate."""
-
-    def due(self, step: int) -> bool:
-        """Return False."""
-        return False
-
-
 def warmup_of(schedule: Schedule) -> int:
     """Return the number of steps at the start in which all modules are active.
 
@@ -100,7 +91,7 @@ def warmup_of(schedule: Schedule) -> int:
 
 def is_function_of_step(schedule: Schedule) -> bool:
     """Return whether ``schedule`` is one of this file's, which depend only on the step."""
-    return isinstance(schedule, (Periodic, Once, Never))
+    return isinstance(schedule, (Periodic, Once))
 
 
 def as_schedule(period: int | Schedule) -> Schedule:

@@ -153,6 +153,7 @@ _KINDS: dict[str, Callable[[Any], bool]] = {
     "activated": lambda value: value == -1 or is_count(value),
     "active_setting": _is_number,
     "is_due": _is_bool,
+    "is_held": _is_bool,
     "active": _is_bool,
     "probing": _is_bool,
     "compute": _is_number,

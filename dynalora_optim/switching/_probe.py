@@ -42,6 +42,11 @@ class GradientProbe:
         """Whether the backward pass of this period is still to come."""
         return bool(self._handles) and not self._seen
 
+    def __getstate__(self) -> dict[str, Any]:
+        # The hook of a copied model finds no groups to make inactive; an optimizer copied with it
+        # applies its choice itself.
+        return {**self.__dict__, "_groups": ()}
+
     def open(self, groups: Collection[ModuleGroup], everyone: Choice, choice: Choice) -> None:
         """Apply ``everyone``, with all groups active, for one backward pass, then ``choice``."""
         self.close()

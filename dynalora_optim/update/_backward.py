@@ -11,8 +11,8 @@ class Backward:
 
     Attributes:
         fused: Update each parameter within the backward pass, and free its gradient at once. Not
-            for loops that clip, scale or accumulate gradients: the first step, which is not fused,
-            detects these and raises an error.
+            for loops that clip, scale or accumulate gradients: these get an error, in the first
+            step, which is not fused, as well as later.
         checkpoint_idle: Recompute the blocks that hold no active module in the backward pass,
             instead of keeping their activations. A `Budget` itself decides what to recompute.
 
@@ -41,3 +41,11 @@ def as_backward(backward: object) -> Backward:
             f"backward={backward!r} is not a Backward; pass one such as Backward(fused=True)."
         )
     return backward
+
+
+def refusal(why: str) -> str:
+    """Return the error message for a loop in which updates cannot be fused, with the reason."""
+    return (
+        f"Backward(fused=True) updates each parameter within the backward pass, but {why}. "
+        "Change that, or leave out fused=True."
+    )

@@ -2,13 +2,15 @@
 
 A loop that clips, unscales or accumulates gradients needs all of them at once, after the backward
 pass. The optimizer cannot ask whether a loop does so, but one ordinary step, the rehearsal, shows
-it: a gradient arrives twice, or is written to before the step.
+it: a gradient arrives twice, or is written to before the step. A loop that begins later meets a
+`SpentGradient` in place of each gradient that is already used.
 """
 
 from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any, TypeAlias
 
 import torch
@@ -16,9 +18,11 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from dynalora_optim._base.collectives import world_size
+from dynalora_optim.update._backward import refusal
 from dynalora_optim.update._param_groups import ParamGroup
+from dynalora_optim.update._spent import SpentGradient
 
-Update: TypeAlias = Callable[[Tensor, int], None]
+Update: TypeAlias = Callable[[Tensor, int], bool]
 
 
 class FusedBackward:
@@ -40,16 +44,18 @@ class FusedBackward:
         Args:
             groups: The param groups.
             update: A method, kept by a weak reference. It is called with a parameter that has its
-                gradient, and the position of the parameter's group.
+                gradient, and the position of the parameter's group, and returns whether it has used
+                the gradient.
         """
         self.remove()
         self._update = weakref.WeakMethod(update)
         self._positions = {p: i for i, group in enumerate(groups) for p in group["params"]}
-        self._handles = [
-            parameter.register_post_accumulate_grad_hook(self._arrive)  # type: ignore[no-untyped-call]
-            for parameter in self._positions
-            if parameter.requires_grad
-        ]
+        for parameter in self._positions:
+            if parameter.requires_grad:
+                self._handles += [
+                    parameter.register_hook(partial(self._expect, parameter)),  # type: ignore[no-untyped-call]
+                    parameter.register_post_accumulate_grad_hook(self._arrive),  # type: ignore[no-untyped-call]
+                ]
 
     def remove(self) -> None:
         """Remove the hooks from all parameters."""
@@ -63,18 +69,28 @@ class FusedBackward:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__()  # type: ignore[misc]
 
+    def _expect(self, parameter: Tensor, gradient: Tensor) -> None:
+        """Look at a gradient before it is added to the former one."""
+        self._twice |= parameter in self._arrived
+        if self._twice and self.is_rehearsed:
+            raise RuntimeError(refusal("a second backward pass came before step()"))
+
     def _arrive(self, parameter: Tensor) -> None:
-        if parameter in self._arrived:
-            self._twice = True
-            if self.is_rehearsed:
-                raise RuntimeError(refusal("a second backward pass came before step()"))
         self._arrived.add(parameter)
         if self.is_rehearsed:
-            if update := self._update():
-                update(parameter, self._positions[parameter])
-            parameter.grad = None
+            gradient, update = parameter.grad, self._update()
+            spent = None
+            if gradient is not None and update and update(parameter, self._positions[parameter]):
+                spent = SpentGradient.of(gradient)
+            parameter.grad = spent
         elif parameter.grad is not None:
             self._marks[parameter] = _mark(parameter.grad)
+
+    def drop_spent(self) -> None:
+        """Delete what stands in for the gradients of this backward pass."""
+        for parameter in self._arrived if self.is_rehearsed else ():
+            if isinstance(parameter.grad, SpentGradient):
+                parameter.grad = None
 
     def check(self) -> None:
         """Raise if a fused update would not have used the gradients as they are now.
@@ -122,11 +138,3 @@ def _mark(gradient: Tensor) -> Tensor:
     values = (gradient.coalesce().values() if gradient.is_sparse else gradient).flatten().float()
     places = torch.arange(1, values.numel() + 1, device=values.device, dtype=torch.float32)
     return torch.stack([values.sum(), values.square().sum(), (values * places).sum()])
-
-
-def refusal(why: str) -> str:
-    """Return the error message for a loop in which updates cannot be fused, with the reason."""
-    return (
-        f"Backward(fused=True) updates each parameter within the backward pass, but {why}. "
-        "Change that, or leave out fused=True."
-    )

@@ -7,7 +7,9 @@ the other. Only for an update the wrapped optimizer gets groups with the active 
 from __future__ import annotations
 
 import copy
+import weakref
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -49,12 +51,22 @@ class LateBoundOptimizer(Optimizer):
             group[PACKED] = ""
         self._rule.optimizer.param_groups = self.param_groups
         self._rule.optimizer.state = self.state
+        self._shared = self.param_groups
         self._is_linked = True
 
     def _relink(self) -> None:
-        """Share groups again that the user has set anew, as Lightning's BaseFinetuning does."""
-        if self._rule.optimizer.param_groups is not self.param_groups:
+        """Share groups again that were set anew, as Lightning's BaseFinetuning does, or loaded."""
+        if self.param_groups is self._shared:
+            self._follow()
+        elif self._rule.optimizer.param_groups is not self.param_groups:
             self._link()
+
+    def _follow(self) -> None:
+        """Take over the groups and the state that the wrapped optimizer itself has loaded."""
+        if self._rule.optimizer.param_groups is not self._shared:
+            self.param_groups = self._rule.optimizer.param_groups
+            self.state = self._rule.optimizer.state
+            self._shared = self.param_groups
 
     def _unlink(self) -> None:
         """Leave the groups and the state to the wrapped optimizer, as it would have made them."""
@@ -142,4 +154,11 @@ class LateBoundOptimizer(Optimizer):
 
     def _take_charge(self) -> None:
         """Use the step hooks of the wrapped optimizer in this one; each runs once per step."""
-        share_step_hooks(self, self._rule.optimizer)
+        inner, follower = self._rule.optimizer, weakref.WeakMethod(self._follow)
+        share_step_hooks(self, inner)
+        inner.register_load_state_dict_post_hook(partial(_call, follower))
+
+
+def _call(method: weakref.WeakMethod[Any], optimizer: Optimizer) -> None:
+    if found := method():
+        found()

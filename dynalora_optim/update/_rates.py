@@ -211,11 +211,12 @@ class Rates:
 
     def load_state(self, states: Sequence[Mapping[str, Any]]) -> None:
         """Load what `group_state` returned, one mapping per param group."""
+        self.restart()
         self._history = {line: list(state["lr_history"]) for line, state in enumerate(states)}
 
     def restart(self) -> None:
         """Delete the rates of all steps."""
-        self._history = {}
+        self._history, self.last = {}, {}
 
     def _record(self, pieces: Sequence[ParamGroup], step: int) -> None:
         """Store the rates that a scheduler has set for this step."""

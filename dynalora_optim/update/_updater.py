@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from dynalora_optim.update._fused import FusedBackward, Update, refusal
+from dynalora_optim.update._backward import refusal
+from dynalora_optim.update._fused import FusedBackward, Update
 from dynalora_optim.update._idle_state import idle_state
 from dynalora_optim.update._master_weights import MasterWeights
 from dynalora_optim.update._param_groups import ParamGroup, State, flatten
@@ -60,7 +61,13 @@ class Updater:
     def remove(self) -> None:
         """Stop updating within the backward pass."""
         if self._fused:
+            self._fused.drop_spent()
             self._fused.remove()
+
+    def drop_spent_gradients(self) -> None:
+        """Delete what stands in for gradients that were used within the backward pass."""
+        if self._fused:
+            self._fused.drop_spent()
 
     def update(
         self,

@@ -1,0 +1,78 @@
+"""What stands in for a gradient that a fused update has used, so that nobody reads nothing.
+
+Without it the gradient would be None: clipping that begins in mid-run would have no effect, without
+an error. The norm is kept, so that clipping which changes nothing (the Trainer always clips, to a
+norm of inf if it is not asked to) works and returns the norm.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dynalora_optim.update._backward import refusal
+
+# What needs no value. Attributes, such as shape, do not either.
+_HARMLESS = (
+    *("size", "stride", "dim", "numel", "element_size", "untyped_storage"),
+    *("is_floating_point", "is_complex", "requires_grad_"),
+)
+_NORMS = ("norm", "vector_norm", "linalg_vector_norm", "_foreach_norm")
+_SCALINGS = ("mul_", "__imul__", "_foreach_mul_")
+_DELETIONS = ("zero_", "_foreach_zero_")
+
+
+class SpentGradient(Tensor):
+    """A gradient of which only the norm is left; it takes the memory of one number.
+
+    Attributes:
+        left: The norm.
+    """
+
+    left: Tensor
+
+    @classmethod
+    def of(cls, gradient: Tensor) -> SpentGradient:
+        """Return the stand-in for ``gradient``."""
+        values = gradient.coalesce().values() if gradient.is_sparse else gradient
+        left = torch.linalg.vector_norm(values.detach())
+        spent: SpentGradient = left.to(gradient.dtype).expand(gradient.shape).as_subclass(cls)
+        spent.left = left
+        return spent
+
+    def __repr__(self) -> str:  # type: ignore[override]
+        return f"SpentGradient(norm={self.left.item()})"
+
+    @classmethod
+    def __torch_function__(
+        cls,
+        func: Callable[..., Any],
+        types: Iterable[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        name, kwargs = getattr(func, "__name__", ""), kwargs or {}
+        if name in _DELETIONS or (name in _SCALINGS and _is_one(args[1])):
+            return args[0]
+        if name in _NORMS and all(map(_is_euclidean, [*args[1:], *kwargs.values()])):
+            return [s.left for s in args[0]] if isinstance(args[0], list) else args[0].left
+        if name in _HARMLESS or name == "__get__":
+            return super().__torch_function__(func, types, args, kwargs)  # type: ignore[no-untyped-call]
+        what = "changed" if name.endswith("_") else "read"
+        raise RuntimeError(
+            refusal(
+                f"gradients were {what} between backward() and step(), as clip_grad_norm_ and "
+                f"GradScaler do (here: {name})"
+            )
+        )
+
+
+def _is_one(factor: Any) -> bool:
+    return bool((torch.as_tensor(factor) == 1).all())
+
+
+def _is_euclidean(option: Any) -> bool:
+    return option is None or option is False or option in (2, "fro")
