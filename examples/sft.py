@@ -111,7 +111,7 @@ def prepare(options: Namespace) -> tuple[Run, Data]:
         seed=options.seed,
     )
     run = Run(model.train(), tokenizer, optimizer, linear_schedule(optimizer, options.steps))
-    return run, Data(batches[0], batches[1][:32], held_out[0].messages)
+    return run, Data(batches[0], batches[1][:16], held_out[0].messages)
 
 
 def train(run: Run, options: Namespace, batches: Iterator[Batch]) -> None:
@@ -229,11 +229,16 @@ def parse(arguments: Sequence[str] | None) -> Namespace:
     add("--subset", help="part of a hub data set, if it has several")
     add("--rows", type=positive, default=4000, help="use this many conversations at most")
     add("--rank", type=positive, default=16, help="rank of each adapter; alpha is twice that")
-    add("--total", default="1GiB", help="bytes for everything; on a GPU also: device")
+    add("--total", type=amount, default="1GiB", help="bytes for everything, or, on a GPU, device")
     add("--compute", type=float, default=0.8, help="share of LoRA's backward FLOPs")
     add("--no-packing", dest="packing", action="store_false", help="a row for each conversation")
     add("--save-every", type=positive, help="steps between checkpoints; None: no checkpoints")
     return reader.parse_args(arguments)
+
+
+def amount(text: str) -> int | str:
+    """Read a number of bytes, or leave a text such as 2GiB to `Budget`."""
+    return int(text) if text.isdigit() else text
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
