@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -141,8 +141,8 @@ def written(tokenizer: Any, place: str, messages: Messages) -> Conversation:
     """Write the messages with the chat template. The labels are the answers, with their end.
 
     Raises:
-        ValueError: The template refuses the messages, or it writes a message in another way once
-            others follow, so that its place cannot be found.
+        ValueError: The template does not fit the messages: it refuses them, or writes one in
+            another way once others follow, so that the place of an answer cannot be found.
     """
     from jinja2 import TemplateError
 
@@ -151,33 +151,32 @@ def written(tokenizer: Any, place: str, messages: Messages) -> Conversation:
         text: str = tokenizer.apply_chat_template(messages[:count], **options)
         return text
 
-    spans = []
     try:
         text = text_of(len(messages))
-        for i, message in enumerate(messages):
-            if message["role"] == "assistant":
-                before, through = text_of(i, add_generation_prompt=True), text_of(i + 1).rstrip()
-                if not (through.startswith(before) and text.startswith(through)):
-                    raise TemplateError(
-                        f"it writes message {i + 1} in another way when more follow"
-                    )
-                spans.append((len(before), len(through)))
-    except TemplateError as error:
+        spans = list(answers_in(text, messages, text_of))
+    except (TemplateError, LookupError) as error:
         raise ValueError(
             f"{place}: the chat template does not fit this conversation ({error}); correct or "
             "remove it, or keep only its last answer"
         ) from error
     fields = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    tokens, places = fields["input_ids"], fields["offset_mapping"]
-    return Conversation(
-        messages,
-        text,
-        tokens,
-        [
-            token if any(first < end and begin < last for first, last in spans) else IGNORED
-            for token, (begin, end) in zip(tokens, places, strict=True)
-        ],
-    )
+    labels = [
+        token if any(first < end and begin < last for first, last in spans) else IGNORED
+        for token, (begin, end) in zip(fields["input_ids"], fields["offset_mapping"], strict=True)
+    ]
+    return Conversation(messages, text, fields["input_ids"], labels)
+
+
+def answers_in(
+    text: str, messages: Messages, text_of: Callable[..., str]
+) -> Iterator[tuple[int, int]]:
+    """Yield where the answers begin and end in ``text``, which has all ``messages``."""
+    for i, message in enumerate(messages):
+        if message["role"] == "assistant":
+            before, through = text_of(i, add_generation_prompt=True), text_of(i + 1).rstrip()
+            if not (through.startswith(before) and text.startswith(through)):
+                raise LookupError(f"it writes message {i + 1} in another way when more follow")
+            yield len(before), len(through)
 
 
 def pack(conversations: Iterable[Conversation], length: int) -> list[list[Conversation]]:
