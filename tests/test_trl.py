@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
+from itertools import pairwise
 from typing import Any
 
 import pytest
 import torch
-from text_runs import WORDS, tiny_chat
+from text_runs import MARKS, WORDS, tiny_chat
 
 from dynalora_adapters import LoRAConfig, inject
 from dynalora_optim import Budget, DynamicAllocationOptimizer, LiveBytes
@@ -40,7 +41,7 @@ ROWS = {
 }
 
 
-def trainer(kind: str, checkpoint: str, total: int | str, folder: Any) -> Any:
+def trainer(kind: str, checkpoint: str, total: int | str, folder: Any, **more: Any) -> Any:
     """A trainer as in the recipe: SFT with our adapters, DPO with those of peft."""
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
@@ -62,6 +63,7 @@ def trainer(kind: str, checkpoint: str, total: int | str, folder: Any) -> Any:
         save_strategy="no",
         report_to=[],
         disable_tqdm=True,
+        **more,
     )
     return getattr(trl, f"{kind}Trainer")(
         model,
@@ -87,3 +89,23 @@ def test_every_step_of_a_trl_trainer_stays_within_the_total(kind, tmp_path):
     assert 0.9 * total < memory.peak + held <= total
     assert optimizer.memory_report().all_active.whole > total
     assert len({entry.chosen for entry in optimizer.record}) > 1
+
+
+def test_packed_conversations_do_not_attend_to_each_other(tmp_path):
+    """As docs/trl.md packs them: without flash attention, of which TRL's own pages speak."""
+    packing = {"packing": True, "max_length": 30}
+    run = trainer("SFT", str(tiny_chat(tmp_path / "chat")), "1GiB", tmp_path, **packing)
+    batch = next(iter(run.get_train_dataloader()))
+    labels = batch.pop("labels")
+    starts = (batch["position_ids"][0] == 0).nonzero()[:, 0].tolist()
+    assert len(starts) > 2
+    with torch.no_grad():
+        for parameter in run.model.parameters():  # large enough that others would matter
+            parameter.mul_(5)
+        packed = run.model.eval()(**batch, use_cache=False).logits[0]
+        for start, end in pairwise([*starts, len(packed)]):
+            alone = run.model(input_ids=batch["input_ids"][:, start:end]).logits[0]
+            torch.testing.assert_close(packed[start:end], alone, rtol=0, atol=1e-4)
+    words = run.processing_class.convert_ids_to_tokens(labels[labels != -100].tolist())
+    assert set(words[1::2]) == {MARKS[1]}, "the answers, each a word and its end"
+    assert set(words[::2]) <= set(WORDS)
