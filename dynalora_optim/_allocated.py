@@ -12,12 +12,13 @@ from torch import Tensor, nn
 from dynalora_optim._base.claims import claim
 from dynalora_optim._costing import StepCosting
 from dynalora_optim._driver import ModuleDriver
+from dynalora_optim._grouping import held_groups
 from dynalora_optim._holdings import total_of
 from dynalora_optim.allocation._allocation import Allocation
 from dynalora_optim.allocation._context import Allocator
 from dynalora_optim.allocation._record import AllocationRecord
 from dynalora_optim.groups._module_group import ModuleGroup
-from dynalora_optim.groups._rules import GroupRule, find_groups
+from dynalora_optim.groups._rules import GroupRule
 from dynalora_optim.memory._report import MemoryReport, memory_report
 from dynalora_optim.switching._detach import ActiveCopies
 from dynalora_optim.switching._gradients import drop_gradients
@@ -199,20 +200,19 @@ class AllocatedOptimizer(LateBoundOptimizer):
             self._updater.attach(self.module_groups, self._update_one)
 
     def _adopt_new_groups(self, parameters: Sequence[Tensor]) -> None:
-        found = find_groups(self._model, self._group_rule)
+        held = [*flatten(self.param_groups), *parameters]
+        found = held_groups(self._model, self._group_rule, held)
         index = ParameterIndex(self._model, found)
         index.check_belongs(parameters)
         self._driver.check_same(index.groups_of(parameters))
         known = {part.name for part in self._parts()} - {group.name for group in self._waiting}
-        new = [
-            group
-            for group in index.groups_of(parameters)
-            if group.role == "allocated" and group.name not in known
-        ]
+        allocated = [g for g in index.groups_of(parameters) if g.role == "allocated"]
+        new = [group for group in allocated if group.name not in known]
         layout = self._driver.layout_with(new)
         self._allocation.extend([g.name for g in new], [g.name for g in found], layout)
         self._pieces.index = index
         self._driver.add(new)
+        self._driver.replace(g for g in allocated if g.name in self._allocation.updates)
         joined = {group.name for group in new}
         self._waiting = [group for group in self._waiting if group.name not in joined]
         modules = [module for group in new for module in group.modules]

@@ -77,6 +77,12 @@ class ModuleDriver:
         self._tracker.attach(groups)
         self._anchor.attach(groups)
 
+    def replace(self, groups: Iterable[ModuleGroup]) -> None:
+        """Drive these ``groups``, which hold more parameters than those of the same names."""
+        for group in groups:
+            self._groups[group.name] = group
+            self.switch.replace(group)
+
     def check_same(self, groups: Iterable[ModuleGroup]) -> None:
         """Raise if one of ``groups`` has the name of a driven group, but other modules.
 

@@ -4,16 +4,24 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol, runtime_checkable
 
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from dynalora_optim._base.claims import owner_of
+from dynalora_optim._base.claims import owners, owners_of
+from dynalora_optim.allocation._context import Allocator, CostAware
+from dynalora_optim.groups._blocks import model_blocks
 from dynalora_optim.groups._module_group import ModuleGroup
 from dynalora_optim.groups._rules import GroupRule, find_groups
-from dynalora_optim.update._param_groups import ParameterIndex, flatten, match_always_active
+from dynalora_optim.switching._detach import has_flag
+from dynalora_optim.update._param_groups import (
+    ParameterIndex,
+    ParamGroup,
+    flatten,
+    match_always_active,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -46,8 +54,8 @@ class Grouping:
             TypeError: ``rule`` or ``always_active`` is of another type.
             ValueError: There are no groups, or the optimizer does not hold their parameters.
         """
-        groups = find_groups(model, rule)
         parameters = flatten(optimizer.param_groups)
+        groups = held_groups(model, rule, parameters)
         index = ParameterIndex(model, groups)
         index.check_belongs(parameters)
         exempt = match_always_active(always_active, groups)
@@ -73,6 +81,28 @@ class Grouping:
         yield from self.always_active
 
 
+def held_groups(
+    model: nn.Module, rule: GroupRule, parameters: Iterable[Tensor]
+) -> list[ModuleGroup]:
+    """Return the module groups of ``model``, with those of their ``parameters`` that are held.
+
+    Another optimizer may train the other parameters of a module: another adapter of a peft layer,
+    or the vectors beside the matrices. A group without any stays as it is, and so does a module
+    whose flag is for all its parameters.
+
+    Raises:
+        TypeError: ``rule`` is not a rule.
+        ValueError: There are no groups.
+    """
+    held = set(map(id, parameters))
+    groups = []
+    for group in find_groups(model, rule):
+        slots = tuple(slot for slot in group.slots if id(slot.parameter) in held)
+        is_divisible = bool(slots) and not any(map(has_flag, group.modules))
+        groups.append(replace(group, slots=slots) if is_divisible else group)
+    return groups
+
+
 def log_waiting(grouping: Grouping) -> None:
     """Log a warning that names the groups that are frozen."""
     if grouping.waiting:
@@ -88,6 +118,13 @@ def log_waiting(grouping: Grouping) -> None:
 class Owner(Protocol):
     """An optimizer that drives module groups."""
 
+    param_groups: list[ParamGroup]
+
+    @property
+    def allocator(self) -> Allocator:
+        """What chooses the active groups."""
+        ...
+
     def driven_groups(self) -> list[ModuleGroup]:
         """Return the groups that the optimizer makes active and inactive."""
         ...
@@ -97,31 +134,81 @@ class Owner(Protocol):
         ...
 
 
-def owners_to_replace(grouping: Grouping, optimizer: Optimizer) -> list[Owner]:
-    """Return the optimizers that already drive ``optimizer``, or modules of ``grouping``.
+def owners_to_replace(
+    model: nn.Module, grouping: Grouping, optimizer: Optimizer, needs_costs: bool
+) -> list[Owner]:
+    """Return the optimizers that already drive ``optimizer``, or parameters of ``grouping``.
+
+    Args:
+        model: The adapted model.
+        grouping: The groups of a new optimizer.
+        optimizer: What it wraps.
+        needs_costs: Whether it has a `Budget`.
 
     Raises:
-        ValueError: One of them also drives module groups that are not in ``grouping``.
+        ValueError: One of them also drives module groups that are not in ``grouping``, or trains
+            other parameters of the same modules; or one that stays trains in the same blocks, and
+            one of the two has a `Budget`.
     """
-    groups = list(grouping.groups())
+    groups = [*grouping.groups(), *grouping.waiting]
     mine = _places(groups)
-    modules = (module for group in groups for module in group.modules)
-    found = {id(o): o for o in map(owner_of, [optimizer, *modules]) if isinstance(o, Owner)}
-    for owner in found.values():
-        theirs = owner.driven_groups()
-        left = [group.name for group in theirs if not _places([group]) <= mine]
-        if left:
+    things = [optimizer, *(module for group in groups for module in group.modules)]
+    found = {id(o): o for thing in things for o in owners_of(thing) if isinstance(o, Owner)}
+    own = owners_of(optimizer)
+    former = [o for o in found.values() if o in own or mine & _places(o.driven_groups())]
+    for owner in former:
+        _check_replaceable(owner, groups, optimizer)
+    others = [o for o in owners() if isinstance(o, Owner) and o not in former]
+    _check_costs(model, groups, [o for o in others if needs_costs or _needs_costs(o)])
+    return former
+
+
+def _check_replaceable(owner: Owner, groups: Sequence[ModuleGroup], optimizer: Optimizer) -> None:
+    """Raise if ``owner`` has something to train that ``optimizer`` does not have."""
+    theirs, mine = owner.driven_groups(), _places(groups)
+    left = [group.name for group in theirs if not _places([group]) <= mine]
+    if left:
+        raise ValueError(
+            f"another DynamicAllocationOptimizer drives {len(theirs)} module groups; this one "
+            f"would take over {len(theirs) - len(left)} of them, but not {left[0]}. close() "
+            "the other one first, or give each optimizer its own groups with groups=callable."
+        )
+    trained = {id(p) for group in groups for p in group.parameters()}
+    trained &= set(map(id, flatten(owner.param_groups)))
+    if trained and trained.isdisjoint(map(id, flatten(optimizer.param_groups))):
+        raise ValueError(
+            "another DynamicAllocationOptimizer trains other parameters of the same modules, such "
+            f"as {groups[0].name}. Its flag active holds for the whole module, so that two "
+            "optimizers cannot choose apart. Pass one optimizer that holds all these parameters, "
+            "in several param groups."
+        )
+
+
+def _needs_costs(owner: Owner) -> bool:
+    return isinstance(owner.allocator, CostAware)
+
+
+def _check_costs(model: nn.Module, groups: Sequence[ModuleGroup], others: Sequence[Owner]) -> None:
+    """Raise if ``others`` have groups in the blocks of ``groups``: a `Budget` would not know it."""
+    if not others:
+        return
+    mine = {module for group in groups for module in group.modules}
+    inside = [set(block.module.modules()) for block in model_blocks(model, must=False)]
+    shared = set[nn.Module]().union(*(block for block in inside if not mine.isdisjoint(block)))
+    for group in (group for other in others for group in other.driven_groups()):
+        # An adapter that waits outside of the model has its base modules in the blocks.
+        if not shared.isdisjoint(part for module in group.modules for part in module.modules()):
             raise ValueError(
-                f"another DynamicAllocationOptimizer drives {len(theirs)} module groups; this one "
-                f"would take over {len(theirs) - len(left)} of them, but not {left[0]}. close() "
-                "the other one first, or give each optimizer its own groups with groups=callable."
+                "a Budget decides for whole blocks, but two DynamicAllocationOptimizers train in "
+                f"the same blocks, such as at {group.name}, so that it would not know what the "
+                "other one takes. Use an allocator without a memory budget in both, or wrap one "
+                "optimizer that holds all these parameters (Muon with its own AdamW, for example)."
             )
-    return list(found.values())
 
 
-def replace_owners(owners: Iterable[Owner]) -> None:
-    """Close ``owners``, because a new optimizer replaces them, and log a warning."""
-    for owner in owners:
+def replace_owners(former: Iterable[Owner]) -> None:
+    """Close the ``former`` optimizers, because a new one replaces them, and log a warning."""
+    for owner in former:
         owner.close()
         logger.warning(
             "a new DynamicAllocationOptimizer takes over the %d module groups of an earlier one, "

@@ -130,7 +130,7 @@ class DynamicAllocationOptimizer(SavedOptimizer):
         choosing = Choosing(as_allocator(allocator), as_schedule(period), active, seed)
         tracker = as_tracker(importance)
         assembly = Assembly(model, grouping, backward, choosing, tracker)
-        former = owners_to_replace(grouping, optimizer)
+        former = owners_to_replace(model, grouping, optimizer, assembly.allocation.needs_costs)
         # Nothing outside this object has changed so far; nothing below raises.
         replace_owners(former)
         log_waiting(grouping)

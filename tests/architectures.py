@@ -65,7 +65,7 @@ def build(auto: str, kind: str) -> nn.Module:
     problems = []
     for variant in _VARIANTS:
         try:
-            model = _build(names(auto)[kind], kind, variant)
+            model = build_class(names(auto)[kind], kind, variant)
             with torch.no_grad():
                 model(**batch(model))
         except Exception as error:  # whatever transformers raises: the next variant may fit
@@ -75,7 +75,7 @@ def build(auto: str, kind: str) -> nn.Module:
     raise LookupError(f"{kind} cannot be built in a tiny size: {problems}")
 
 
-def _build(name: str, kind: str, variant: dict[str, int]) -> nn.Module:
+def build_class(name: str, kind: str, variant: dict[str, int]) -> nn.Module:
     import transformers
 
     made = getattr(transformers, name)

@@ -10,10 +10,12 @@ from __future__ import annotations
 import copy
 import inspect
 import io
+import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -89,6 +91,8 @@ def run(kind: Kind, model: nn.Module, optimizer: Optimizer, steps: int, start: i
     if callable(switch := getattr(optimizer, "train", None)):
         switch()
     for step in range(start, start + steps):
+        random.seed(step)
+        np.random.seed(step)  # Kron's step draws from it
         torch.manual_seed(100 + step)
         x = torch.randn(16, WIDTH)
         y = x[:, :8].sin()

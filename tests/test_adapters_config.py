@@ -51,6 +51,7 @@ def test_scaling_is_alpha_over_rank_or_over_its_root(rank: int, alpha: float) ->
         ({"exclude": "*"}, ValueError, "exclude holds .* not a regular expression"),
         ({"exclude": 3}, TypeError, "exclude must be a list"),
         ({"trainable": [None]}, TypeError, "trainable must hold non-empty strings"),
+        ({"bias": "lora_only"}, ValueError, r"bias must be one of .*adapted.*, got 'lora_only'"),
         ({"rslora": 1}, TypeError, "rslora must be a bool, got 1"),
         ({"rank_pattern": ["q"]}, TypeError, "rank_pattern must be a dict"),
         ({"rank_pattern": {"(": 4}}, ValueError, "rank_pattern holds"),

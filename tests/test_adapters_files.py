@@ -308,7 +308,7 @@ BROKEN: dict[str, tuple[Callable[[Path], object], type[Exception], str]] = {
 }
 REFUSED = {
     "use_dora": True,
-    "bias": "all",
+    "bias": "boft_only",
     "lora_bias": True,
     "layer_replication": [[0, 1]],
     "target_parameters": ["weight"],
@@ -316,7 +316,6 @@ REFUSED = {
     "alora_invocation_tokens": [1],
     "use_qalora": True,
     "arrow_config": {"top_k": 2},
-    "ensure_weight_tying": True,
     "init_lora_weights": "pissa",
     "an_option_of_the_future": 3,
 }

@@ -285,7 +285,7 @@ BAD: dict[str, tuple[Callable[[], nn.Module], dict[str, object], str]] = {
     "twice": (
         lambda: inject(Stack(), config(targets=["0"])),
         {"targets": ["2"]},
-        r"model is adapted already \(at blocks.0.0\); call remove\(model\) first",
+        r"model is adapted already \(by 'default'\); call remove\(model\) first",
     ),
     "wrapped": (
         lambda: nn.DataParallel(Stack()),

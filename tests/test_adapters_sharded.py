@@ -20,11 +20,13 @@ from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_modul
 from dynalora_adapters import (
     LoRAConfig,
     VeRAConfig,
+    active_adapter,
     inject,
     load_adapter,
     merge,
     remove,
     save_adapter,
+    set_adapter,
 )
 from dynalora_adapters._config import AdapterConfig
 
@@ -104,6 +106,21 @@ def refusals(folder: Path) -> dict[str, str]:
     }
 
 
+def several(folder: Path) -> dict[str, str]:
+    """What is said about the adapters of a sharded model, of which the first one is active."""
+    model = stack()
+    for name, config in KINDS.items():
+        inject(model, config, name=name)
+    shard(model)
+    save_adapter(model, folder / "waiting", name="vera")
+    return {
+        "switch": message(lambda: set_adapter(model, "vera")),
+        "plain": message(lambda: set_adapter(model, None)),
+        "add": message(lambda: inject(model, KINDS["lora"], name="third")),
+        "active": str(active_adapter(model)),
+    }
+
+
 def first_version(folder: Path) -> dict[str, str]:
     """What is said about a model in FSDP1's wrapper, as a whole or in parts."""
     config = KINDS["lora"]
@@ -124,6 +141,7 @@ def first_version(folder: Path) -> dict[str, str]:
 def everything(rank: int, folder: Path) -> dict[str, Any]:
     found: dict[str, Any] = {kind: save_and_load(kind, folder) for kind in KINDS}
     found["refused"] = refusals(folder)
+    found["several"] = several(folder)
     found["first"] = first_version(folder)
     return found
 
@@ -165,6 +183,21 @@ def test_what_cannot_be_done_with_a_sharded_model_is_refused(ranks: list[dict[st
             assert "call inject or load_adapter first, then fully_shard(model)" in said[case]
         assert "is sharded over processes (save the adapter and merge it" in said["merge"]
         assert said["disk"].startswith(("OSError", "NotADirectoryError")), "on every rank"
+
+
+@pytest.mark.distributed
+def test_a_sharded_model_keeps_its_active_adapter(
+    ranks: list[dict[str, Any]], folder: Path, tmp_path: Path
+) -> None:
+    for rank in ranks:
+        said = rank["several"]
+        assert "switch first, then fully_shard(model)" in said["switch"]
+        assert "switch first, then fully_shard(model)" in said["plain"]
+        assert "call inject or load_adapter first, then fully_shard(model)" in said["add"]
+        assert said["active"] == "lora"
+    torch.manual_seed(0)
+    save_adapter(inject(Stack(), KINDS["vera"]), tmp_path)
+    assert (folder / "waiting" / WEIGHTS).read_bytes() == (tmp_path / WEIGHTS).read_bytes()
 
 
 @pytest.mark.distributed

@@ -155,7 +155,7 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "bad key": (lambda f: edit(f, projection_prng_key="x"), f"{CONFIG}: key must be an int"),
     "bad flag": (lambda f: edit(f, save_projection="no"), "save_projection must be a bool"),
-    "bias": (lambda f: edit(f, bias="vera_only"), "bias='vera_only' is not implemented here"),
+    "bias": (lambda f: edit(f, bias="lora_only"), "bias='lora_only' is not implemented here"),
     "no such layers": (
         lambda f: edit(f, layers_to_transform=["0"]),
         r"layers_to_transform must hold whole numbers, got \['0'\]",

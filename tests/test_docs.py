@@ -92,7 +92,7 @@ def readers_own(folder: Path) -> dict[str, Any]:
 
 @pytest.mark.parametrize("page", WITH_CODE)
 def test_every_python_block_runs(page, tmp_path, monkeypatch, request):
-    for library in ("transformers", "peft", "accelerate", "matplotlib"):
+    for library in ("transformers", "peft", "accelerate", "matplotlib", "pytorch_optimizer"):
         pytest.importorskip(library)
     if page == "docs/trainers.md" and not trainer_hands_over_the_model():
         pytest.skip("this version of transformers does not hand the model to a factory")

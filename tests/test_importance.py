@@ -477,3 +477,22 @@ def test_unknown_measures_windows_and_used_trackers_are_refused():
     used = tracked(ToyModel())
     with pytest.raises(ValueError, match="another optimizer"):
         wrapped(ToyModel(), importance=used)
+
+
+def test_nested_modules_of_an_idle_group_are_scored_as_those_of_an_active_one():
+    def scores(active: float) -> dict[str, float]:
+        torch.manual_seed(0)
+        inner = [nn.Sequential(nn.Linear(8, 8), nn.Tanh()) for _ in range(2)]
+        model = nn.Sequential(*inner, nn.Linear(8, 1))
+        optimizer = DynamicAllocationOptimizer(
+            torch.optim.SGD(model.parameters(), lr=0.1),
+            model,
+            active=active,
+            groups=lambda name, module: name[0] if name[:1] in ("0", "1") else None,
+        )
+        model(batch()).sum().backward()
+        optimizer.step()
+        return optimizer.tracker.scores()
+
+    assert scores(1) == scores(1.0)
+    assert all(scores(1).values())

@@ -228,6 +228,14 @@ class Delegating(torch.optim.Optimizer):
         return self.optimizer.param_groups
 
 
+class Both(torch.optim.Optimizer):
+    """As users write it for Muon and AdamW: its groups are those of several others."""
+
+    def __init__(self, *parts):
+        self.parts = parts
+        super().__init__([group for part in parts for group in part.param_groups], {})
+
+
 class Evaluating(SGD):
     def step(self, closure):
         closure()
@@ -242,6 +250,10 @@ class Evaluating(SGD):
             "Around itself wraps an optimizer in its attribute 'base'",
         ),
         (lambda p: Delegating(SGD(p, lr=0.1)), "Delegating itself wraps an optimizer"),
+        (
+            lambda p: Both(SGD(list(p), lr=0.1)),
+            "Both itself wraps an optimizer in its attribute 'parts'",
+        ),
         (lambda p: Evaluating(p, lr=0.1), "evaluates the loss itself in step"),
     ],
 )

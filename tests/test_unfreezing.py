@@ -6,10 +6,8 @@ import copy
 
 import pytest
 import torch
-from processes import on_ranks
-from torch.nn.parallel import DistributedDataParallel
 from torch.optim import AdamW
-from toy import ToyModel, batch, names, same, train, weights, wrapped
+from toy import ToyModel, names, same, train, weights, wrapped
 
 from dynalora_optim import DynamicAllocationOptimizer
 
@@ -93,20 +91,16 @@ def test_a_run_resumes_after_they_have_joined():
     assert optimizer.record.state_dict() == other.record.state_dict()
 
 
-def under_ddp(rank: int) -> None:
-    model = frozen()
-    optimizer = wrapped(model, active=1.0)
-    ddp = DistributedDataParallel(model)
-    for step in range(4):
-        ddp(batch(2 * step + rank)).square().mean().backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        if step == 1:
-            unfreeze(model, optimizer, added=False)
-
-
-@pytest.mark.distributed
-def test_under_ddp_it_is_refused_because_ddp_would_not_average_them():
-    for error in on_ranks(under_ddp):
-        assert isinstance(error, RuntimeError)
-        assert "was built while only 8 of the 14 parameters" in str(error)
+def test_a_cell_that_is_run_again_after_freezing_takes_over(caplog):
+    model = ToyModel()
+    first = wrapped(model, active=1.0)
+    for parameter in adapters(model, slice(3, None)):
+        parameter.requires_grad_(False)
+    second = wrapped(model, active=1.0)
+    assert "takes over the 6 module groups" in caplog.text
+    with pytest.raises(RuntimeError, match="close"):
+        first.step()
+    train(model, second, 1)
+    unfreeze(model, second, added=False)
+    train(model, second, 1)
+    assert second.active_groups == names()

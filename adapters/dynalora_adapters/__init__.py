@@ -14,6 +14,8 @@ The pieces divide the work so that data flows one way::
   model around it. VeRA's layers share one pair of frozen random matrices.
 * ``inject`` makes a plan from the configuration and the model. All mistakes are found in this step,
   before the model is changed. Then the plan is carried out. ``remove`` undoes this.
+* A model can have several adapters, over the same base. Only the active one is in the model, so all
+  other parts see a model with one adapter. ``set_adapter`` puts another one in its place.
 * ``merge`` and ``unmerge`` move the deltas into the base weights and back.
 * ``save_adapter`` and ``load_adapter`` write and read peft's file format. No other part does.
 
@@ -25,6 +27,7 @@ from dynalora_adapters._config import LoRAConfig
 from dynalora_adapters._inject import inject, remove
 from dynalora_adapters._layers import LoRALinear
 from dynalora_adapters._merge import merge, unmerge
+from dynalora_adapters._switching import active_adapter, adapter_names, set_adapter
 from dynalora_adapters._vera import VeRAConfig, VeRALinear
 from dynalora_adapters.io._files import load_adapter, save_adapter
 
@@ -33,10 +36,13 @@ __all__ = [
     "LoRALinear",
     "VeRAConfig",
     "VeRALinear",
+    "active_adapter",
+    "adapter_names",
     "inject",
     "load_adapter",
     "merge",
     "remove",
     "save_adapter",
+    "set_adapter",
     "unmerge",
 ]

@@ -22,6 +22,7 @@ from dynalora_adapters._layers import AdapterLinear, LoRALinear, lora_scaling
 
 Names = str | Sequence[str]
 Number = TypeVar("Number", int, float)
+BIASES = ("none", "adapted", "all")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +39,8 @@ class AdapterConfig(ABC):
         exclude: Modules to leave out of ``targets``: a list or a regular expression, as above.
         trainable: Modules of which all parameters stay trainable, such as a new classification
             head, by name or dotted suffix. They are never adapted, and ``save_adapter`` saves them.
+        bias: Which biases of the model stay trainable, and are saved: ``"none"``, ``"adapted"``
+            (those of the adapted layers) or ``"all"``.
     """
 
     layer_class: ClassVar[type[AdapterLinear]]
@@ -46,6 +49,7 @@ class AdapterConfig(ABC):
     targets: Names
     exclude: Names = ()
     trainable: Names = ()
+    bias: str = "none"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "targets", _names("targets", self.targets))
@@ -57,6 +61,8 @@ class AdapterConfig(ABC):
                 f"targets must name at least one module, got {self.targets!r}; pass a list of "
                 f'module names, a regular expression or "all-linear".'
             )
+        if self.bias not in BIASES:
+            raise ValueError(f"bias must be one of {BIASES}, got {self.bias!r}; pass one of them.")
 
     def class_for(self, base: nn.Module) -> type[AdapterLinear] | None:
         """Return the class of the layer over ``base``, or None if this kind has none for it."""

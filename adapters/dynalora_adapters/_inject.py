@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
+import copy
 import logging
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from torch import nn
 
 from dynalora_adapters._config import AdapterConfig
+from dynalora_adapters._injection import (
+    Adapter,
+    Injection,
+    begin_injection,
+    end_injection,
+    find_injection,
+    name_of,
+    place,
+    placed,
+)
 from dynalora_adapters._layers import AdapterLinear
 from dynalora_adapters._models import replace_modules, require_adapters, unwrap
 from dynalora_adapters._notices import notices
@@ -19,107 +30,148 @@ from dynalora_adapters._quantised import (
     restore_repacking,
 )
 from dynalora_adapters._sharded import check_here, check_not_fsdp1
-from dynalora_adapters._targets import Plan, make_plan
+from dynalora_adapters._switching import check_not_merged, switch
+from dynalora_adapters._targets import Plan, bias_tensors, make_plan
 from dynalora_adapters._torch_private import plain_name
 
 logger = logging.getLogger(__name__)
 
-_RECORD = "_dynalora_injection"  # an attribute of the adapted model
 _NESTED = "use_nested_tensor"  # an attribute of nn.TransformerEncoder
+_ONLY = "default"  # the name of an adapter that was given none
 
 
-@dataclass(frozen=True)
-class Injection:
-    """What ``inject`` stores on the model, so that ``remove`` can undo it.
-
-    Attributes:
-        config: The configuration that the model was adapted with.
-        required_grad: The former ``requires_grad`` of every base parameter, by name.
-        nested_tensor: The former ``use_nested_tensor`` of the transformer encoders, by name.
-        repacks: Which quantised layers may repack their weight for evaluation, by name.
-        embeddings: Keys in the adapter's file of embeddings that a file has replaced. They must be
-            saved again.
-    """
-
-    config: AdapterConfig
-    required_grad: dict[str, bool]
-    nested_tensor: dict[str, bool]
-    repacks: dict[str, bool]
-    embeddings: frozenset[str] = frozenset()
-
-
-def inject(model: nn.Module, config: AdapterConfig) -> nn.Module:
+def inject(model: nn.Module, config: AdapterConfig, *, name: str | None = None) -> nn.Module:
     """Put adapters on the target modules of ``model``, in place.
 
     Everything else is frozen, except ``config.trainable``. Until the adapters are trained, the
     output is bit for bit what it was. A module that the model holds under several names is adapted
     once and replaced everywhere. Everything is checked before the model is changed.
 
+    A model can have several adapters, each with a name of its own. The first one is active. Another
+    one has no effect until ``set_adapter`` makes it the active one. An adapter with a name trains
+    copies of its own of the modules in ``config.trainable``.
+
     Args:
         model: The model to adapt.
         config: Which modules, and how.
+        name: The name of the adapter. Without a name, it is the only one of the model, and trains
+            the modules in ``config.trainable`` themselves.
 
     Returns:
         The same model.
 
     Raises:
         TypeError: If ``config`` is not a configuration of this package.
-        ValueError: If the model is adapted already, or an entry of the configuration matches no
-            module that can be adapted or trained.
+        ValueError: If the model is adapted already and no other name is given, or an entry of the
+            configuration matches no module that can be adapted or trained.
     """
     if not isinstance(config, AdapterConfig):
         raise TypeError(
             f"config must be a LoRAConfig or a VeRAConfig of this package, got "
             f"{type(config).__name__}; build one with LoRAConfig(rank=..., alpha=..., targets=...)."
         )
-    check_bare(model)
-    plan = make_plan(model, config)
-    for notice in notices(model, config, plan):
-        logger.warning(notice)
-    install(model, config, plan, config.build(plan.bases))
+    check_room(model, name, config)
+    with as_base(model):
+        check_bare(model)
+        plan = make_plan(model, config)
+        for notice in notices(model, config, plan):
+            logger.warning(notice)
+        install(model, name, config, plan, config.build(plan.bases))
     return model
 
 
-def remove(model: nn.Module) -> nn.Module:
+def remove(model: nn.Module, *, name: str | None = None) -> nn.Module:
     """Put the base modules back, in place.
 
-    The delta of a merged adapter stays in the weights; call ``unmerge`` first to remove it. The
-    ``requires_grad`` of every base parameter becomes what it was before ``inject``.
+    The delta of a merged adapter stays in the weights, as do its copies of trained modules; call
+    ``unmerge`` first to remove it. The ``requires_grad`` of every base parameter becomes what it
+    was before ``inject``.
+
+    Args:
+        model: An adapted model.
+        name: The adapter to remove; None for all of them. If it is the active one and there are
+            others, none is active until ``set_adapter`` is called.
 
     Returns:
         The same model.
 
     Raises:
-        ValueError: If the model holds no adapters.
+        ValueError: If the model holds no adapters, or none of this name; or if the adapter is
+            merged and there are others.
     """
     bare = unwrap(model)
-    layers = require_adapters(bare)
-    replace_modules(bare, {layer: layer.base_layer for layer in layers.values()})
-    record = bare.__dict__.pop(_RECORD, None)
-    if record is not None:
-        for name, param in bare.named_parameters():
-            param.requires_grad_(record.required_grad.get(plain_name(name), param.requires_grad))
-        for name, flag in record.nested_tensor.items():
-            setattr(bare.get_submodule(name), _NESTED, flag)
-        restore_repacking(bare, record.repacks)
+    check_not_fsdp1(bare)
+    record = find_injection(bare)
+    if record is None:
+        layers = require_adapters(bare)
+        replace_modules(bare, {layer: layer.base_layer for layer in layers.values()})
+    elif name is not None and len(record.adapters) > (name in record.adapters):
+        _remove_one(bare, record, name_of(record, name))
+    else:
+        _remove_all(bare, record)
     return model
 
 
-def injection_of(model: nn.Module) -> Injection:
-    """Return what ``inject`` stored on an adapted model."""
-    record = getattr(model, _RECORD, None)
-    if not isinstance(record, Injection):
+def _remove_one(model: nn.Module, record: Injection, name: str) -> None:
+    if record.adapters[name].is_merged:
+        check_not_merged(record, "the other adapters")
+    if record.active == name:
+        switch(model, None)
+    del record.adapters[name]
+
+
+def _remove_all(model: nn.Module, record: Injection) -> None:
+    active = None if record.active is None else record.adapters[record.active]
+    if active is not None and active.is_merged:
+        replace_modules(model, {layer: layer.base_layer for layer in active.layers})
+    else:
+        place(model, None)
+    end_injection(model)
+    for handle in record.guards:
+        handle.remove()
+    for name, param in model.named_parameters():
+        param.requires_grad_(record.required_grad.get(plain_name(name), param.requires_grad))
+    for name, flag in record.nested_tensor.items():
+        setattr(model.get_submodule(name), _NESTED, flag)
+    restore_repacking(model, record.repacks)
+
+
+def check_room(model: nn.Module, name: str | None, config: AdapterConfig) -> None:
+    """Raise unless the model can get this adapter of this name, beside those that it has.
+
+    Raises:
+        TypeError: If the name is no string, or empty.
+        ValueError: If the name is taken, or the base is not as it was before the first adapter.
+    """
+    if name is not None and not (isinstance(name, str) and name):
+        raise TypeError(f"name must be a string that is not empty, got {name!r}.")
+    record = find_injection(unwrap(model))
+    if record is None:
+        return
+    known = ", ".join(map(repr, record.adapters))
+    if name is None or name in record.adapters:
         raise ValueError(
-            f"model ({type(model).__name__}) was not itself passed to inject(model, config); "
-            f"pass the module that was given to inject, not a part of it or a module around it."
+            f"model is adapted already (by {known}); call remove(model) first, or give the new "
+            f"adapter another name=...."
         )
-    return record
+    check_not_merged(record, "a new adapter")
+    if config.bias != "none":
+        raise ValueError(
+            f"bias={config.bias!r} trains biases of the base model, which {known} use too; pass "
+            f"bias='none', or call remove(model) first."
+        )
+    for other, adapter in record.adapters.items():
+        if adapter.trains_base:
+            raise ValueError(
+                f"the adapter {other!r} trains modules of the base model itself (or biases, or its "
+                f"file has replaced embeddings there), so that a new adapter would not be over the "
+                f"base model; give the first adapter a name too: inject(model, config, name=...)."
+            )
 
 
-def note_embeddings(model: nn.Module, keys: frozenset[str]) -> None:
-    """Store on an adapted model which embeddings a file has replaced."""
-    record = injection_of(model)
-    setattr(model, _RECORD, replace(record, embeddings=record.embeddings | keys))
+def as_base(model: nn.Module) -> AbstractContextManager[None]:
+    """Return a context in which the model has no adapters in place."""
+    return nullcontext() if find_injection(model) is None else placed(model, None)
 
 
 def check_bare(model: nn.Module) -> None:
@@ -142,41 +194,63 @@ def check_bare(model: nn.Module) -> None:
 
 
 def install(
-    model: nn.Module, config: AdapterConfig, plan: Plan, layers: Mapping[str, AdapterLinear]
-) -> None:
-    """Freeze the model and replace the planned modules. All checks were made before."""
-    before = {name: param.requires_grad for name, param in model.named_parameters()}
-    repacks = forbid_repacking(model)
-    model.requires_grad_(False)
-    for module in plan.trainable:
+    model: nn.Module,
+    name: str | None,
+    config: AdapterConfig,
+    plan: Plan,
+    layers: Mapping[str, AdapterLinear],
+) -> str:
+    """Add an adapter to a model in its base state; return its name. All checks were made before.
+
+    It is active if it is the first one. Then the rest of the model is frozen.
+    """
+    record = find_injection(model)
+    is_first = record is None
+    if record is None:
+        required = {key: param.requires_grad for key, param in model.named_parameters()}
+        record = Injection(required, forbid_repacking(model))
+        model.requires_grad_(False)
+        begin_injection(model, record)
+    copies = () if name is None else _own_copies(plan.trainable)
+    for module in plan.trainable if name is None else [own for _, own in copies]:
         for param in module.parameters():
             param.requires_grad_(param.is_floating_point())
-    replace_modules(model, {base: layers[name] for name, base in plan.bases.items()})
-    setattr(model, _RECORD, Injection(config, before, _leave_fast_path(model), repacks))
+    for bias in bias_tensors(model, config, plan.bases).values():
+        bias.requires_grad_(bias.is_floating_point())
+    _leave_fast_path(model, record, {base: layers[key] for key, base in plan.bases.items()})
+    name = _ONLY if name is None else name
+    record.adapters[name] = Adapter(config, tuple(layers.values()), copies)
+    if is_first:
+        place(model, name)
+        record.timeline.note_all(repr(name))
+    return name
 
 
-def _leave_fast_path(model: nn.Module) -> dict[str, bool]:
+def _own_copies(modules: Sequence[nn.Module]) -> tuple[tuple[nn.Module, nn.Module], ...]:
+    """Return those modules that are not inside another one, and a copy of each."""
+    inner = {part for module in modules for part in module.modules() if part is not module}
+    memo: dict[int, Any] = {}  # so that tied weights stay tied
+    return tuple((m, copy.deepcopy(m, memo)) for m in modules if m not in inner)
+
+
+def _leave_fast_path(
+    model: nn.Module, record: Injection, layers: Mapping[nn.Module, AdapterLinear]
+) -> None:
     """Make torch's transformer layers call their adapters in eval mode too.
 
     The inference fast path of ``nn.TransformerEncoderLayer`` reads ``linear1.weight`` and
     ``linear2.weight`` directly, without the adapters, unless a submodule has a hook. So a hook is
     registered. Without the fast path, ``nn.TransformerEncoder`` must not pack padded batches into
     nested tensors, because attention cannot differentiate these (torch/nn/modules/transformer.py).
-    Returns the former value of that flag, ``use_nested_tensor``, by name.
     """
-    nested = {}
     for name, module in model.named_modules():
+        adapted = [layers[base] for base in module.modules() if base in layers]
         if isinstance(module, nn.TransformerEncoderLayer):
-            for layer in _adapters_in(module):
+            for layer in adapted:
                 layer.register_forward_pre_hook(_no_change)
-        elif isinstance(module, nn.TransformerEncoder) and any(_adapters_in(module)):
-            nested[name] = module.use_nested_tensor
+        elif isinstance(module, nn.TransformerEncoder) and adapted:
+            record.nested_tensor.setdefault(name, module.use_nested_tensor)
             setattr(module, _NESTED, False)
-    return nested
-
-
-def _adapters_in(module: nn.Module) -> Iterator[AdapterLinear]:
-    return (inner for inner in module.modules() if isinstance(inner, AdapterLinear))
 
 
 def _no_change(module: nn.Module, args: Any) -> None:

@@ -105,6 +105,15 @@ class AdapterLinear(nn.Module, ABC):
             return result
         return (result + self.delta(x)).to(result.dtype)
 
+    def follow_base(self) -> None:
+        """Move the adapter to the device of its base module, which may have moved without it."""
+        if self.weight.is_meta:
+            return
+        own = nn.ParameterList(getattr(self, name) for name in self.adapter_params())
+        others = [child for child in self.children() if child is not self.base_layer]
+        for part in (own, *others):
+            part.to(self.weight.device)
+
     def adapter_params(self) -> list[str]:
         """Return the names of the adapter's parameters, without those of the base module."""
         return list(self.peft_names)

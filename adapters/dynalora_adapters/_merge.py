@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
+
 import torch
 from torch import Tensor, nn
 
 from dynalora_adapters._bases import DENSE
 from dynalora_adapters._checks import boolean
 from dynalora_adapters._inject import remove as remove_adapters
+from dynalora_adapters._injection import active_layers
 from dynalora_adapters._layers import AdapterLinear
-from dynalora_adapters._models import parameter_owners, require_adapters, unwrap
+from dynalora_adapters._models import parameter_owners, unwrap
 from dynalora_adapters._quantised import is_packed
 from dynalora_adapters._sharded import is_sharded
+from dynalora_adapters._switching import adapter_names, set_adapter
 from dynalora_adapters._torch_private import own_parameter
 
 
-def merge(model: nn.Module, *, remove: bool = False) -> nn.Module:
-    """Add every adapter's delta to its base weight, in place.
+def merge(model: nn.Module, *, remove: bool = False, name: str | None = None) -> nn.Module:
+    """Add the deltas of the active adapter to its base weights, in place.
 
     A merged layer costs no more than its base module. The sum is computed in float32 (in float64 if
     the weight is in float64) and rounded to the weight's dtype. Layers that are merged already do
@@ -26,6 +30,7 @@ def merge(model: nn.Module, *, remove: bool = False) -> nn.Module:
         model: An adapted model.
         remove: Whether to put the base modules back afterwards. Then ``model`` is a plain model
             with new weights, and there is nothing left to unmerge.
+        name: The adapter to make active first; None for the one that is.
 
     Returns:
         The same model.
@@ -33,11 +38,27 @@ def merge(model: nn.Module, *, remove: bool = False) -> nn.Module:
     Raises:
         ValueError: If the model has no adapters, or a delta cannot be added to a weight: the weight
             is packed, not floating, computed by a parametrization or shared with another module,
-            or would become infinite or nan. Then nothing has changed.
+            or would become infinite or nan; or if ``remove`` is True and there are other adapters.
+            Then nothing has changed.
     """
     boolean("remove", remove)
-    _fold(model, merged=True)
+    _check_alone(model, remove=remove)
+    with ExitStack() as on_failure:
+        if name is not None:
+            on_failure.push(set_adapter(model, name))
+        _fold(model, merged=True)
+        on_failure.pop_all()
     return remove_adapters(model) if remove else model
+
+
+def _check_alone(model: nn.Module, *, remove: bool) -> None:
+    others = adapter_names(model)
+    if remove and len(others) > 1:
+        raise ValueError(
+            f"remove=True would leave the other adapters over a base that they do not know, or "
+            f"drop them: the model has {', '.join(others)}; call remove(model, name=...) for those "
+            f"that you no longer need, after saving them."
+        )
 
 
 def unmerge(model: nn.Module) -> nn.Module:
@@ -58,7 +79,7 @@ def unmerge(model: nn.Module) -> nn.Module:
 
 
 def _fold(model: nn.Module, *, merged: bool) -> nn.Module:
-    layers = require_adapters(unwrap(model))
+    layers = active_layers(unwrap(model))
     pending = {name: layer for name, layer in layers.items() if layer.merged is not merged}
     owners = parameter_owners(unwrap(model))
     for name, layer in pending.items():

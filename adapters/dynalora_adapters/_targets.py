@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass
 
 from torch import nn
@@ -19,6 +19,7 @@ from dynalora_adapters._models import (
 )
 from dynalora_adapters._reads import read_layers
 from dynalora_adapters._tasks import is_plain_linear, output_head
+from dynalora_adapters._torch_private import plain_name
 
 ALL_LINEAR = "all-linear"
 
@@ -88,6 +89,25 @@ def make_plan(model: nn.Module, config: AdapterConfig) -> Plan:
     )
 
 
+def bias_tensors(
+    model: nn.Module, config: AdapterConfig, adapted: Container[str]
+) -> dict[str, nn.Parameter]:
+    """Return the biases that ``config.bias`` keeps trainable, by their names in the adapted model.
+
+    Args:
+        model: The model, before or after its layers are adapted.
+        config: What is asked for.
+        adapted: The names of the layers that are adapted.
+    """
+    found: dict[str, nn.Parameter] = {}
+    for path, param in model.named_parameters(remove_duplicate=False):
+        owner, _, last = plain_name(path).rpartition(".")
+        name = owner.removesuffix(".base_layer")
+        if last == "bias" and config.bias != "none" and (config.bias == "all" or name in adapted):
+            found[f"{name}.base_layer.bias" if name in adapted else plain_name(path)] = param
+    return found
+
+
 def _rules(names: Names) -> list[Names]:
     """Split a list into its entries. Each of them must match some module."""
     if isinstance(names, str):
@@ -121,6 +141,7 @@ def _resolve(rule: Names, tree: Mapping[str, nn.Module], config: AdapterConfig) 
     """Return the layers that one entry of ``targets`` selects and that can be adapted."""
     found = {name: module for name, module in tree.items() if matches(rule, name)}
     if not found:
+        _check_no_parameter(rule, tree)
         raise _unknown("targets", rule, tree)
     fitting = {module for module in found.values() if config.class_for(module) is not None}
     if not fitting:
@@ -130,6 +151,18 @@ def _resolve(rule: Names, tree: Mapping[str, nn.Module], config: AdapterConfig) 
             f"({', '.join(kinds)}); name linear layers, such as {_linear_leaves(tree)}."
         )
     return fitting
+
+
+def _check_no_parameter(rule: Names, tree: Mapping[str, nn.Module]) -> None:
+    """Raise if an entry of ``targets`` names a parameter, as that of fused experts."""
+    for name, module in tree.items():
+        for leaf, _ in module.named_parameters(recurse=False):
+            if linear_shape(module) is None and matches(rule, f"{name}.{leaf}"):
+                raise ValueError(
+                    f"targets entry {_show(rule)} matches the parameter {name}.{leaf}, not a "
+                    f"module. To adapt it, use peft.LoraConfig(target_parameters=[{leaf!r}], ...) "
+                    f"instead of inject: the optimizer drives peft's layers with the same line."
+                )
 
 
 def _check_called(tree: Mapping[str, nn.Module], dead: set[nn.Module]) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from dynalora_optim._base.torch_private import in_backward
 from dynalora_optim._base.trees import first_tensor
+from dynalora_optim.groups._module_group import Slot
 from dynalora_optim.importance._measures import ForwardMeasure, ForwardPass
 from dynalora_optim.importance._windows import Passes, Window
 
@@ -39,9 +40,15 @@ class ForwardHook:
     """
 
     def __init__(
-        self, module: nn.Module, measure: ForwardMeasure, window: Window, watch: Watch
+        self,
+        module: nn.Module,
+        slots: Sequence[Slot],
+        measure: ForwardMeasure,
+        window: Window,
+        watch: Watch,
     ) -> None:
         self._module = module
+        self._slots = slots
         self._measure = measure
         self._window = window
         self._watch = watch
@@ -70,11 +77,20 @@ class ForwardHook:
         self, inputs: tuple[object, ...], output: Tensor, base_output: Tensor | None
     ) -> None:
         """Score one pass if this step is measured and the pass is not a recomputation."""
-        if not self._watch.enabled or self._is_recomputation():
+        if not self._watch.enabled or self._is_recomputation() or not self._can_train():
             return
         with torch.no_grad():
             forward = ForwardPass(self._module, inputs, output, self._watch.mask, base_output)
             self._watch.passes.add(self._window, self._measure.score(forward))
+
+    def _can_train(self) -> bool:
+        """Return whether the group has a parameter that can train in this pass.
+
+        peft sets ``requires_grad`` of the adapters that are not in use to False. The pass is then
+        none of their optimizer. A tensor that replaces a parameter for a forward does not tell.
+        """
+        tensors = (slot.tensor for slot in self._slots)
+        return any(not isinstance(t, nn.Parameter) or t.requires_grad for t in tensors)
 
     def _is_recomputation(self) -> bool:
         # Non-reentrant checkpoints run the forward again inside the backward; their first pass has

@@ -120,10 +120,10 @@ class ImportanceTracker:
             self._windows[group.name] = self._new_window()
             if isinstance(self.measure, ForwardMeasure):
                 for module in group.modules:
-                    self._hook(module, self._windows[group.name], self.measure)
+                    self._hook(module, group, self.measure)
 
-    def _hook(self, module: nn.Module, window: Window, measure: ForwardMeasure) -> None:
-        hook = ForwardHook(module, measure, window, self._watch)
+    def _hook(self, module: nn.Module, group: ModuleGroup, measure: ForwardMeasure) -> None:
+        hook = ForwardHook(module, group.slots, measure, self._windows[group.name], self._watch)
         self._hooks.append(hook)
         self._handles.append(module.register_forward_hook(hook))
         if getattr(measure, "needs_base_output", False):

@@ -54,11 +54,14 @@ class Anchor:
         self.has_met_ddp = False  # whether a forward ran within DDP, which averages gradients
         self._handles: list[RemovableHandle] = []
         self._ddp: weakref.ref[DistributedDataParallel] | None = None
-        self._checked: weakref.WeakSet[DistributedDataParallel] = weakref.WeakSet()
+        # By each DDP that was checked: the parameters that were frozen then.
+        self._checked: weakref.WeakKeyDictionary[DistributedDataParallel, list[Tensor]] = (
+            weakref.WeakKeyDictionary()
+        )
 
     def attach(self, groups: Sequence[ModuleGroup]) -> None:
         """Let ``groups`` be carriers too, in addition to those attached before."""
-        self._checked.clear()  # DDP may have been built while these were frozen
+        self._checked.clear()  # DDP does not know what was added to the model since
         for group in groups:
             self._handles.append(group.modules[-1].register_forward_hook(_Tied(self)))
 
@@ -108,22 +111,26 @@ class Anchor:
 
     def _check(self, ddp: DistributedDataParallel) -> None:
         """Raise if DDP was built while some parameters were frozen; it never averages these."""
-        if ddp in self._checked:
+        frozen = self._checked.get(ddp)
+        if frozen is not None and not any(parameter.requires_grad for parameter in frozen):
             return
-        named = ddp.module.named_parameters()
-        trainable = [
-            p for name, p in named if p.requires_grad and name not in ddp.parameters_to_ignore
+        averaged = [
+            parameter
+            for name, parameter in ddp.module.named_parameters()
+            if name not in ddp.parameters_to_ignore
         ]
+        trainable = sum(parameter.requires_grad for parameter in averaged)
         known = parameters_reduced(ddp)
-        if known < len(trainable):
+        if known < trainable:
             raise RuntimeError(
-                f"DistributedDataParallel was built while only {known} of the {len(trainable)} "
+                f"DistributedDataParallel was built while only {known} of the {trainable} "
                 "parameters that now have requires_grad=True had it; it would never synchronise "
                 "the others. Set requires_grad=True on all parameters that can train, before "
                 "DistributedDataParallel or accelerator.prepare; DynamicAllocationOptimizer keeps "
-                "inactive ones from changing."
+                "inactive ones from changing. If you unfreeze some later, build "
+                "DistributedDataParallel anew then."
             )
-        self._checked.add(ddp)
+        self._checked[ddp] = [p for p in averaged if not p.requires_grad]
 
 
 class _Tied:

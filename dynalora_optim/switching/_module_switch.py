@@ -90,6 +90,12 @@ class ModuleSwitch:
             ]
         return [*filter(has_flag, group.modules), *self._detached[group.name]]
 
+    def replace(self, group: ModuleGroup) -> None:
+        """Detach the parameters of ``group``, which holds more than the one of the same name."""
+        for hook in self._detached.get(group.name, ()):
+            hook.active = True  # as the next `apply` finds new hooks
+            hook.slots = group.slots
+
     def is_detached(self, parameter: Tensor) -> bool:
         """Return whether ``parameter`` belongs to an inactive module that hooks detach."""
         hooks = (hook for hooks in self._detached.values() for hook in hooks)

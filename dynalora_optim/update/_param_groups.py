@@ -107,7 +107,8 @@ class ParameterIndex:
             raise ValueError(
                 f"requires_grad is False for every parameter of {len(frozen)} module group(s): "
                 f"{_some(frozen)}. They would never be trained. Leave requires_grad True: the "
-                "optimizer itself keeps inactive modules from changing."
+                "optimizer itself keeps inactive modules from changing. If peft set it to False "
+                "because another adapter is in use, call model.set_adapter(name) first."
             )
         return [group for group in waiting if group.name not in named]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch.optim import Optimizer
@@ -21,7 +22,8 @@ def check_wrappable(optimizer: object) -> None:
     if not isinstance(optimizer, Optimizer):
         raise TypeError(
             f"optimizer={optimizer!r} is not a torch.optim.Optimizer; pass an instance such as "
-            "torch.optim.AdamW(model.parameters(), lr=4e-4)."
+            "torch.optim.AdamW(model.parameters(), lr=4e-4). Of several optimizers, wrap each by "
+            "itself."
         )
     kind = type(optimizer).__name__
     if is_owner(optimizer):
@@ -41,7 +43,7 @@ def check_wrappable(optimizer: object) -> None:
 def _check_alone(optimizer: Optimizer, kind: str) -> None:
     """Raise if ``optimizer`` changes the weights through another optimizer."""
     attributes = vars(optimizer)
-    inner = [name for name, value in attributes.items() if isinstance(value, Optimizer)]
+    inner = [name for name, value in attributes.items() if any(map(_is_optimizer, _items(value)))]
     if inner or "param_groups" not in attributes:
         where = f" in its attribute {inner[0]!r}" if inner else ""
         raise ValueError(
@@ -50,6 +52,16 @@ def _check_alone(optimizer: Optimizer, kind: str) -> None:
             "DynamicAllocationOptimizer, and pass the result to what wraps it (Lookahead, "
             "accelerator.prepare)."
         )
+
+
+def _items(value: object) -> Iterable[object]:
+    if isinstance(value, Mapping):
+        return value.values()
+    return value if isinstance(value, (list, tuple)) else (value,)
+
+
+def _is_optimizer(value: object) -> bool:
+    return isinstance(value, Optimizer)
 
 
 def _check_closure(optimizer: Optimizer, kind: str) -> None:

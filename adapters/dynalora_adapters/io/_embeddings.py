@@ -16,6 +16,7 @@ from dynalora_adapters._layers import AdapterLinear
 from dynalora_adapters._models import module_tree
 from dynalora_adapters._sharded import whole
 from dynalora_adapters._tasks import input_embeddings, output_embeddings
+from dynalora_adapters.io._peft_kinds import WITH_PEFT
 
 _BASE = "base_layer."
 
@@ -42,7 +43,7 @@ def check_tied(tensors: Mapping[str, Tensor], into: Mapping[str, Tensor], path: 
             raise ValueError(
                 f"{path}: {other} and {key} differ, but they are one parameter of this model (its "
                 f"weights are tied), so that the last one would win; load the base model with "
-                f"tie_word_embeddings=False, or load the adapter with peft."
+                f"tie_word_embeddings=False, or {WITH_PEFT}."
             )
 
 

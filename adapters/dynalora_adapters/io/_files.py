@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,15 @@ import torch
 from torch import Tensor, nn
 
 from dynalora_adapters._config import AdapterConfig
-from dynalora_adapters._inject import check_bare, injection_of, install, note_embeddings
+from dynalora_adapters._inject import as_base, check_bare, check_room, install
+from dynalora_adapters._injection import (
+    active_adapter_of,
+    find_injection,
+    injection_of,
+    name_of,
+    note_embeddings,
+    placed,
+)
 from dynalora_adapters._layers import AdapterLinear
 from dynalora_adapters._models import (
     adapters_of,
@@ -41,15 +49,18 @@ from dynalora_adapters.io._peft_format import (
     known_names,
     layer_keys,
 )
-from dynalora_adapters.io._peft_layers import in_layers
-from dynalora_adapters.io._peft_limits import check_read_alike, unreadable
+from dynalora_adapters.io._peft_kinds import IF_BY_PEFT
+from dynalora_adapters.io._peft_layers import in_layers, with_tied
+from dynalora_adapters.io._peft_limits import misread, unreadable
 from dynalora_adapters.io._peft_shared import as_saved, share, shared_tensors
 from dynalora_adapters.io._storage import CONFIG_NAME, read_adapter, write_adapter
 
 logger = logging.getLogger(__name__)
 
 
-def save_adapter(model: nn.Module, path: str | os.PathLike[str]) -> None:
+def save_adapter(
+    model: nn.Module, path: str | os.PathLike[str], *, name: str | None = None
+) -> None:
     """Write the adapters and the trainable modules of ``model`` into the folder ``path``.
 
     The files ``adapter_model.safetensors`` and ``adapter_config.json`` have peft's format:
@@ -63,31 +74,41 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str]) -> None:
             DistributedDataParallel or by ``torch.compile``, or sharded by ``fully_shard``: then
             all processes must call this, and one of them writes.
         path: The folder.
+        name: The adapter to save, if the model has several; None for the active one.
 
     Raises:
-        ValueError: If the model has no adapters.
+        ValueError: If the model has no adapters, or none of this name.
         OSError: If the files cannot be written.
     """
     model = unwrap(model)
+    if find_injection(model) is None:
+        require_adapters(model)
+    with placed(model, name_of(injection_of(model), name)):
+        _save(model, Path(path))
+
+
+def _save(model: nn.Module, folder: Path) -> None:
     layers = require_adapters(model)
     settle(model)
-    record = injection_of(model)
+    record = active_adapter_of(model)
     config = as_saved(record.config, layers)
     tree = module_tree(model)
     own = {**_layer_tensors(layers), **shared_tensors(config, layers)}
     extra = embedding_tensors(model, PREFIX) if record.embeddings else {}
-    tensors = {**own, **head_tensors(tree, config.trainable)}
+    tensors = {**own, **head_tensors(model, tree, config, layers)}
     tensors |= {key: extra[key] for key in record.embeddings}
     check_numbers(tensors)
-    for notice in unreadable(model, tree, layers):
+    for notice in unreadable(model, tree, layers, config.trainable):
         logger.warning(notice)
-    sharded = any(is_sharded(tensor) for tensor in tensors.values())
+    sharded = any(map(is_sharded, model.parameters()))
     dense = {key: _detached_copy(tensor) for key, tensor in tensors.items()}
     encoded = encode_config(model, tree, config)
-    write_once(lambda: write_adapter(Path(path), encoded, dense), sharded=sharded)
+    write_once(lambda: write_adapter(folder, encoded, dense), sharded=sharded)
 
 
-def load_adapter(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
+def load_adapter(
+    model: nn.Module, path: str | os.PathLike[str], *, name: str | None = None
+) -> nn.Module:
     """Load an adapter that ``save_adapter`` or peft's ``save_pretrained`` wrote, in place.
 
     A model without adapters gets the adapters that the file describes. If the model has adapters
@@ -99,6 +120,8 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
     Args:
         model: A model without adapters, or one adapted by this package.
         path: The folder with ``adapter_model.safetensors`` and ``adapter_config.json``.
+        name: The adapter that gets the weights; None for the active one. If the model has none of
+            this name, it gets one, as from ``inject``.
 
     Returns:
         The same model.
@@ -110,23 +133,28 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
     """
     folder = Path(path)
     try:
-        _load(model, folder)
+        _load(model, folder, name)
     except RecursionError as error:  # before any change: the configuration is read first
         raise ValueError(f"{folder / CONFIG_NAME} is nested too deeply ({error}).") from error
     return model
 
 
-def _load(model: nn.Module, folder: Path) -> None:
+def _load(model: nn.Module, folder: Path, name: str | None) -> None:
     raw, tensors = read_adapter(folder)
     try:
         config = decode_config(raw)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{folder / CONFIG_NAME}: {error}") from error
     check_not_fsdp1(model)
-    if layers := adapters_of(unwrap(model)):
-        _load_into_adapters(unwrap(model), layers, config, tensors, folder)
+    bare = unwrap(model)
+    record = find_injection(bare)
+    if record is not None and (name is None or name in record.adapters):
+        with placed(bare, name_of(record, name)):
+            _load_into_adapters(bare, adapters_of(bare), config, tensors, folder)
     else:
-        _load_into_bare(model, raw, config, tensors, folder)
+        check_room(model, name, config)
+        with as_base(bare):
+            _load_into_bare(model, raw, config, tensors, folder, name=name)
 
 
 def _load_into_bare(
@@ -135,24 +163,31 @@ def _load_into_bare(
     config: AdapterConfig,
     tensors: Mapping[str, Tensor],
     folder: Path,
+    *,
+    name: str | None,
 ) -> None:
     check_bare(model)
     tree = module_tree(model)
+    misfit = f"{folder / CONFIG_NAME} does not fit the model"
     try:
-        config = in_layers(known_names(config, tree), raw, first_names(tree))
+        config = with_tied(known_names(config, tree), raw, model)
+        config = in_layers(config, raw, first_names(tree))
         plan = make_plan(model, config)
-        check_read_alike(model, raw, plan.bases)
     except ValueError as error:
-        raise ValueError(f"{folder / CONFIG_NAME} does not fit the model: {error}") from error
-    heads, found = _whole_modules(model, tree, config, tensors)
+        raise ValueError(f"{misfit}: {error} {IF_BY_PEFT}") from error
+    if problem := misread(model, tree, raw, plan.bases, config.trainable):
+        raise ValueError(f"{misfit}: {problem}")
+    heads, found = _whole_modules(model, tree, config, tensors, plan.bases)
     check_fit(tree, plan.bases, config, tensors, heads={**heads, **found}, folder=folder)
     with torch.random.fork_rng(devices=[]):  # what the layers draw is overwritten below
         layers = config.build(plan.bases)
     share(config, layers, tensors)
     replaced = changed(tensors, found)
-    _copy(tensors, {**_layer_tensors(layers), **heads, **found})
-    install(model, config, plan, layers)
-    note_embeddings(model, replaced)
+    _check_alone(model, replaced, folder, others=find_injection(model) is not None)
+    with placed(model, install(model, name, config, plan, layers)):
+        heads = head_tensors(model, module_tree(model), config, layers)
+        _copy(tensors, {**_layer_tensors(layers), **heads, **found})
+        note_embeddings(model, replaced)
 
 
 def _load_into_adapters(
@@ -166,12 +201,14 @@ def _load_into_adapters(
     tree = module_tree(model)
     for name, layer in layers.items():
         _check_kind(name, layer, config, folder)
-    heads, found = _whole_modules(model, tree, injection_of(model).config, tensors)
+    heads, found = _whole_modules(model, tree, active_adapter_of(model).config, tensors, layers)
     check_fit(tree, layers, config, tensors, heads={**heads, **found}, folder=folder)
     for name, layer in layers.items():
         _check_agrees(name, layer, config, folder)
+    replaced = changed(tensors, found)
+    _check_alone(model, replaced, folder, others=len(injection_of(model).adapters) > 1)
     share(config, layers, tensors)
-    note_embeddings(model, changed(tensors, found))
+    note_embeddings(model, replaced)
     _copy(tensors, {**_layer_tensors(layers), **heads, **found})
 
 
@@ -180,11 +217,23 @@ def _whole_modules(
     tree: Mapping[str, nn.Module],
     config: AdapterConfig,
     tensors: Mapping[str, Tensor],
+    adapted: Collection[str],
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Return what the file sets beside adapters: the trainable modules, and embeddings in it."""
-    heads = head_tensors(tree, config.trainable)
+    """Return what the file sets beside adapters: what trains too, and embeddings in the file."""
+    heads = head_tensors(model, tree, config, adapted)
     known = embedding_tensors(model, PREFIX)
     return heads, {k: v for k, v in known.items() if k in tensors and k not in heads}
+
+
+def _check_alone(
+    model: nn.Module, replaced: Collection[str], folder: Path, *, others: bool
+) -> None:
+    if replaced and others:
+        raise ValueError(
+            f"{folder} replaces {sorted(replaced)[0]} of the base, which the other adapters of the "
+            f"model ({', '.join(injection_of(model).adapters)}) use too; load it into a model of "
+            f"its own."
+        )
 
 
 def _check_kind(name: str, layer: AdapterLinear, config: AdapterConfig, folder: Path) -> None:

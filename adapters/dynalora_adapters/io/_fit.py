@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
@@ -11,8 +12,12 @@ from dynalora_adapters._config import AdapterConfig
 from dynalora_adapters._sharded import check_numbers
 from dynalora_adapters.io._embeddings import check_tied
 from dynalora_adapters.io._peft_format import PREFIX, layer_shapes
+from dynalora_adapters.io._peft_kinds import IF_BY_PEFT
 from dynalora_adapters.io._peft_shared import shared_shapes
 from dynalora_adapters.io._storage import CONFIG_NAME, WEIGHTS_NAME
+
+# With bias="all", peft also writes the biases of the copies from which it trains modules_to_save.
+_SPARE_BIAS = re.compile(r"\.(original_module|modules_to_save)\.(.*\.)?bias$")
 
 
 def _shapes(
@@ -59,10 +64,13 @@ def check_fit(
             f"{_few(foreign)}; rename them, or save the adapter again."
         )
     missing, unexpected = wanted.keys() - tensors.keys(), tensors.keys() - wanted.keys()
+    if config.bias == "all":
+        unexpected = {key for key in unexpected if not _SPARE_BIAS.search(key)}
     if missing or unexpected:
         raise ValueError(
             f"{path} does not fit the model: missing {_few(missing)}; unexpected "
-            f"{_few(unexpected)}; load it into a model like the one it was trained with."
+            f"{_few(unexpected)}; load it into a model like the one it was trained with. "
+            f"{IF_BY_PEFT}"
         )
     for key, shape in wanted.items():
         _check_tensor(path, key, tensors[key], shape, heads.get(key))

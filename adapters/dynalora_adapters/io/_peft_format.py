@@ -17,10 +17,10 @@ from dynalora_adapters._bases import linear_shape
 from dynalora_adapters._config import AdapterConfig, Names
 from dynalora_adapters._layers import AdapterLinear
 from dynalora_adapters._models import first_names, inside
-from dynalora_adapters._targets import head_names, is_all_linear, matches
+from dynalora_adapters._targets import bias_tensors, head_names, is_all_linear, matches
 from dynalora_adapters._tasks import task_type
-from dynalora_adapters.io._peft_kinds import IGNORED, KINDS, SHARED
-from dynalora_adapters.io._peft_layers import LAYER_OPTIONS, check_layer_options
+from dynalora_adapters.io._peft_kinds import IGNORED, KINDS, SHARED, WITH_PEFT
+from dynalora_adapters.io._peft_layers import MODEL_OPTIONS, check_layer_options
 
 PREFIX = "base_model.model."
 # Modules that peft saves and expects for a task, even if modules_to_save does not name them.
@@ -43,13 +43,15 @@ def decode_config(raw: Mapping[str, Any]) -> AdapterConfig:
     name = raw.get("peft_type")
     kind = KINDS.get(name) if isinstance(name, str) else None
     if kind is None:
-        raise ValueError(f"peft_type must be one of {sorted(KINDS)}, got {name!r}.")
+        raise ValueError(f"peft_type must be one of {sorted(KINDS)}, got {name!r}; {_remedy(raw)}.")
     options = {**SHARED, **kind.options}
+    accepted = {**kind.accepted, "bias": kind.biases.values()}
     for option, value in raw.items():
-        if option not in {*options, *IGNORED, *LAYER_OPTIONS, *kind.ignored}:
-            _check_implemented(option, value, kind.accepted.get(option, ()))
+        if option not in {*options, *IGNORED, *MODEL_OPTIONS, *kind.ignored}:
+            _check_implemented(option, value, accepted.get(option, ()))
     check_layer_options(raw)
     given = {ours: raw[theirs] for theirs, ours in options.items() if raw.get(theirs) is not None}
+    given["bias"] = {v: k for k, v in kind.biases.items()}.get(raw.get("bias") or "none")
     for theirs in kind.required:
         if options[theirs] not in given:
             raise ValueError(f"{theirs} is missing; add the value used in training.")
@@ -63,9 +65,14 @@ def _check_implemented(option: str, value: object, accepted: Collection[object])
         return
     raise ValueError(
         f"{option}={value!r} is not implemented here, and may change what the adapter computes; "
-        f"load it with peft.PeftModel.from_pretrained: the optimizer drives peft's layers with the "
-        f"same line. Or remove the option if it has no effect on the forward pass."
+        f"{WITH_PEFT}. Or remove the option if it has no effect on the forward pass."
     )
+
+
+def _remedy(raw: Mapping[str, Any]) -> str:
+    if "num_virtual_tokens" not in raw:
+        return WITH_PEFT
+    return "load it with peft (prompts are no layers: the optimizer cannot choose among them)"
 
 
 def encode_config(
@@ -86,7 +93,7 @@ def encode_config(
         **excluded,
         "modules_to_save": _as_json(config.trainable) or None,
         "fan_in_fan_out": any(layer.shape.transposed for layer in layers),
-        "bias": "none",
+        "bias": kind.biases[config.bias],
         **options,
     }
 
@@ -163,11 +170,17 @@ def layer_shapes(
     return shapes
 
 
-def head_tensors(tree: Mapping[str, nn.Module], trainable: Names) -> dict[str, Tensor]:
-    """Return all parameters and buffers of the modules to save, by key."""
-    return {
+def head_tensors(
+    model: nn.Module,
+    tree: Mapping[str, nn.Module],
+    config: AdapterConfig,
+    adapted: Collection[str],
+) -> dict[str, Tensor]:
+    """Return the biases that train, and all that the modules to save hold, by key."""
+    biases = bias_tensors(model, config, adapted)
+    return {f"{PREFIX}{name}": bias for name, bias in biases.items()} | {
         f"{PREFIX}{name}.{key}": tensor
-        for name in head_names(tree, trainable)
+        for name in head_names(tree, config.trainable)
         for key, tensor in tree[name].state_dict(keep_vars=True).items()
     }
 

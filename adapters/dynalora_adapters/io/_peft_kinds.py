@@ -20,6 +20,7 @@ class Kind:
         ignored: peft's options that do not change the forward pass of a saved adapter.
         accepted: For some of peft's other options, the values with which peft computes what we do.
             All options that are named nowhere here must be off: None, False, zero or empty.
+        biases: For each value of our option ``bias``, that of peft's.
         excludes: Whether peft has ``exclude_modules`` for this kind.
     """
 
@@ -28,9 +29,15 @@ class Kind:
     options: Mapping[str, str]
     ignored: Collection[str]
     accepted: Mapping[str, Collection[object]]
+    biases: Mapping[str, str]
     excludes: bool = True
 
 
+WITH_PEFT = (
+    "load it with peft.PeftModel.from_pretrained: the optimizer drives peft's layers with the same "
+    "line"
+)
+IF_BY_PEFT = f"If peft wrote it for this model, {WITH_PEFT}."  # ends an error of ours
 SHARED = {
     "target_modules": "targets",
     "exclude_modules": "exclude",
@@ -60,10 +67,8 @@ KINDS = {
             *("loftq_config", "eva_config", "corda_config", "lora_ga_config"),
         },
         # Initialisations that do not change the base weights. pissa, olora, loftq and others do.
-        accepted={
-            "init_lora_weights": (True, False, "gaussian", "eva", "orthogonal"),
-            "bias": ("none",),
-        },
+        accepted={"init_lora_weights": (True, False, "gaussian", "eva", "orthogonal")},
+        biases={"none": "none", "adapted": "lora_only", "all": "all"},
     ),
     "VERA": Kind(
         config_class=VeRAConfig,
@@ -76,7 +81,8 @@ KINDS = {
             "vera_dropout": "dropout",
         },
         ignored=(),
-        accepted={"init_weights": (True, False), "bias": ("none",)},
+        accepted={"init_weights": (True, False)},
+        biases={"none": "none", "adapted": "vera_only", "all": "all"},
         excludes=False,
     ),
 }

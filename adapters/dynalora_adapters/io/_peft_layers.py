@@ -1,4 +1,4 @@
-"""peft's options ``layers_to_transform`` and ``layers_pattern``: adapt some layers of a stack."""
+"""peft's options that say more about the model than names: layers of a stack, and tied weights."""
 
 from __future__ import annotations
 
@@ -7,10 +7,13 @@ from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import Any
 
+from torch import nn
+
 from dynalora_adapters._config import AdapterConfig, compile_pattern
+from dynalora_adapters._models import parameter_owners
 from dynalora_adapters._targets import matches
 
-LAYER_OPTIONS = ("layers_to_transform", "layers_pattern")
+MODEL_OPTIONS = ("layers_to_transform", "layers_pattern", "ensure_weight_tying")
 
 
 def in_layers(
@@ -29,13 +32,33 @@ def in_layers(
             f"layers_to_transform needs a list of names in target_modules, got "
             f"{config.targets!r}; put the layers into the regular expression instead."
         )
-    chosen = [n for n in names if matches(config.targets, n) and _index(n, patterns) in layers]
+    chosen = [
+        name
+        for name in names
+        if matches(config.targets, name)
+        and (_index(name, patterns) in layers or name in config.targets)  # a full name is exempt
+    ]
     if not chosen:
         raise ValueError(
             f"target_modules={list(config.targets)} match no module in the layers "
             f"{sorted(layers)}; correct layers_to_transform or layers_pattern."
         )
     return replace(config, targets=tuple(chosen))
+
+
+def with_tied(config: AdapterConfig, raw: Mapping[str, Any], model: nn.Module) -> AdapterConfig:
+    """Return the configuration with ``ensure_weight_tying``: what is tied to ``trainable`` trains.
+
+    peft does the same, and writes both into the file.
+    """
+    if not raw.get("ensure_weight_tying"):
+        return config
+    tied: list[str] = []
+    for names in parameter_owners(model).values():
+        owners = {name.rpartition(".")[0] for name in names}
+        others = {owner for owner in owners if not matches(config.trainable, owner)}
+        tied += sorted(others) if owners - others else []
+    return replace(config, trainable=(*config.trainable, *tied))
 
 
 def check_layer_options(raw: Mapping[str, Any]) -> None:

@@ -8,11 +8,13 @@ from typing import Any
 from torch import nn
 
 from dynalora_adapters._bases import is_conv1d
+from dynalora_adapters._config import Names
 from dynalora_adapters._layers import AdapterLinear
-from dynalora_adapters._models import places
+from dynalora_adapters._models import inside, places
 from dynalora_adapters._notices import few
-from dynalora_adapters._targets import ends
+from dynalora_adapters._targets import ends, head_names
 from dynalora_adapters._tasks import input_embeddings
+from dynalora_adapters.io._peft_kinds import WITH_PEFT
 from dynalora_adapters.io._peft_renames import renamed, taken_for_experts
 
 # What peft refuses in models of these types (peft/tuners/tuners_utils.py).
@@ -23,7 +25,10 @@ _QUANTISED = ("bitsandbytes", "torchao", "auto_gptq", "gptqmodel", "awq", "hqq",
 
 
 def unreadable(
-    model: nn.Module, tree: Mapping[str, nn.Module], layers: Mapping[str, AdapterLinear]
+    model: nn.Module,
+    tree: Mapping[str, nn.Module],
+    layers: Mapping[str, AdapterLinear],
+    trainable: Names,
 ) -> Iterator[str]:
     """Yield a line for each kind of adapted module that peft would not read back as it is."""
     ending = "Load the file with load_adapter of this package."
@@ -55,7 +60,22 @@ def unreadable(
             f"peft refuses {type(model).__name__}, whose get_input_embeddings is not implemented: "
             f"it asks for it because the model can tie weights. {ending}"
         )
+    yield from _saved_twice(tree, trainable, ending)
     yield from _held_twice(model, layers)
+
+
+def _saved_twice(tree: Mapping[str, nn.Module], trainable: Names, ending: str) -> Iterator[str]:
+    if nested := _nested(tree, trainable):
+        yield (
+            f"peft refuses trainable={list(trainable)!r}, because it also matches {few(nested)}, "
+            f"inside of another match. {ending} Or rename one of them."
+        )
+
+
+def _nested(tree: Mapping[str, nn.Module], trainable: Names) -> list[str]:
+    """Return the modules to save that are inside another one. peft makes a copy of each."""
+    heads = head_names(tree, trainable)
+    return sorted(name for name in heads if inside(name.rpartition(".")[0], heads))
 
 
 def _cannot_be_asked(model: nn.Module) -> bool:
@@ -76,18 +96,32 @@ def _held_twice(model: nn.Module, layers: Mapping[str, AdapterLinear]) -> Iterat
             )
 
 
-def check_read_alike(
-    model: nn.Module, raw: Mapping[str, Any], bases: Mapping[str, nn.Module]
-) -> None:
-    """Raise if peft has written the file and adapted one of several places of a module only."""
+def misread(
+    model: nn.Module,
+    tree: Mapping[str, nn.Module],
+    raw: Mapping[str, Any],
+    bases: Mapping[str, nn.Module],
+    trainable: Names,
+) -> str | None:
+    """Return why a file is not what we would read, if peft has written it; None if it is.
+
+    peft adapts one of several places of a module only. Of a module to save that is inside another
+    one, it saves another copy than it has trained.
+    """
     if "peft_version" not in raw and "auto_mapping" not in raw:
-        return
+        return None
+    if nested := _nested(tree, trainable):
+        return (
+            f"modules_to_save={list(trainable)!r} matches {few(nested)}, inside of another match: "
+            f"peft has saved another copy of it than it has trained; train again with other names."
+        )
     held = places(model)
     if twice := [" and ".join(held[base]) for base in bases.values() if len(held[base]) > 1]:
-        raise ValueError(
+        return (
             f"{'; '.join(twice[:3])} are one module of the model. peft, which wrote the file, "
-            f"adapts its first place only; load the file with peft.PeftModel.from_pretrained."
+            f"adapts its first place only; {WITH_PEFT}."
         )
+    return None
 
 
 def _known(base: nn.Module) -> bool:
