@@ -255,12 +255,15 @@ def test_killed_and_started_again_it_ends_bit_for_bit_alike(arguments, tmp_path,
 
 
 def test_every_step_stays_within_the_total(arguments, monkeypatch, tmp_path):
+    from dynalora_optim.integrations.transformers import ChunkedLossHandle
+
     with pytest.raises(SystemExit) as refused:
         sft.main([*arguments, "--total", "1kB"])
     total = int(re.search(r"pass at least total=(\d+)", str(refused.value))[1]) * 11 // 10
     peaks, memory, take = [], LiveBytes(), sft.train_step
 
     def watched(run, batch):
+        assert isinstance(run.model.forward, ChunkedLossHandle)
         memory.restart()
         take(run, batch)
         peaks.append(memory.peak + storage_bytes([*run.model.parameters(), *run.model.buffers()]))
