@@ -13,7 +13,6 @@ checkpoint, bit for bit. The methods differ only in `optimizer_for`; the loop is
 from __future__ import annotations
 
 import json
-import pickle
 import statistics
 import sys
 import time
@@ -23,6 +22,7 @@ from dataclasses import asdict, astuple, dataclass, field
 from itertools import islice
 from typing import Any
 
+import _checkpoint
 import torch
 from _assets import CAUSAL_LM
 from _common import (
@@ -176,46 +176,25 @@ def held_out_loss(model: nn.Module, blocks: Sequence[Batch]) -> float:
     return statistics.fmean(losses)
 
 
-def identity(options: Namespace) -> dict[str, str]:
-    """Return the options that must be the same when a run continues."""
-    return {k: str(v) for k, v in vars(options).items() if k not in ("output", "save_every")}
-
-
 def save(run: Run, options: Namespace) -> None:
-    """Write the checkpoint to a temporary file, then rename it, so that it is never incomplete."""
-    state = {
-        "options": identity(options),
-        "model": run.model.state_dict(),
-        "optimizer": run.optimizer.state_dict(),
-        "scheduler": run.scheduler.state_dict(),
-        "random": torch.get_rng_state(),
-        "random_cuda": torch.cuda.get_rng_state_all(),
-        "progress": {name: getattr(run, name) for name in PROGRESS},
-    }
-    beside = options.output / ".checkpoint.tmp"
-    torch.save(state, beside)
-    beside.replace(options.output / "checkpoint.pt")
+    """Write a checkpoint."""
+    _checkpoint.save(
+        options,
+        model=run.model.state_dict(),
+        optimizer=run.optimizer.state_dict(),
+        scheduler=run.scheduler.state_dict(),
+        progress={name: getattr(run, name) for name in PROGRESS},
+    )
 
 
 def resume(run: Run, options: Namespace) -> None:
     """Load the checkpoint into ``run``, if there is one. Raise if its options are different."""
-    path = options.output / "checkpoint.pt"
-    if not (options.save_every and path.is_file()):
+    state = _checkpoint.resume(options)
+    if state is None:
         return
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        saved = state["options"]
-    except (EOFError, KeyError, RuntimeError, pickle.UnpicklingError) as error:
-        raise ValueError(f"{path} is not a checkpoint of this script; remove it") from error
-    for name, value in identity(options).items():
-        if saved.get(name) != value:
-            found = f"{path} belongs to a run with {name}={saved.get(name)}, not {value}"
-            raise ValueError(f"{found}; remove it, or pass another --output")
     run.model.load_state_dict(state["model"])
     run.optimizer.load_state_dict(state["optimizer"])
     run.scheduler.load_state_dict(state["scheduler"])
-    torch.set_rng_state(state["random"])
-    torch.cuda.set_rng_state_all(state["random_cuda"])
     for name in PROGRESS:
         setattr(run, name, state["progress"][name])
 

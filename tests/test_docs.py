@@ -7,12 +7,14 @@ import inspect
 import pkgutil
 import re
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
+from text_runs import WORDS, tiny_chat
 from tiny_models import ROOMY, TinyModel, build
 
 import dynalora_adapters
@@ -32,7 +34,7 @@ def blocks(page: str, language: str) -> list[str]:
 
 
 KNOWN = {"python", "console", "diff", "text", "{toctree}", "{eval-rst}", "{include}"}
-SETTING = {"docs/processes.md": "one_process"}
+SETTING = {"docs/processes.md": "one_process", "docs/trl.md": "chat"}
 WITH_CODE = [page for page in PAGES if blocks(page, "python")]
 
 
@@ -51,6 +53,17 @@ def one_process() -> Iterator[None]:
     distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
     yield
     distributed.destroy_process_group()
+
+
+@pytest.fixture
+def chat(tmp_path: Path) -> dict[str, Any]:
+    """What the reader of the page on TRL has: a chat model and conversations."""
+    pytest.importorskip("trl")
+    found = [
+        [{"role": "user", "content": f"the film was {a}"}, {"role": "assistant", "content": b}]
+        for a, b in pairwise(WORDS)
+    ]
+    return {"chat_checkpoint": str(tiny_chat(tmp_path / "chat")), "conversations": found}
 
 
 def adapted(tiny: TinyModel) -> torch.nn.Module:
@@ -83,10 +96,9 @@ def test_every_python_block_runs(page, tmp_path, monkeypatch, request):
         pytest.importorskip(library)
     if page == "docs/trainers.md" and not trainer_hands_over_the_model():
         pytest.skip("this version of transformers does not hand the model to a factory")
-    if page in SETTING:
-        request.getfixturevalue(SETTING[page])
+    setting = request.getfixturevalue(SETTING[page]) if page in SETTING else None
     monkeypatch.chdir(tmp_path)
-    namespace = readers_own(tmp_path)
+    namespace = {**readers_own(tmp_path), **(setting or {})}
     for number, source in enumerate(blocks(page, "python"), start=1):
         exec(compile(source, f"{page}, block {number}", "exec"), namespace)
 

@@ -9,15 +9,21 @@ import pytest
 import torch
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
+MARKS = ("<|im_start|>", "<|im_end|>")
+TEMPLATE = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] "
+    "+ '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
 WORDS = ["the", "film", "was", "fine", "great", "dull", "poor", "warm", "cold", "and"]
 
 
-def tiny_llama(folder: Path) -> Path:
+def tiny_llama(folder: Path, *, more: tuple[str, ...] = ()) -> Path:
     """Write a Llama of three blocks of 32 and its tokenizer, with a vocabulary of a dozen words."""
     import tokenizers
     import transformers
 
-    vocabulary = {word: i for i, word in enumerate(["[UNK]", "[END]", *WORDS])}
+    vocabulary = {word: i for i, word in enumerate(["[UNK]", "[END]", *WORDS, *more])}
     words = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="[UNK]"))
     words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
     transformers.PreTrainedTokenizerFast(
@@ -36,6 +42,19 @@ def tiny_llama(folder: Path) -> Path:
         eos_token_id=1,
     )
     transformers.LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+def tiny_chat(folder: Path) -> Path:
+    """Write the same Llama with a chat template, whose marks are tokens."""
+    import transformers
+
+    tiny_llama(folder, more=("system", "user", "assistant", *MARKS))
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_special_tokens({"additional_special_tokens": list(MARKS)})
+    tokenizer.eos_token = MARKS[1]
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.save_pretrained(folder)
     return folder
 
 
