@@ -3,7 +3,8 @@
 Written with ordinary operations, the two need many small kernels. Under autocast they also keep
 copies for the backward pass. Here the product with B is added to the output of the base module in
 the same operation, together with the scaling. Each gradient is one matrix product. Only the input x
-and the product x A^T, which has r numbers per row, are kept for the backward pass.
+and the product x A^T, which has r numbers per row, are kept for the backward pass; x is not kept if
+it can be computed again from what autograd keeps anyway.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
+from dynalora_adapters._recipes import recipe_of
 from dynalora_adapters._torch_private import unsafe_view
 
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
@@ -58,9 +60,10 @@ class LoRAFunction(torch.autograd.Function):
         out = base(rows if x.dim() == 3 and seen.is_contiguous() else seen)
         h = F.linear(_cast(rows, dtype), _cast(A, dtype))
         total = _cast(_rows(out), dtype).addmm_(h, _cast(B, dtype).t(), alpha=scaling)
-        ctx.save_for_backward(
-            x if A_needed else None, A, B, W if x_needed else None, h if B_needed else None
-        )
+        recipe = recipe_of(x) if A_needed else None
+        ctx.again = recipe and recipe.function
+        kept_x = recipe.operands if recipe else [x if A_needed else None]
+        ctx.save_for_backward(A, B, W if x_needed else None, h if B_needed else None, *kept_x)
         # "Unsafe": autograd refuses in-place changes of an ordinary view that is made in here.
         shape = (*x.shape[:-1], len(B))
         return unsafe_view(_cast(total, out.dtype), shape)
@@ -76,7 +79,8 @@ class LoRAFunction(torch.autograd.Function):
 
 def _gradients(ctx: Any, g: Tensor) -> Gradients:
     """Differentiate out = x W^T + s h B^T with h = x A^T, row by row."""
-    x, A, B, W, h = ctx.saved_tensors
+    A, B, W, h, *kept_x = ctx.saved_tensors
+    x = ctx.again(*kept_x) if ctx.again else kept_x[0]
     x_needed, A_needed, B_needed = ctx.needs_input_grad[:3]
     s, dtype, x_shape, x_dtype, _ = ctx.constants
     a, b, g = _cast(A, dtype), _cast(B, dtype), _rows(g)
