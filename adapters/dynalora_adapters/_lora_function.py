@@ -37,15 +37,27 @@ def lora_linear(
     Returns:
         (..., out), in the dtype of the base's output. The sum is rounded to that dtype once.
     """
-    out: Tensor = LoRAFunction.apply(x, A, B, W, base, scaling)  # type: ignore[no-untyped-call]
+    out: Tensor = LoRAFunction.apply(x, A, B, None, W, base, scaling)  # type: ignore[no-untyped-call]
     return out
 
 
+def add_lora(out: Tensor, x: Tensor, A: Tensor, B: Tensor, *, scaling: float) -> Tensor:
+    """Return out + scaling B A x, where ``out`` is what a base of any kind has computed from x.
+
+    A quantised base differentiates itself. In ordinary operations, the delta would keep a copy of x
+    in the dtype of A.
+    """
+    total: Tensor = LoRAFunction.apply(x, A, B, out, None, None, scaling)  # type: ignore[no-untyped-call]
+    return total
+
+
 class LoRAFunction(torch.autograd.Function):
-    """(x, A, B) -> base(x) + scaling B A x; see ``lora_linear``."""
+    """(x, A, B, out) -> base(x) + scaling B A x; see ``lora_linear``. ``out`` is base(x) or None."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, A: Tensor, B: Tensor, *frozen: Any) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, A: Tensor, B: Tensor, out: Tensor | None, *frozen: Any
+    ) -> Tensor:
         """Compute the sum. Keep x only if A needs a gradient, and h = A x only if B does."""
         W, base, scaling = frozen
         x_needed, A_needed, B_needed = ctx.needs_input_grad[:3]
@@ -57,24 +69,30 @@ class LoRAFunction(torch.autograd.Function):
         rows = _rows(seen)
         # The base flattens a contiguous batch of sequences itself, so flattening it here changes
         # nothing. It may not flatten another input, and rounding could then differ.
-        out = base(rows if x.dim() == 3 and seen.is_contiguous() else seen)
+        made = out
+        if made is None:
+            made = base(rows if x.dim() == 3 and seen.is_contiguous() else seen)
         h = F.linear(_cast(rows, dtype), _cast(A, dtype))
-        total = _cast(_rows(out), dtype).addmm_(h, _cast(B, dtype).t(), alpha=scaling)
+        total = _cast(_rows(made), dtype)
+        is_ours = out is None or out.dtype != dtype
+        add = total.addmm_ if is_ours else total.addmm
+        total = add(h, _cast(B, dtype).t(), alpha=scaling)
         recipe = recipe_of(x) if A_needed else None
         ctx.again = recipe and recipe.function
         kept_x = recipe.operands if recipe else [x if A_needed else None]
         ctx.save_for_backward(A, B, W if x_needed else None, h if B_needed else None, *kept_x)
         # "Unsafe": autograd refuses in-place changes of an ordinary view that is made in here.
         shape = (*x.shape[:-1], len(B))
-        return unsafe_view(_cast(total, out.dtype), shape)
+        return unsafe_view(_cast(total, made.dtype), shape)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        """Return the gradients of x, A and B, each in its own dtype."""
+        """Return the gradients of x, A, B and out, each in its own dtype."""
+        of_out = g if ctx.needs_input_grad[3] else None
         if not _autocasts(ctx.constants[-1]):
-            return *_gradients(ctx, g), None, None, None
+            return *_gradients(ctx, g), of_out, None, None, None
         with torch.autocast(ctx.constants[-1], enabled=False):  # the forward chose the dtypes
-            return *_gradients(ctx, g), None, None, None
+            return *_gradients(ctx, g), of_out, None, None, None
 
 
 def _gradients(ctx: Any, g: Tensor) -> Gradients:
@@ -94,13 +112,16 @@ def _gradients(ctx: Any, g: Tensor) -> Gradients:
     if A_needed:
         gA = _cast(_scaled_product(s, gh.t(), _cast(_rows(x), dtype), like=a), A.dtype)
     if x_needed:
-        gx = _cast(g @ _cast(W, g.dtype), dtype).addmm_(gh, a, alpha=s)
+        if W is None:  # of the delta alone
+            gx = _scaled_product(s, gh, a, like=a[:1])
+        else:
+            gx = _cast(g @ _cast(W, g.dtype), dtype).addmm_(gh, a, alpha=s)
         gx = _shaped(_cast(gx, x_dtype), x_shape)
     return gx, gA, gB
 
 
 def _scaled_product(s: float, left: Tensor, right: Tensor, *, like: Tensor) -> Tensor:
-    """Return s left @ right in one operation. Only the shape of ``like`` is used."""
+    """Return s left @ right in one operation. ``like`` only has a shape that can be expanded."""
     return torch.addmm(like, left, right, beta=0, alpha=s)
 
 
