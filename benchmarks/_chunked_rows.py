@@ -63,21 +63,24 @@ def torch_chunked(shape: Shape, bare: nn.Module, *, every: int = 0) -> Run:
 
 def all_active_chunked(shape: Shape, bare: nn.Module) -> Run:
     """Train with all modules active, and our loss in chunks."""
-    return _in_chunks(all_active(shape, bare), shape)
+    return in_chunks(all_active(shape, bare), shape.chunk)
 
 
 def of_pefts_peak(shape: Shape, bare: nn.Module, *, memory: float, compute: float) -> Run:
     """Train with a budget of ``memory`` times peft's peak, in bytes, and our loss in chunks."""
-    limit = int(memory * reference_peak(shape, bare))
-    return _in_chunks(budgeted(shape, bare, memory=limit, compute=compute), shape)
+    limit = int(memory * _counted_once(shape, bare))
+    return in_chunks(budgeted(shape, bare, memory=limit, compute=compute), shape.chunk)
 
 
-@cache
 def reference_peak(shape: Shape, bare: nn.Module) -> int:
     """Count the peak of the reference row."""
     return count(pefts(shape, bare).loss).peak
 
 
-def _in_chunks(run: Run, shape: Shape) -> Run:
-    chunk_loss(run.model, chunk=shape.chunk)
+_counted_once = cache(reference_peak)
+
+
+def in_chunks(run: Run, chunk: int) -> Run:
+    """Let the model of a run compute its loss in chunks, and return the run."""
+    chunk_loss(run.model, chunk=chunk)
     return run
