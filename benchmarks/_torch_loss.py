@@ -51,11 +51,11 @@ def is_there() -> bool:
     F.linear_cross_entropy(one, one, label, options=options)  # registers the operation
     operation = torch.ops.torch_nn._linear_cross_entropy_batch_chunked
     if operation not in flop_registry:
-        register_flop_formula(operation)(_flops)  # type: ignore[no-untyped-call]
+        register_flop_formula(operation)(_flops)
     return True
 
 
 def _flops(hidden: Any, head: Any, *args: Any, **kwargs: Any) -> int:
     """Count the logits, and one product as large for each gradient that is formed with them."""
     _, for_hidden, for_head, _ = args[-4:]
-    return 2 * hidden[0] * hidden[1] * head[0] * (1 + for_hidden + for_head)
+    return int(2 * hidden[0] * hidden[1] * head[0] * (1 + for_hidden + for_head))

@@ -40,7 +40,7 @@ LENGTH, RANK = 4096, 16
 
 def _peft(model: nn.Module) -> nn.Module:
     config = peft.LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules="all-linear")
-    adapted: nn.Module = peft.get_peft_model(model, config)  # type: ignore[arg-type]
+    adapted: nn.Module = peft.get_peft_model(model, config)
     return adapted
 
 

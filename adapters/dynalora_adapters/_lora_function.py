@@ -9,6 +9,7 @@ it can be computed again from what autograd keeps anyway.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -129,7 +130,7 @@ def _gradients(ctx: Any, g: Tensor) -> Gradients:
         gx = g.new_empty(len(g), a.shape[1], dtype=x_dtype) if needed[0] else None
         gA = gB = None
         for piece in pieces:
-            kept = tuple(None if t is None else t[piece] for t in (rows, h))
+            kept = [None if t is None else t[piece] for t in (rows, h)]
             part, *more = _of_rows(needed, g[piece], kept, (a, b, W), s=s)
             if gx is not None and part is not None:
                 gx[piece] = part
@@ -144,7 +145,7 @@ def _gradients(ctx: Any, g: Tensor) -> Gradients:
 def _of_rows(
     needed: tuple[bool, bool, bool],
     g: Tensor,
-    kept: tuple[Any, Any],
+    kept: Sequence[Any],
     frozen: tuple[Tensor, Tensor, Tensor | None],
     *,
     s: float,
@@ -160,10 +161,11 @@ def _of_rows(
     gh = wide @ b  # the gradient of h divided by s; the next products multiply by s
     if needed[1]:
         ga = _scaled_product(s, gh.t(), _cast(x, dtype), like=a)
-    if needed[0] and W is None:  # of the delta alone
-        gx = _scaled_product(s, gh, a, like=a[:1])
-    elif needed[0]:
-        gx = _cast(g @ _cast(W, g.dtype), dtype).addmm_(gh, a, alpha=s)
+    if needed[0]:
+        if W is None:  # of the delta alone
+            gx = _scaled_product(s, gh, a, like=a[:1])
+        else:
+            gx = _cast(g @ _cast(W, g.dtype), dtype).addmm_(gh, a, alpha=s)
     return gx, ga, gb
 
 
