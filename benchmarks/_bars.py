@@ -80,7 +80,7 @@ class Bar:
 
 def bars(results: Mapping[str, Result], slack: float) -> list[Bar]:
     """Return the targets for which all rows were measured."""
-    if CHUNKED_FRONT.keys() & results.keys():
+    if any(name.endswith(IN_CHUNKS) for name in results):
         found = [*_in_chunks(results), *_fronts(results, "flops")]
     else:
         found = [*_all_active(results), *_budgets(results), *_fronts(results, "backward")]

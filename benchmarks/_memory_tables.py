@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from _bars import Bar, Result, bars, point
-from _chunked_rows import CHUNKED_FRONT, IN_CHUNKS
+from _chunked_rows import IN_CHUNKS
 from _fronts import Series, plot
 from _measure import markdown
 from _rows import ALL_ACTIVE, CHECKPOINTED, FULL, PEER_FRONT, RANDOM, REFERENCE, budget_name
@@ -118,7 +118,9 @@ def draw(path: Path, rows: Sequence[Row]) -> None:
     """Plot the fronts."""
     found = results(rows)
     costs = {"backward": "mean backward FLOPs", "time": "median step time"}
-    if CHUNKED_FRONT.keys() & found.keys():  # the gradients of the loss are formed in the forward
+    if any(
+        name.endswith(IN_CHUNKS) for name in found
+    ):  # the gradients of the loss are formed in the forward
         costs = {"flops": "mean FLOPs of forward and backward", "time": "median step time"}
     if math.isnan(found[REFERENCE].time):
         del costs["time"]

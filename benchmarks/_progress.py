@@ -39,13 +39,12 @@ class Progress:
         self._mark = {"code": code_hash(), **facts}
         self._known: dict[str, Any] = {}
         if path is not None and path.exists():
-            mark, *lines = path.read_text("utf-8").splitlines() or ["null"]
-            if json.loads(mark) == self._mark:
-                whole = (line for line in lines if line.endswith("}"))  # a kill may cut the last
-                found = [json.loads(line) for line in whole]
-                self._known = {json.dumps(entry["key"]): entry["value"] for entry in found}
-            else:
-                path.unlink()
+            mark, *lines = path.read_text("utf-8").splitlines(keepends=True) or ["null"]
+            same = mark.endswith("\n") and json.loads(mark) == self._mark
+            whole = [line for line in lines if line.endswith("\n")]  # a kill may cut the last
+            path.write_text("".join([mark, *whole]) if same else "", "utf-8")
+            found = [json.loads(line) for line in whole] if same else []
+            self._known = {json.dumps(entry["key"]): entry["value"] for entry in found}
 
     def once(self, key: tuple[Any, ...], measure: Callable[[], Any]) -> Any:
         """Return the value under ``key``. If there is none, measure it and store it."""
@@ -63,7 +62,7 @@ class Progress:
         if self._path is None:
             return
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        is_new = not self._path.exists()
+        is_new = not self._path.exists() or not self._path.stat().st_size
         with self._path.open("a", encoding="utf-8") as file:
             if is_new:
                 file.write(json.dumps(self._mark) + "\n")

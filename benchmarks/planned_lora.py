@@ -81,7 +81,7 @@ FOR_LARGER = [*ROWS][4:]  # the models beyond the first
 
 def estimated(shape: FullShape, row: str) -> dict[str, int]:
     """Estimate the bytes of a step, by category."""
-    model = shape.model()
+    model = shape.model().to("meta")
     for change in ROWS[row]:
         model = change(model)
     batch = shape.batch(model)

@@ -4,6 +4,7 @@ import importlib
 import itertools
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -33,6 +34,9 @@ memory = importlib.import_module("memory")
 planned_lora = importlib.import_module("planned_lora")
 
 
+IN_CHUNKS = f"{_rows.ALL_ACTIVE}{_chunked_rows.IN_CHUNKS}"
+
+
 def chunked(**options):
     return replace(_shapes.quick(_shapes.SMOLLM2), **options)
 
@@ -48,7 +52,7 @@ def test_the_strongest_peer_is_counted_with_what_torch_allocates_inside():
         for name in (
             _rows.REFERENCE,
             f"{_rows.REFERENCE}, chunked loss",
-            f"{_rows.ALL_ACTIVE}, chunked loss",
+            IN_CHUNKS,
         )
     )
     torch.testing.assert_close(peer.loss(), plain.loss())
@@ -85,66 +89,63 @@ def test_budgets_of_a_real_vocabulary_are_shares_of_pefts_peak():
     assert 0.5 * limit < max(c.peak for c in counted) <= limit
 
 
-def test_a_killed_run_continues_and_counts_nothing_twice(tmp_path, monkeypatch):
+@pytest.fixture
+def few(monkeypatch):
+    """A small model, and three of its rows."""
     shape = chunked(budgets=((0.3, 0.6),), draws=2)
+    shape = replace(shape, config=partial(shape.config, num_hidden_layers=4))
+    every = _chunked_rows.rows(shape)
+    names = [_rows.REFERENCE, IN_CHUNKS, _chunked_rows.chunked_name(0.3, 0.6)]
+    monkeypatch.setattr(memory, "rows", lambda shape: {name: every[name] for name in names})
+    return shape
+
+
+def test_a_killed_run_continues_and_counts_nothing_twice(few, tmp_path, monkeypatch):
     path, run = tmp_path / "rows.progress.jsonl", {"versions": {}, "hardware": {}}
-    timed = []
 
-    def killed(name, turn, measure):
-        timed.append(name)
-        if len(timed) == 9:
-            raise KeyboardInterrupt
-        return measure()
+    def killed_in_timing(*args, **options):
+        raise KeyboardInterrupt
 
-    monkeypatch.setattr(memory, "_kept_seconds", lambda shape, progress, *rest: killed(*rest))
     options = {"rounds": 1, "rss": lambda name: None}
-    with pytest.raises(KeyboardInterrupt):
-        memory.measure(shape, **options, progress=_progress.Progress(path, run))
+    with monkeypatch.context() as patch:
+        patch.setattr(memory, "_mean_seconds", killed_in_timing)
+        with pytest.raises(KeyboardInterrupt):
+            memory.measure(few, **options, progress=_progress.Progress(path, run))
     path.write_text(path.read_text("utf-8") + '{"key": ["cut', "utf-8")
-    monkeypatch.undo()
-    counted = []
-    monkeypatch.setattr(
-        _runs.Run, "count", lambda run, known: counted.append(run) or pytest.fail("counted twice")
-    )
-    rows = memory.measure(shape, **options, progress=_progress.Progress(path, run))
-    assert not counted
-    assert {row["row"] for row in rows} == _chunked_rows.rows(shape).keys()
-    assert all(row["seconds"] > 0 for row in rows if "refused" not in row)
+    monkeypatch.setattr(_runs.Run, "count", None)  # another count would be an error
+    rows = memory.measure(few, **options, progress=_progress.Progress(path, run))
+    assert all(row["seconds"] > 0 for row in rows)
+    again = _progress.Progress(path, run)
+    assert again.knows((few.name, "seconds", f"{_rows.REFERENCE}/0", 0))
     other = _progress.Progress(path, {**run, "versions": {"torch": "another"}})
-    assert not other.knows((shape.name, "counts", _rows.REFERENCE))
+    assert not other.knows((few.name, "counts", _rows.REFERENCE))
 
 
-def test_counts_alone_are_stored_and_shown_without_times(tmp_path, capsys):
+def test_counts_alone_are_stored_and_shown_without_times(few, tmp_path, capsys):
     path = tmp_path / "memory.jsonl"
-    arguments = ["--quick", "--shape", "smollm2", "--no-rss", "--rounds", "0"]
-    memory.main([*arguments, "--output", str(path)])
+    run = _stored.run_of(memory.__file__, [])
+    rows = memory.report(few, rounds=0, rss=lambda name: None, output=path, run=run)
     printed = capsys.readouterr().out
-    rows = _stored.read(path, "smollm2")
-    ran = [row for row in rows if "refused" not in row]
-    assert {row["seconds"] for row in ran} == {None}
-    assert f"\n| {_rows.ALL_ACTIVE}, chunked loss | " in printed
+    assert {row["seconds"] for row in _stored.read(path, few.name)} == {None}
+    assert f"\n| {IN_CHUNKS} | " in printed
     assert "median time" not in printed
     assert "nan" not in printed
-    assert [entry.name for entry in tmp_path.iterdir() if "progress" in entry.name] == []
+    assert not list(tmp_path.glob("*progress*"))
     bars = {bar.name: bar for bar in _memory_tables.found_bars(rows)}
-    assert bars["ours, all active, chunked loss: largest peak"].is_met
-    assert bars["ours, all active, chunked loss: mean FLOPs"].is_met
+    assert bars[f"{IN_CHUNKS}: largest peak"].is_met
+    assert bars[f"{IN_CHUNKS}: mean FLOPs"].is_met
 
 
 def test_four_bits_on_the_meta_device_are_those_of_a_real_layer():
     bitsandbytes = pytest.importorskip("bitsandbytes")
     model = nn.Sequential(nn.Linear(96, 160, bias=False), nn.Linear(160, 64, bias=False)).bfloat16()
+    options = {"compress_statistics": True, "quant_type": "nf4"}
     real = nn.Sequential()
     for linear in model:
-        layer = bitsandbytes.nn.Linear4bit(
-            linear.in_features,
-            linear.out_features,
-            bias=False,
-            compute_dtype=torch.bfloat16,
-            compress_statistics=True,
-            quant_type="nf4",
-        )
-        layer.load_state_dict(linear.state_dict())
+        sizes = linear.in_features, linear.out_features
+        layer = bitsandbytes.nn.Linear4bit(*sizes, bias=False, compute_dtype=torch.bfloat16)
+        weight = linear.weight.detach()
+        layer.weight = bitsandbytes.nn.Params4bit(weight, requires_grad=False, **options)
         real.append(layer.to("cpu"))
     planned = _four_bit.four_bit(model.to("meta"), but="nothing")
     config = LoRAConfig(rank=4, alpha=8, targets="all-linear")
@@ -159,7 +160,9 @@ def test_four_bits_on_the_meta_device_are_those_of_a_real_layer():
         loss = torch.Tensor.sum
         found.append(estimate_memory(net, [x], adamw, loss=loss))
         if net is real:
-            found.append(measure_step(net, [x], adamw(net), loss=loss))
+            optimizer = adamw(net)
+            measure_step(net, [x], optimizer, loss=loss)  # makes the optimizer's state
+            found.append(measure_step(net, [x], optimizer, loss=loss))
     estimated, measured, planned_step = found
     assert estimated == planned_step
     assert estimated.weights == measured.weights

@@ -37,7 +37,8 @@ def recipe_of(x: Tensor) -> Recipe | None:
     if kind not in _OPERANDS or x._version or saving_is_watched():
         return None
     names = _OPERANDS[kind]
-    operands = tuple(x for name in names if is_dense(x := getattr(node, name, None)))
+    found = [getattr(node, name, None) for name in names]
+    operands = tuple(filter(is_dense, found))
     if len(operands) < len(names):
         return None
     # An operand that was saved under hooks is another tensor each time.
