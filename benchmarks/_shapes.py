@@ -152,7 +152,7 @@ SMOLLM2 = Shape(
     rank=16,
     targets="all-linear",
     budgets=((0.4, 1.0), (0.4, 0.6), (0.15, 0.6), (0.07, 1.0)),
-    chunk=256,
+    chunk=128,
     weights=smollm2,
 )
 LLAMA_128K = replace(
