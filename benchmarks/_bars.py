@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
+from _chunked_rows import CHUNKED_FRONT, IN_CHUNKS, chunked_name
 from _fronts import Point, worst_point, worst_ratio
 from _rows import ALL_ACTIVE, PEER_FRONT, UNWRAPPED, budget_name
 
@@ -20,9 +22,10 @@ class Result:
         saved_mean: The mean number of saved bytes, as a ratio.
         forward: Mean FLOPs of the forward pass, as a ratio.
         backward: Mean FLOPs of the backward pass, as a ratio.
+        flops: Mean FLOPs of both passes, as a ratio.
         ops: Mean number of dispatched operations.
         added: Operations that the frozen model without adapters does not have, as a ratio.
-        time: Time of a step, as a ratio.
+        time: Time of a step, as a ratio; nan if nothing was timed.
         draws: Number of choices counted.
         distinct: Number of different choices among them.
         tokens: Tokens per second.
@@ -38,6 +41,7 @@ class Result:
     saved_mean: float
     forward: float
     backward: float
+    flops: float
     ops: float
     added: float
     time: float
@@ -76,8 +80,15 @@ class Bar:
 
 def bars(results: Mapping[str, Result], slack: float) -> list[Bar]:
     """Return the targets for which all rows were measured."""
-    found = [*_all_active(results), *_budgets(results), *_fronts(results)]
-    return [bar if not bar.limit else Bar(bar.name, bar.value, bar.limit + slack) for bar in found]
+    if any(name.endswith(IN_CHUNKS) for name in results):
+        found = [*_in_chunks(results), *_fronts(results, "flops")]
+    else:
+        found = [*_all_active(results), *_budgets(results), *_fronts(results, "backward")]
+    found = [bar for bar in found if not math.isnan(bar.value)]
+    return [
+        Bar(bar.name, bar.value, bar.limit + slack, bar.above) if bar.limit else bar
+        for bar in found
+    ]
 
 
 def _all_active(results: Mapping[str, Result]) -> Iterator[Bar]:
@@ -118,13 +129,33 @@ def _budgets(results: Mapping[str, Result]) -> Iterator[Bar]:
             yield Bar(f"{name}: least probability of a module", chance, 0, above=True)
 
 
-def _fronts(results: Mapping[str, Result]) -> Iterator[Bar]:
-    if not {*PEER_FRONT, ALL_ACTIVE} <= results.keys():
+_CHUNKED_LIMITS = {  # row -> (peak, FLOPs of both passes, median time)
+    f"{ALL_ACTIVE}{IN_CHUNKS}": (0.65, 1.0, 1.0),
+    chunked_name(0.15, 0.6): (0.15, None, 0.80),
+    chunked_name(0.07, 1.0): (0.07, 1.0, 0.85),
+}
+
+
+def _in_chunks(results: Mapping[str, Result]) -> Iterator[Bar]:
+    for name, limits in _CHUNKED_LIMITS.items():
+        row = results.get(name)
+        if row:
+            values = {"largest peak": row.peak, "mean FLOPs": row.flops, "median time": row.time}
+            for (what, value), limit in zip(values.items(), limits, strict=True):
+                if limit is not None:
+                    yield Bar(f"{name}: {what}", value, limit)
+
+
+def _fronts(results: Mapping[str, Result], flops: str) -> Iterator[Bar]:
+    """Compare our rows with the strongest peers. ``flops``: which FLOPs are the cost."""
+    front, end = (CHUNKED_FRONT, IN_CHUNKS) if flops == "flops" else (PEER_FRONT, "")
+    if not {*front, f"{ALL_ACTIVE}{end}"} <= results.keys():
         return
-    for cost in ("backward", "time"):
-        ours = [point(row, cost) for name, row in results.items() if name.startswith("ours")]
-        peers = [point(results[name], cost) for name in PEER_FRONT]
-        what = "mean backward FLOPs" if cost == "backward" else "median time"
+    names = [name for name in results if name.startswith("ours") and name.endswith(end)]
+    for cost in (flops, "time"):
+        ours = [point(results[name], cost) for name in names]
+        peers = [point(results[name], cost) for name in front]
+        what = {"backward": "mean backward FLOPs", "flops": "mean FLOPs"}.get(cost, "median time")
         yield Bar(f"front, {what}: worst ratio at equal memory", worst_ratio(ours, peers), 1.0)
         yield Bar(f"front, {what}: our worst point", worst_point(ours, peers), 1.0)
 

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
-from torch.autograd.graph import saved_tensors_hooks
+from torch import Tensor
 
 from dynalora_optim import LiveBytes
 
@@ -19,7 +17,7 @@ class Counted:
 
     Attributes:
         peak: The largest number of bytes of tensor storage alive at the same time.
-        saved: The bytes that autograd keeps at the end of the forward pass, without parameters.
+        saved: The bytes that the forward pass leaves alive: what autograd keeps.
         forward: FLOPs of the forward pass.
         backward: FLOPs of the backward pass, including recomputation.
         ops: Number of dispatched operations.
@@ -34,41 +32,19 @@ class Counted:
     allocated: int = 0
 
 
-class SavedBytes:
-    """Counts the bytes that autograd keeps. Each storage counts once; parameters do not count."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self._left_out = {p.untyped_storage().data_ptr() for p in model.parameters()}
-        self._storages: dict[int, int] = {}
-
-    @property
-    def total(self) -> int:
-        return sum(self._storages.values())
-
-    def counting(self) -> AbstractContextManager[None]:
-        return saved_tensors_hooks(self._pack, lambda tensor: tensor)
-
-    def _pack(self, tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in self._left_out:
-            self._storages[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-
-def count(loss: Callable[[], Tensor], model: nn.Module) -> Counted:
+def count(loss: Callable[[], Tensor]) -> Counted:
     """Run ``loss()`` and its backward pass, and count. The gradients are kept."""
-    saved = SavedBytes(model)
     before = _restart_allocated()
     with LiveBytes() as memory:
-        with saved.counting():
-            value = loss()
+        value = loss()
         forward, ops, peak = memory.flops, memory.ops, memory.peak
+        saved = memory.live - memory.size([value])
         memory.restart()
         if value.requires_grad:
             value.backward()  # type: ignore[no-untyped-call]
         return Counted(
             peak=max(peak, memory.peak),
-            saved=saved.total,
+            saved=saved,
             forward=forward,
             backward=memory.flops,
             ops=ops + memory.ops,

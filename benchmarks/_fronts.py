@@ -65,7 +65,8 @@ def plot(path: Path, title: str, panels: Mapping[str, Series]) -> None:
 
     figure = Figure(figsize=(11, 5), layout="constrained")
     figure.suptitle(title)
-    for axes, (cost, series) in zip(figure.subplots(1, len(panels)), panels.items(), strict=True):
+    places = figure.subplots(1, len(panels), squeeze=False).flat
+    for axes, (cost, series) in zip(places, panels.items(), strict=True):
         for turn, ((name, points), marker) in enumerate(
             zip(series.items(), "os^vDP", strict=False)
         ):

@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
-from _shapes import LARGE
+from _shapes import LARGE, smollm2
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
-from _assets import CAUSAL_LM, locate
-from _common import pretrained
 
 
 @dataclass(frozen=True)
@@ -50,12 +44,7 @@ class FullShape:
         return dict.fromkeys(("input_ids", "labels"), ids.to(self.device))
 
 
-def _smollm2() -> nn.Module:
-    model: nn.Module = pretrained("AutoModelForCausalLM", locate(CAUSAL_LM), dtype=torch.float32)
-    return model
-
-
-SMOLLM2 = FullShape("SmolLM2-135M", _smollm2, rows=4, length=256, timed_length=64)
+SMOLLM2 = FullShape("SmolLM2-135M", smollm2, rows=4, length=256, timed_length=64)
 ON_CUDA = FullShape(
     "Llama-3.2-1B", LARGE[0].bare, rows=1, length=2048, timed_length=2048, device="cuda"
 )

@@ -8,6 +8,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ import transformers
 from torch.utils._python_dispatch import TorchDispatchMode
 
 Step = Callable[[], object]
+Kept = Callable[[str, int, Callable[[], float]], float]
 
 
 def median_seconds(
@@ -24,11 +26,13 @@ def median_seconds(
     warm_up: int = 3,
     every: Mapping[str, int] | None = None,
     clock: Callable[[], float] = time.perf_counter,
+    kept: Kept | None = None,
 ) -> dict[str, float]:
     """Time each step once per round, and return the median time of each.
 
     The order changes from round to round, so that no step always follows the same slow step. For a
-    step in ``every``, the value n means that it is timed only in every n-th round.
+    step in ``every``, the value n means that it is timed only in every n-th round. ``kept`` may
+    return the time of a step in a round from an earlier run; else it calls what it is given.
     """
     every = every or {}
     seconds: dict[str, list[float]] = {name: [] for name in steps}
@@ -37,13 +41,20 @@ def median_seconds(
         for name in names[turn % len(names) :] + names[: turn % len(names)]:
             if turn >= 0 and turn % every.get(name, 1):
                 continue
-            synchronize()
-            start = clock()
-            steps[name]()
-            synchronize()
-            if turn >= 0:
-                seconds[name].append(clock() - start)
+            timed = partial(_seconds, steps[name], clock)
+            if turn < 0:
+                timed()
+            else:
+                seconds[name].append(kept(name, turn, timed) if kept else timed())
     return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def _seconds(step: Step, clock: Callable[[], float]) -> float:
+    synchronize()
+    start = clock()
+    step()
+    synchronize()
+    return clock() - start
 
 
 def synchronize() -> None:

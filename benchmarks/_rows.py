@@ -25,12 +25,12 @@ ALL_ACTIVE = "ours, all active"
 UNWRAPPED = "our LoRA, plain AdamW"
 CHECKPOINTED = "peft, every block checkpointed"
 RANDOM = "peft, random 2/3 of the modules"
-PEER_FRONT = (
-    REFERENCE,
-    "peft, every 4th block checkpointed",
-    "peft, every 2nd block checkpointed",
-    CHECKPOINTED,
-)
+PEER_FRONT = {  # the number of blocks of which one is checkpointed
+    REFERENCE: 0,
+    "peft, every 4th block checkpointed": 4,
+    "peft, every 2nd block checkpointed": 2,
+    CHECKPOINTED: 1,
+}
 
 
 def _adamw(model: nn.Module) -> Optimizer:
@@ -134,14 +134,11 @@ PEERS: dict[str, Build] = {
     FULL: full,
     REFERENCE: pefts,
     RANDOM: random_pefts,
-    **{
-        name: partial(pefts, every=every)
-        for name, every in zip(PEER_FRONT[1:], (4, 2, 1), strict=True)
-    },
+    **{name: partial(pefts, every=every) for name, every in PEER_FRONT.items() if every},
 }
 
 
-def rows(shape: Shape) -> dict[str, Build]:
+def plain_rows(shape: Shape) -> dict[str, Build]:
     """Return the rows of a shape, by name. On a GPU, full fine-tuning does not fit."""
     budgets = {
         budget_name(memory, compute): partial(budgeted, memory=memory, compute=compute)
@@ -161,4 +158,4 @@ def ops_without_adapters(shape: Shape, bare: nn.Module) -> int:
         model.get_submodule(shape.head).requires_grad_(True)
     model.enable_input_require_grads()
     batch = shape.batch(bare)
-    return count(lambda: model(**batch).loss, model).ops
+    return count(lambda: model(**batch).loss).ops

@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from _rows import rows
+from _chunked_rows import rows
 from _shapes import Shape
 
 STEPS = 2

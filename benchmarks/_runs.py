@@ -91,11 +91,18 @@ class Run:
             if choice in known:
                 self._fill_gradients()
             else:
-                known[choice] = count(self.loss, self.model)
+                known[choice] = count(self.loss)
             self.choices.append(choice)
             counted.append(known[choice])
             self.update()
         return counted
+
+    def resume(self, active: list[list[str]]) -> None:
+        """Take the choices that an earlier run has counted, without counting again."""
+        self.choices = [(tuple(names), (), ()) for names in active]
+        if self.budget is not None:  # in its first steps it measures the blocks and the loop
+            self.step()
+            self.step()
 
     def _fill_gradients(self) -> None:
         active = getattr(self.optimizer, "active_groups", None)
@@ -116,16 +123,16 @@ class Run:
         """
         if self.budget is None:
             return [(1.0, self.step)]
-        counted = Counter(self.choices)
+        counted = Counter(active for active, *_ in self.choices)
         return [
-            (number / len(self.choices), partial(self._step_with, choice))
-            for choice, number in counted.items()
+            (number / len(self.choices), partial(self._step_with, active))
+            for active, number in counted.items()
         ]
 
-    def _step_with(self, choice: Choice) -> None:
-        """Activate the groups of this choice, then take a step."""
+    def _step_with(self, active: tuple[str, ...]) -> None:
+        """Activate these groups, then take a step."""
         assert isinstance(self.optimizer, DynamicAllocationOptimizer)
-        self.optimizer.hold(choice[0])
+        self.optimizer.hold(active)
         self.step()
 
     def never_active(self) -> list[str]:

@@ -1,12 +1,14 @@
-"""The models and batches that `memory.py` measures: random weights of known shapes."""
+"""The models and batches that `memory.py` measures: known shapes, with random or real weights."""
 
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,19 +20,26 @@ from transformers import (
     RobertaForSequenceClassification,
 )
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+from _assets import CAUSAL_LM, locate
+from _common import pretrained
+
 
 @dataclass(frozen=True)
 class Shape:
-    """A model with random weights, its batch, and the options of its LoRA.
+    """A model, its batch, and the options of its LoRA.
 
     Attributes:
-        model: Builds the model, without adapters, from a config.
+        model: Builds the model, without adapters, from a config. Its weights are random.
         config: Builds the config.
+        weights: Loads the model with real weights instead, if given.
         rows: Sequences in the batch.
         length: Tokens in a sequence.
         rank: LoRA's rank; alpha is twice that.
         targets: The adapted layers.
         budgets: The budgets of our rows: shares of the memory and of the backward FLOPs.
+        chunk: If not 0: the rows have their loss in chunks of so many tokens, and the budgets are
+            shares of the peak of peft's LoRA.
         head: The module of which all parameters train, if any.
         device: The device that it runs on.
         dtype: The dtype of the weights.
@@ -47,6 +56,8 @@ class Shape:
     rank: int
     targets: list[str] | str
     budgets: tuple[tuple[float, float], ...]
+    chunk: int = 0
+    weights: Callable[[], nn.Module] | None = None
     head: str | None = None
     device: str = "cpu"
     dtype: torch.dtype = torch.float32
@@ -57,8 +68,8 @@ class Shape:
     def bare(self) -> nn.Module:
         torch.manual_seed(0)
         with _default(self.dtype), torch.device(self.device):
-            model: Any = self.model(self.config()).train()
-        model.config.use_cache = False  # training does not need keys and values
+            model: Any = self.weights() if self.weights else self.model(self.config())
+        model.train().config.use_cache = False  # training does not need keys and values
         return model  # type: ignore[no-any-return]
 
     def batch(self, model: Any) -> dict[str, Tensor]:
@@ -126,6 +137,35 @@ LLAMA = Shape(
 )
 
 
+def smollm2() -> nn.Module:
+    """Load SmolLM2-135M with its real weights, in float32."""
+    model: nn.Module = pretrained("AutoModelForCausalLM", locate(CAUSAL_LM), dtype=torch.float32)
+    return model
+
+
+SMOLLM2 = Shape(
+    "smollm2",
+    LlamaForCausalLM,
+    LlamaConfig,
+    rows=4,
+    length=256,
+    rank=16,
+    targets="all-linear",
+    budgets=((0.4, 1.0), (0.4, 0.6), (0.15, 0.6), (0.07, 1.0)),
+    chunk=128,
+    weights=smollm2,
+)
+LLAMA_128K = replace(
+    LLAMA,
+    name="llama-128k",
+    config=partial(LLAMA.config, vocab_size=128256),
+    rows=1,
+    budgets=((0.4, 1.0), (0.4, 0.6), (0.15, 0.6), (0.07, 1.0)),
+    chunk=256,
+)
+ON_CPU = (ROBERTA, LLAMA, SMOLLM2, LLAMA_128K)
+
+
 def _on_cuda(name: str, **sizes: Any) -> Shape:
     """Return a Llama 3 with these published sizes, 2,048 tokens, and fast attention."""
     config = partial(
@@ -166,5 +206,8 @@ def quick(shape: Shape) -> Shape:
     heads = {"num_attention_heads": 4}
     if not shape.head:
         heads["num_key_value_heads"] = 2
-    config = partial(shape.config, vocab_size=100, **sizes, **heads)
-    return replace(shape, config=config, rows=4, length=32, rank=4, draws=3, control_draws=2)
+    # The logits of a real vocabulary are larger than a block.
+    vocabulary, chunk = (4096, 16) if shape.chunk else (100, 0)
+    config = partial(shape.config, vocab_size=vocabulary, **sizes, **heads)
+    small = replace(shape, config=config, weights=None, rows=4, length=32, rank=4, chunk=chunk)
+    return replace(small, draws=3, control_draws=2)

@@ -25,7 +25,7 @@ import torch
 
 Row = Mapping[str, Any]
 ROOT = Path(__file__).resolve().parents[1]
-PACKAGES = ("torch", "transformers", "peft", "accelerate", "badam")
+PACKAGES = ("torch", "transformers", "peft", "accelerate", "badam", "bitsandbytes")
 ENVIRONMENT = ("OMP_NUM_THREADS",)  # variables that change the numbers
 
 

@@ -14,7 +14,8 @@ from torch.nn import functional as F  # noqa: N812
 from dynalora_adapters._bases import adapter_dtype, is_dense, is_plain_and_frozen, linear_shape
 from dynalora_adapters._checks import positive_int, positive_number, probability_below_one
 from dynalora_adapters._gate import gated, needs_gate, new_gate, set_gate
-from dynalora_adapters._lora_function import lora_linear
+from dynalora_adapters._lora_function import add_lora, lora_linear
+from dynalora_adapters._quantised import is_quantised
 from dynalora_adapters._state_names import names_in_base, with_base, without_base
 from dynalora_adapters._torch_private import runs_eagerly
 from dynalora_adapters._way import Way
@@ -245,6 +246,8 @@ class LoRALinear(AdapterLinear):
         A, B = self.adapter_param("lora_A"), self.adapter_param("lora_B")
         if args or kwargs or self.merged or not self._takes_one_step(x, A, B):
             return super().forward(x, *args, **kwargs)
+        if is_quantised(self.weight):
+            return add_lora(self.base_layer(x), x, A, B, scaling=self.scaling)
         W = self.weight.t() if self.shape.transposed else self.weight
         return lora_linear(self.base_layer, W, x, A, B, scaling=self.scaling)
 
@@ -264,7 +267,7 @@ class LoRALinear(AdapterLinear):
             and is_dense(A)
             and is_dense(B)
             and (A.requires_grad or not B.requires_grad)
-            and is_plain_and_frozen(self.base_layer)
+            and (is_quantised(self.weight) or is_plain_and_frozen(self.base_layer))
             # The sum must have the base's dtype, not the adapter's.
             and A.dtype in (self.weight.dtype, adapter_dtype(self.weight))
         )

@@ -20,6 +20,11 @@ def is_packed(weight: Tensor) -> bool:
     return type(weight).__torch_dispatch__ is not Tensor.__torch_dispatch__
 
 
+def is_quantised(weight: Tensor) -> bool:
+    """Whether a weight is packed, or consists of integers."""
+    return is_packed(weight) or not weight.is_floating_point()
+
+
 def check_not_repacked(model: nn.Module) -> None:
     """Raise if a layer has repacked its weight for evaluation, so that it has no gradient."""
     for name, module in model.named_modules():

@@ -54,6 +54,15 @@ def node_in_backward() -> int | None:
     return None if number is None else int(number())
 
 
+def saving_is_watched() -> bool:
+    """Whether hooks see the tensors that autograd saves now, such as those of a checkpoint.
+
+    If torch lacks ``_top_saved_tensors_default_hooks``: True, which is always correct.
+    """
+    ask = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+    return ask is None or ask(True) is not None
+
+
 def is_watched(module: nn.Module) -> bool:
     """Whether the module has a hook, or a global hook for all modules exists.
 

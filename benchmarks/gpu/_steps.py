@@ -115,7 +115,7 @@ class Watch:
         with peak_above(self.device) as peak:
             if is_new:
                 self._known.add(choice)
-                counted = count(self.run.loss, self.run.model)
+                counted = count(self.run.loss)
             else:
                 self.run.loss().backward()  # type: ignore[no-untyped-call]
         if counted and self.device != "cuda":

@@ -7,27 +7,29 @@ says which ways are measured for a shape.
 
 from __future__ import annotations
 
+import gc
 import importlib
 import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
 
 import torch
+from _chunked_rows import IN_CHUNKS, chunked_name, in_chunks, reference_peak
 from _rows import ALL_ACTIVE, CHECKPOINTED, REFERENCE, UNWRAPPED, budget_name, injected, peft_model
 from _runs import Run, Watched
 from _shapes import LARGE, Shape, quick
+from _torch_loss import before_the_head
 from gpu._apart import Missing, Refused, Row, Values
 from gpu._steps import Watch, summary
 from torch import Tensor, nn
-from torch.nn import functional as F  # noqa: N812
 from torch.optim import Optimizer
 
 from dynalora_optim import DynamicAllocationOptimizer
 
 LIGER = "peft, every block checkpointed, Liger's loss"
 PERIOD = 3  # of each choice: a counted step, a timed step, and a step with the next choice
+CHUNK = 512  # rows whose logits exist at one time
 BUDGETS = ((0.75, 1.0), (0.5, 1.0), (0.5, 0.6), (0.3, 0.6), (0.1, 0.6))
 
 
@@ -55,13 +57,8 @@ class LigerRun(Run):
     def loss(self) -> Tensor:
         """Return the loss of the next token, as transformers computes it."""
         kernel = importlib.import_module("liger_kernel.transformers.fused_linear_cross_entropy")
-        causal: Any = self.model
-        causal = causal.get_base_model()
-        hidden = causal.model(input_ids=self.batch["input_ids"]).last_hidden_state
-        labels = F.pad(self.batch["labels"], (0, 1), value=-100)[:, 1:]
-        loss: Tensor = kernel.LigerFusedLinearCrossEntropyLoss()(
-            causal.lm_head.weight, hidden.flatten(0, 1), labels.flatten()
-        )
+        hidden, head, labels = before_the_head(self.model, self.batch)
+        loss: Tensor = kernel.LigerFusedLinearCrossEntropyLoss()(head, hidden, labels)
         return loss
 
 
@@ -88,6 +85,18 @@ def all_active(shape: Shape) -> Run:
     return run
 
 
+def all_active_chunked(shape: Shape) -> Run:
+    """The same, with our loss in chunks."""
+    return in_chunks(all_active(shape), CHUNK)
+
+
+def of_pefts_peak(shape: Shape, *, memory: float, compute: float) -> Run:
+    """Train with our loss in chunks and a budget of ``memory`` times peft's peak, in bytes."""
+    limit = int(memory * reference_peak(shape, shape.bare()))
+    gc.collect()  # peft's model
+    return in_chunks(budgeted(shape, memory=limit, compute=compute), CHUNK)
+
+
 def budgeted(shape: Shape, *, memory: float, compute: float) -> Run:
     """Train with a budget, with a new choice every `PERIOD` steps."""
     run = unwrapped(shape)
@@ -109,8 +118,13 @@ WAYS: dict[str, Way] = {
         budget_name(memory, compute): partial(budgeted, memory=memory, compute=compute)
         for memory, compute in BUDGETS
     },
+    f"{ALL_ACTIVE}{IN_CHUNKS}": all_active_chunked,
+    chunked_name(0.15, 0.6): partial(of_pefts_peak, memory=0.15, compute=0.6),
 }
-LEFT_OUT = (UNWRAPPED, budget_name(0.75, 1.0), budget_name(0.3, 0.6))
+LEFT_OUT = (
+    *(UNWRAPPED, budget_name(0.75, 1.0), budget_name(0.3, 0.6)),
+    f"{ALL_ACTIVE}{IN_CHUNKS}",
+)
 FEWER = [name for name in WAYS if name not in LEFT_OUT]
 
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from dynalora_optim import LiveBytes
+from dynalora_optim import LiveBytes, linear_cross_entropy
 
 
 @dataclass(frozen=True)
@@ -126,6 +126,15 @@ def loss(tokens: int, vocabulary: int, device: str) -> Values:
     return passes(lambda: F.cross_entropy(logits.float(), labels), [logits], device)
 
 
+def loss_in_chunks(tokens: int, vocabulary: int, device: str) -> Values:
+    """Run head and loss in chunks of 256 rows, with the width of Llama-3.2-1B."""
+    width = 2048 if device == "cuda" else 16
+    hidden = torch.randn(tokens, width, dtype=torch.bfloat16, device=device).requires_grad_()
+    head = torch.randn(vocabulary, width, dtype=torch.bfloat16, device=device)
+    labels = torch.randint(vocabulary, (tokens,), device=device)
+    return passes(lambda: linear_cross_entropy(hidden, head, labels), [hidden], device)
+
+
 def update(how: str, size: int, device: str) -> Values:
     """Take a step of AdamW. It needs temporary memory in addition to its state."""
     parameters = [torch.zeros(size, size, device=device).requires_grad_() for _ in range(16)]
@@ -153,6 +162,7 @@ def rows(*, dry_run: bool) -> list[Row]:
     found += [
         Row("a product", partial(product, size, device)),
         Row("the loss", partial(loss, tokens, vocabulary, device)),
+        Row("the loss in chunks", partial(loss_in_chunks, tokens, vocabulary, device)),
     ]
     found += [Row(f"AdamW, {how}", partial(update, how, size, device)) for how in OPTIMIZERS]
     return found

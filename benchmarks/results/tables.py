@@ -27,6 +27,7 @@ import _memory_tables as memory
 import _overhead_tables as overhead
 import _quality_tables as quality
 import _quickstart_tables as quickstart
+from _planned_tables import planned_lora_table
 from _stored import Row, read, run_of
 
 Table = Callable[[], str]
@@ -53,17 +54,18 @@ _full = partial(_of, "full_parameter.jsonl")
 _smollm2 = partial(_full, "SmolLM2-135M")
 _quickstart = partial(_of, "quickstart.jsonl", quickstart.DEFAULTS)
 
+SHAPES = list(dict.fromkeys(row["part"] for row in read(HERE / "memory.jsonl")))
+
 TABLES: dict[str, Table] = {
     "overhead_step": _of("overhead.jsonl", overhead.STEP, overhead.step_table),
     **{
         f"overhead_{groups}": _of("overhead.jsonl", f"{groups} groups", overhead.group_table)
         for groups in (24, 144, 512)
     },
-    "memory_roberta": _memory("roberta", memory.main_table),
-    "memory_roberta_bars": _memory("roberta", memory.bars_table),
+    **{f"memory_{shape}": _memory(shape, memory.main_table) for shape in SHAPES},
+    **{f"memory_{shape}_bars": _memory(shape, memory.bars_table) for shape in SHAPES},
     "memory_readme": _memory("roberta", memory.readme_table),
-    "memory_llama": _memory("llama", memory.main_table),
-    "memory_llama_bars": _memory("llama", memory.bars_table),
+    "planned_lora": _of("planned_lora.jsonl", "planned LoRA", planned_lora_table),
     "full_memory": _smollm2(full.memory_table),
     "full_everywhere": _smollm2(full.everywhere_table),
     "full_times": _smollm2(full.times_table),
@@ -124,7 +126,7 @@ def write(texts: Sequence[Path]) -> None:
 def figures(folder: Path = HERE) -> None:
     """Draw the figures, and save them in a folder."""
     folder.mkdir(parents=True, exist_ok=True)
-    for shape in ("roberta", "llama"):
+    for shape in SHAPES:
         memory.draw(folder / f"memory_{shape}.png", read(HERE / "memory.jsonl", shape))
     quality.figures(folder / "quality")
 

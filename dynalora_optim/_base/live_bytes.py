@@ -18,6 +18,12 @@ from dynalora_optim._base.torch_private import (
     tree_leaves,
 )
 
+# torch's registry has no entry for these, although they compute as much.
+_IN_PLACE: dict[Any, Any] = {
+    torch.ops.aten.addmm_: torch.ops.aten.addmm,
+    torch.ops.aten.baddbmm_: torch.ops.aten.baddbmm,
+}
+
 
 class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """A context in which every tensor storage that is created is counted until it is freed.
@@ -33,7 +39,8 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         live: The bytes of the counted storages that are alive now.
         peak: The most ``live`` has been since the beginning or `restart`.
         flops: The floating-point operations since the beginning or `restart` (products of matrices
-            and convolutions, a multiply-add as two, as ``torch.utils.flop_counter`` counts them).
+            and convolutions, a multiply-add as two, as ``torch.utils.flop_counter`` counts them;
+            and products that are added in place, which it leaves out).
         ops: The number of operations dispatched since the beginning or `restart`.
 
     Example:
@@ -67,7 +74,7 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         result = func(*args, **kwargs)
         self.ops += 1
         packet = packet_of(func)
-        formula = flop_registry.get(packet)
+        formula = flop_registry.get(_IN_PLACE.get(packet, packet))
         if formula is not None:
             args_in_full = _with_all_heads(packet, args)
             self.flops += formula(*args_in_full, **kwargs, out_val=result)

@@ -6,7 +6,6 @@ training, so that no separate model of the memory is needed, which could be wron
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import astuple
@@ -21,6 +20,7 @@ from dynalora_optim._base.live_bytes import LiveBytes, tensor_bytes
 from dynalora_optim._base.packages import installed
 from dynalora_optim._base.torch_private import READ_SCALAR, fused_attention, tree_map
 from dynalora_optim.allocation._context import Allocator, CostAware
+from dynalora_optim.memory._meta import meta_copy
 from dynalora_optim.memory._step import Batch, Loss, StepMemory, count_step
 from dynalora_optim.update._pause import Pause
 
@@ -116,8 +116,8 @@ def _rehearsals(
     batch = dict(batch) if isinstance(batch, Mapping) else tuple(batch)
     on_meta = tree_map(lambda x: x.to("meta") if isinstance(x, Tensor) else x, batch)
     with _explained(type(model).__name__):
-        for choice in _choices(make_optimizer(_meta_copy(model)), active):
-            yield from _rehearse(_meta_copy(model), on_meta, make_optimizer, loss, choice)
+        for choice in _choices(make_optimizer(meta_copy(model)), active):
+            yield from _rehearse(meta_copy(model), on_meta, make_optimizer, loss, choice)
 
 
 def _largest(found: Iterable[StepMemory]) -> StepMemory:
@@ -172,15 +172,6 @@ def _choices(optimizer: Optimizer, active: int | Collection[str] | None) -> list
     largest = sorted(names, key=lambda name: -sizes[name])[:count]
     found = [names[:count], names[-count:], [name for name in names if name in largest]]
     return list(dict.fromkeys(map(tuple, found)))
-
-
-def _meta_copy(model: nn.Module) -> nn.Module:
-    """Copy a model to the meta device, without its weights; tied parameters stay tied."""
-    memo: dict[int, Any] = {id(buffer): buffer.to("meta") for buffer in model.buffers()}
-    for parameter in model.parameters():
-        on_meta = parameter.detach().to("meta")
-        memo[id(parameter)] = nn.Parameter(on_meta, requires_grad=parameter.requires_grad)
-    return copy.deepcopy(model, memo)
 
 
 class Rehearsal(LiveBytes):  # type: ignore[no-untyped-call]

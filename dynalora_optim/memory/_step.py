@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from dynalora_optim._base.live_bytes import LiveBytes, tensor_bytes
 from dynalora_optim._base.torch_private import storage_key
 from dynalora_optim._base.trees import tensors
+from dynalora_optim.memory._meta import companions
 from dynalora_optim.update._master_weights import MASTER
 
 Batch: TypeAlias = "Mapping[str, Any] | Sequence[Any]"
@@ -28,7 +29,7 @@ class StepMemory:
     their sum can be more than the peak.
 
     Attributes:
-        weights: Parameters and buffers.
+        weights: Parameters, also what 4-bit weights of bitsandbytes refer to, and buffers.
         master_weights: Float32 copies of weights.
         gradients: The most bytes of gradients alive at one time.
         optimizer_state: The rest of the optimizer's state.
@@ -71,7 +72,8 @@ def count_step(
     memory: LiveBytes, model: nn.Module, batch: Batch, optimizer: Optimizer, loss: Loss | None
 ) -> StepMemory:
     """Run one training step under ``memory``, and return the memory that it took."""
-    weights = _size(chain(model.parameters(), model.buffers()))
+    scales = chain.from_iterable(map(companions, model.parameters()))
+    weights = _size(chain(model.parameters(), model.buffers(), scales))
     before = _kept(optimizer)
     with memory, _watched(model.parameters(), memory) as gradients:
         _loss(model, batch, loss).backward()  # type: ignore[no-untyped-call]
