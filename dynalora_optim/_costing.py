@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
-from functools import reduce
+from collections.abc import Callable, Collection, Iterable
+from functools import partial, reduce
 from typing import Any, TypeVar
 
 from torch.utils.hooks import RemovableHandle
 
-from dynalora_optim._base.collectives import gathered, world_size
-from dynalora_optim._base.live_bytes import LiveBytes
+from dynalora_optim._base.collectives import gathered
 from dynalora_optim._base.trees import elements
 from dynalora_optim._driver import ModuleDriver
+from dynalora_optim._ranks import Ranks
 from dynalora_optim.allocation._allocation import Allocation
 from dynalora_optim.allocation._costs import Costs, Plan
 from dynalora_optim.allocation._joined import joined
@@ -19,11 +19,12 @@ from dynalora_optim.importance._tracker import ImportanceTracker
 from dynalora_optim.memory._announce import announce
 from dynalora_optim.memory._block_meter import BlockMeter
 from dynalora_optim.memory._habits import Habits
-from dynalora_optim.memory._passes import Graph, Passes
+from dynalora_optim.memory._loop_state import restored_loop, saved_loop
+from dynalora_optim.memory._passes import Around, Passes
 from dynalora_optim.memory._shapes import MeasuredShapes, Shape, shape_of
+from dynalora_optim.memory._updates import Updates
 
 T = TypeVar("T")
-_WATCHED = 2  # optimizer steps whose temporary tensors are counted
 _KEPT = 1024  # plans that are kept
 
 
@@ -53,18 +54,19 @@ class StepCosting:
     def _follow(self, habits: Habits) -> None:
         self._habits = habits
         self._passes = Passes(habits.see_backward)
+        self._ranks = Ranks(self._meter, self._driver, self._shapes, habits)
         # Of the forward that runs: its costs, its costs in the loop, and its plan.
         self._now: tuple[Costs, Costs, Plan] | None = None
         self._version: object = None  # of the habits that the allocation knows
-        self._plans: dict[object, tuple[Costs, Plan]] = {}
-        self._watched = 0  # optimizer steps whose temporary tensors were counted
+        self._plans: dict[object, tuple[Costs, Plan, Costs, tuple[Costs, ...]]] = {}
+        self._updates = Updates(habits)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_plans": {}}  # their keys are ids of objects that a copy has not
 
     def state(self) -> dict[str, Any]:
         """Return the values that a resumed run needs, as plain numbers, strings and lists."""
-        return {"shapes": self._shapes.state(), "habits": self._habits.state()}
+        return saved_loop(self._shapes, self._habits)
 
     def check_state(self, state: Any) -> None:
         """Raise unless `load_state` can load ``state``.
@@ -72,23 +74,12 @@ class StepCosting:
         Raises:
             ValueError: It has another form, or is of other modules.
         """
-        self._restored(state)
+        restored_loop(state, modules=len(self._allocation.names))
 
     def load_state(self, state: Any) -> None:
         """Load what `state` returned; None stands for a run that has measured nothing."""
-        self._shapes, habits = self._restored(state)
+        self._shapes, habits = restored_loop(state, modules=len(self._allocation.names))
         self._follow(habits)
-        if habits.is_known:
-            self._watched = _WATCHED
-
-    def _restored(self, state: Any) -> tuple[MeasuredShapes, Habits]:
-        if state is None:
-            return MeasuredShapes(), Habits()
-        if not isinstance(state, dict) or not {"shapes", "habits"} <= state.keys():
-            raise ValueError("state_dict has a 'loop' of another form.")
-        modules = len(self._allocation.names)
-        shapes = MeasuredShapes.of(state["shapes"], modules=modules)
-        return shapes, Habits.of(state["habits"], modules=modules)
 
     def attach(self) -> None:
         """Listen to each training forward, if the allocation needs costs."""
@@ -113,31 +104,48 @@ class StepCosting:
         self._now = None
         if self._allocation.costs is None:
             self.restart()  # groups may have been added since: older costs do not know them
-        self._habits.standing |= self._driver.has_gradients()
-        shape, graphs = shape_of(args, kwargs), self._passes.alive()
-        costs = self._shapes.find(shape, elements(args, kwargs))
-        if costs is None or not (self._shapes.is_of(shape, costs) or self._fits(costs, graphs)):
-            costs = self._costs_of(shape, args, kwargs)
+        self._habits.standing |= self._ranks.has_gradients()
+        batch, around = (shape_of(args, kwargs), elements(args, kwargs)), self._passes.around()
+        measure = partial(self._measured, args, kwargs)
+        if self._ranks.is_together:
+            agreed = self._ranks.agree(batch, around, measure, self._fits)
+            costs, around, of_ranks = agreed.joined, agreed.around, agreed.costs
+        else:
+            costs = self._known(batch, around, measure)
+            of_ranks = (costs,) if costs else ()
         if costs is not None:
-            here, plan = self._planned_or_refused(costs, graphs)
+            here, plan = self._planned_or_refused(costs, around, of_ranks)
             self._driver.recompute(plan.checkpointed)
             self._now = costs, here, plan
 
-    def _fits(self, costs: Costs, graphs: Sequence[Graph]) -> bool:
+    def _known(
+        self, batch: tuple[Shape, int], around: Around, measure: Callable[[], Costs]
+    ) -> Costs | None:
+        """Return costs that hold for this batch; measure it if no measured one will do."""
+        shape, size = batch
+        costs = self._shapes.find(shape, size)
+        if costs and (self._shapes.is_of(shape, costs) or self._fits(costs, around)):
+            return costs
+        return self._costs_of(shape, measure)
+
+    def _fits(self, costs: Costs, around: Around) -> bool:
         """Return whether the budget holds a forward of these costs, which are of a larger batch."""
         try:
-            self._planned(costs, graphs)
+            self._planned(costs, around)
         except ValueError:
             return False
         return True
 
-    def _planned_or_refused(self, costs: Costs, graphs: Sequence[Graph]) -> tuple[Costs, Plan]:
+    def _planned_or_refused(
+        self, costs: Costs, around: Around, of_ranks: Iterable[Costs]
+    ) -> tuple[Costs, Plan]:
         try:
-            return self._planned(costs, graphs)
+            return self._planned(costs, around)
         except ValueError:  # do not expect such a batch again, but as many forwards as there were
-            self._shapes.drop(costs)
-            if graphs:
-                self._habits.see_together([*(graph.costs for graph in graphs), costs])
+            for measured in of_ranks:
+                self._shapes.drop(measured)
+            if around.before:
+                self._habits.see_together([*around.before, costs])
             raise
 
     def after_forward(self, output: Any) -> None:
@@ -147,11 +155,9 @@ class StepCosting:
             self._allocation.count_forward(costs.flops(plan), costs.flops(costs.all_active))
             self._passes.follow(output, costs, here.left(plan))
 
-    def _costs_of(
-        self, shape: Shape, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Costs | None:
+    def _costs_of(self, shape: Shape, measure: Callable[[], Costs]) -> Costs | None:
         """Measure this batch; the result is None for a batch without rows, which has no costs."""
-        measured = [self._measured(args, kwargs)]
+        measured = [measure()]
         if self._allocation.costs is None:  # all ranks run their first forward together
             measured = gathered(measured[0])
         measured = [costs for costs in measured if costs.flops(costs.all_active)]
@@ -172,7 +178,7 @@ class StepCosting:
     def _take_costs(self) -> None:
         """Let the allocation know what a step takes now; groups that do not fit become inactive."""
         known = self._allocation.costs
-        if known is not None and (world_size() > 1 or self._version == self._habits.version):
+        if known is not None and (self._ranks.may_differ or self._version == self._habits.version):
             return
         expected, before = self._habits.expected(), self._allocation.chosen
         self._version = self._habits.version
@@ -182,19 +188,18 @@ class StepCosting:
             self._resume(is_probing)
             self._driver.drop_gradients(before - self._allocation.chosen)
 
-    def _planned(self, costs: Costs, graphs: Sequence[Graph]) -> tuple[Costs, Plan]:
+    def _planned(self, costs: Costs, around: Around) -> tuple[Costs, Plan]:
         """Return the costs of this forward in the loop, and its plan.
 
         Raises:
             ValueError: The forward cannot be held within the budget.
         """
-        before = [graph.costs for graph in graphs]
-        carried, stale = sum(graph.held for graph in graphs), self._passes.stale()
+        before, carried, stale = around.before, around.carried, around.stale
         situation = (id(costs), *map(id, before), carried, stale)
         if situation + self._what_applies() not in self._plans:
             pattern = self._habits.pattern
             try:
-                self._habits.see_forward(costs, len(graphs))
+                self._habits.see_forward(costs, len(before))
                 self._take_costs()
                 here = self._habits.in_loop(costs, before, carried=carried, stale=stale)
                 plan = self._allocation.plan_at(here, self._active())
@@ -204,8 +209,9 @@ class StepCosting:
                 raise
             if len(self._plans) >= _KEPT:
                 self._plans.clear()
-            self._plans[situation + self._what_applies()] = here, plan
-        return self._plans[situation + self._what_applies()]
+            # With the objects whose ids are in the key: joined costs are kept nowhere else.
+            self._plans[situation + self._what_applies()] = here, plan, costs, before
+        return self._plans[situation + self._what_applies()][:2]
 
     def _active(self) -> Collection[str]:
         """Return the groups that get gradients in the next backward."""
@@ -224,6 +230,7 @@ class StepCosting:
         if not self._allocation.needs_costs or self._habits.is_known:
             return
         self._habits.is_known = True
+        self._merge()
         if not self._allocation.is_trial:
             return
         try:
@@ -234,30 +241,22 @@ class StepCosting:
         self._allocation.end_trial()
 
     def watched(self, update: Callable[[], T], largest: Callable[[], int]) -> T:
-        """Run an optimizer's ``update``; in the first steps, count its temporary tensors.
-
-        Args:
-            update: Updates the parameters.
-            largest: Returns the bytes of the largest gradient of a group.
-        """
-        if not self._allocation.needs_costs or self._watched >= _WATCHED:
-            return update()
-        self._watched += 1
-        with LiveBytes() as memory:
-            updated = update()
-            temporary = memory.peak - memory.live  # what is still alive is state
-        if size := largest():
-            self._habits.update = max(self._habits.update, temporary / size)
-        return updated
+        """Run an optimizer's ``update``; see `Updates`."""
+        watches = self._allocation.needs_costs
+        return self._updates.watched(update, largest) if watches else update()
 
     def share(self) -> None:
         """Share with all ranks what each has measured and seen, and take the costs of all."""
         if not self._allocation.needs_costs:
             return
-        for other in gathered(self._habits):
-            self._habits.merge(other)
+        self._merge()
         if self._habits.pattern:
             self._allocation.take_costs(self._habits.expected())
+
+    def _merge(self) -> None:
+        """Learn what all ranks have seen, so that they decide alike."""
+        for other in gathered(self._habits):
+            self._habits.merge(other)
 
     def measure(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Costs:
         """Return the costs of every choice for this batch; the caller then applies the choice."""

@@ -132,6 +132,11 @@ def is_units_node(node: Any) -> bool:
     return type(node).__name__ == "RegisterPostBackwardFunctionBackward"
 
 
+def reduces_gradients(model: nn.Module) -> bool:
+    """Return whether the next backward reduces the gradients of every unit of ``model``."""
+    return all(group.reduce_grads for state in _states(model) for group in _groups(state))
+
+
 def has_unreduced_gradients(model: nn.Module) -> bool:
     """Return whether whole gradients wait for a backward that reduces them."""
     return any(

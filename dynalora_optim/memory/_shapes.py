@@ -92,6 +92,11 @@ class MeasuredShapes:
         """Return whether these are the costs of a batch of just this shape."""
         return any(other == shape and known is costs for other, known in self.entries)
 
+    def place_of(self, costs: Costs | None) -> int:
+        """Return the place among the entries of the batch that has these costs; -1 if none has."""
+        places = (place for place, (_, known) in enumerate(self.entries) if known is costs)
+        return next(places, -1)
+
     def drop(self, costs: Costs) -> None:
         """Forget the batch that has these costs."""
         self.entries = [entry for entry in self.entries if entry[1] is not costs]
