@@ -157,7 +157,9 @@ def is_plain_and_frozen(module: nn.Module) -> bool:
 
 def is_dense(tensor: object) -> TypeGuard[Tensor]:
     """Whether this is an ordinary tensor: not of a subclass, strided, and not nested."""
-    if not (type(tensor) is Tensor or type(tensor) is nn.Parameter or is_fake(tensor)):
+    if not isinstance(tensor, Tensor):
+        return False
+    if type(tensor) is not Tensor and type(tensor) is not nn.Parameter and not is_fake(tensor):
         return False
     return tensor.layout is torch.strided and not tensor.is_nested
 

@@ -137,14 +137,18 @@ def reduces_gradients(model: nn.Module) -> bool:
     return all(group.reduce_grads for state in _states(model) for group in _groups(state))
 
 
-def has_unreduced_gradients(model: nn.Module) -> bool:
-    """Return whether whole gradients wait for a backward that reduces them."""
+def has_gradients(model: nn.Module) -> bool:
+    """Return whether a sharded parameter has a gradient, whole or reduced."""
     return any(
-        parameter.unsharded_accumulated_grad is not None
-        or getattr(getattr(parameter, "_unsharded_param", None), "grad", None) is not None
+        gradient is not None
         for state in _states(model)
         for group in _groups(state)
         for parameter in group.fsdp_params
+        for gradient in (
+            parameter.sharded_param.grad,
+            parameter.unsharded_accumulated_grad,
+            getattr(getattr(parameter, "_unsharded_param", None), "grad", None),
+        )
     )
 
 

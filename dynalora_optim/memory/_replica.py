@@ -37,14 +37,18 @@ class Replica:
     Attributes:
         model: The copy.
         units: What ``fully_shard`` has made of the model.
+
+    Raises:
+        ValueError: A part of the model cannot be copied.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.units = units(model)
         self._fake = fake_mode()
         self._memo: dict[int, Any] = {id(thing): _nothing for thing in things_of_units(model)}
-        self._add_tensors(model)
-        self.model: nn.Module = self._copied(model)
+        with _explained(model):
+            self._add_tensors(model)
+            self.model: nn.Module = self._copied(model)
         for module in self.model.modules():
             drop_copied_hooks(module)
         for unit in self.units:
@@ -72,7 +76,7 @@ class Replica:
             ValueError: The model cannot be run without data; it replaces the error of torch.
         """
         with ExitStack() as stack:
-            stack.enter_context(self._explained())
+            stack.enter_context(_explained(self.model))
             stack.enter_context(self._fake)
             stack.enter_context(ReadsOnes())  # type: ignore[no-untyped-call]
             yield self._call
@@ -140,19 +144,6 @@ class Replica:
                     lambda _, args, output, dtype=outputs: _in_dtype(output, dtype)
                 )
 
-    @contextmanager
-    def _explained(self) -> Iterator[None]:
-        try:
-            yield
-        except (NotImplementedError, RuntimeError, TypeError) as error:
-            why = str(error).splitlines()[0]
-            raise ValueError(
-                f"Budget: {type(self.model).__name__} is under fully_shard (FSDP2), where a budget "
-                f"measures a copy of the model without data, and this cannot run: {why}. Use an "
-                "allocator without a memory budget, such as 'discounted', or "
-                "DistributedDataParallel."
-            ) from error
-
 
 def _nothing(*args: Any, **kwargs: Any) -> None:
     """Do nothing; this is the copy of each hook of FSDP2."""
@@ -168,3 +159,21 @@ def _in_dtype(tree: Any, dtype: torch.dtype) -> Any:
         return leaf.to(dtype) if is_number else leaf
 
     return tree_map(cast, tree)
+
+
+@contextmanager
+def _explained(model: nn.Module) -> Iterator[None]:
+    """Explain errors that come from tensors without data.
+
+    Raises:
+        ValueError: It replaces the error that torch raised, and names a remedy.
+    """
+    try:
+        yield
+    except (NotImplementedError, RuntimeError, TypeError) as error:
+        name, why = class_before(model).__name__, str(error).splitlines()[0]
+        raise ValueError(
+            f"Budget: {name} is under fully_shard (FSDP2), where a budget measures a copy of the "
+            f"model without data, and this fails: {why}. Use an allocator without a memory budget, "
+            "such as 'discounted', or DistributedDataParallel."
+        ) from error

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from operator import ge
 from typing import Any, TypeAlias
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from dynalora_optim.allocation._costs import Costs
+from dynalora_optim.allocation._joined import joined
 from dynalora_optim.allocation._saved_costs import restored_costs, saved_costs
 
 # For each leaf of a call's arguments: its place, its kind, and its sizes if it is a tensor.
@@ -87,6 +88,15 @@ class MeasuredShapes:
         self.entries.append((shape, costs))
         if len(self.entries) > _KEPT:
             self.entries.remove(min(self.entries, key=lambda entry: entry[1].batch))
+
+    def merge(self, of_ranks: Iterable[Sequence[tuple[Shape, Costs]]]) -> None:
+        """Keep what all ranks have measured; the result is the same on all."""
+        found: dict[Shape, Costs] = {}
+        for shape, costs in (entry for entries in of_ranks for entry in entries):
+            found[shape] = joined(found.get(shape, costs), costs)
+        self.entries = []
+        for shape, costs in found.items():
+            self.add(shape, costs)
 
     def is_of(self, shape: Shape, costs: Costs) -> bool:
         """Return whether these are the costs of a batch of just this shape."""

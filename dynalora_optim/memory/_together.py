@@ -1,9 +1,10 @@
 """Planning a forward on all ranks together, although each has a batch of its own.
 
-A sharded model gathers the parameters of each block on all ranks at the same time. So no rank may
-refuse a forward that another one runs, and all recompute the same blocks. All ranks know the costs
-of every batch that any of them has measured, in the same order. Before each forward they exchange
-a few numbers: which of these costs hold for the batch of each. What follows is the same on all.
+No rank may refuse a forward that another one runs, because that would wait for it: a sharded model
+gathers the parameters of each block on all ranks at the same time, and all reduce the gradients.
+So all ranks know the costs of every batch that any of them has measured, in the same order. Before
+a forward they exchange a few numbers: which of these costs hold for the batch of each. What follows
+from them is the same on all: the refusal, or which blocks are recomputed.
 """
 
 from __future__ import annotations
@@ -89,9 +90,9 @@ class Together:
         own = [place, is_exact, around.carried, around.stale, self._table(), self._loop(around)]
         places, *rest = zip(*gathered_numbers(own, device), strict=True)
         exacts, carried, stale, tables, loops = rest
-        if len(set(tables)) > 1:  # such as a rank alone that has loaded a checkpoint
-            self._shapes.entries.clear()
-            places, place = tuple(min(p, _UNKNOWN) for p in places), min(place, _UNKNOWN)
+        if len(set(tables)) > 1:  # such as after forwards that each rank ran by itself
+            self._shapes.merge(gathered(self._shapes.entries))
+            return self.agree(batch, around, device, measure, exact=exact)
         before = around.before if len(set(loops)) == 1 else self._merged(around)
         around = Around(before, max(carried), max(stale))
         entries = list(self._shapes.entries)
