@@ -28,7 +28,7 @@ OPTIONS: dict[str, Any] = {
     "fsdp_config": {"version": 2, "transformer_layer_cls_to_wrap": ["BertLayer"]},
     "per_device_train_batch_size": 1,
 }
-ON_BUDGET = {"allocator": Budget(memory=0.8), "period": 1}
+ON_BUDGET = {"allocator": Budget(memory=0.9), "period": 1}
 ACCUMULATING = {"gradient_accumulation_steps": 2}
 
 
