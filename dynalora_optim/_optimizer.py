@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from dynalora_optim._adalora import score_active_modules, score_all_modules
 from dynalora_optim._assembly import Assembly, Choosing
 from dynalora_optim._base.claims import claim, release
-from dynalora_optim._base.collectives import check_agreement, local_part
+from dynalora_optim._base.collectives import check_agreement
 from dynalora_optim._base.live_bytes import tensor_bytes
 from dynalora_optim._base.wrappers import bare
 from dynalora_optim._costing import StepCosting
@@ -218,7 +218,7 @@ class DynamicAllocationOptimizer(SavedOptimizer):
     def _largest_gradient(self) -> int:
         """Return the bytes of the gradients of the group that has the most."""
         sizes = (
-            sum(tensor_bytes(local_part(p.grad)) for p in group["params"] if p.grad is not None)
+            sum(tensor_bytes(p.grad) for p in group["params"] if p.grad is not None)
             for group in self.module_groups
         )
         return max(sizes, default=0)

@@ -268,7 +268,9 @@ def reported(rank: int) -> Any:
     optimizer = wrapped(model, active=1.0)
     x = rows(0, rank, 2 * ROWS)
     report = optimizer.memory_report(x) if rank == 0 else None
-    return report and report.all_active.peak, whole_peak(model, x)
+    held = sum(parameter.to_local().nbytes for parameter in model.parameters())
+    told = report and (report.all_active.peak, report.weights)
+    return told, whole_peak(model, x), held
 
 
 def everything(rank: int) -> dict[str, Any]:
@@ -362,7 +364,8 @@ def test_a_recomputed_block_is_gathered_once_in_the_backward(ranks):
 
 
 def test_one_rank_alone_may_ask_for_a_report(ranks):
-    predicted, counted = ranks[0]["reported"]
+    (predicted, weights), counted, held = ranks[0]["reported"]
+    assert weights == held
     assert 0 <= predicted - counted <= SLACK  # it is of as many numbers, in float32
 
 

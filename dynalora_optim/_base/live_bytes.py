@@ -169,5 +169,6 @@ def _with_all_heads(operation: object, args: tuple[Any, ...]) -> tuple[Any, ...]
 
 
 def tensor_bytes(tensor: Tensor) -> int:
-    """Return the bytes of a tensor's elements."""
+    """Return the bytes of a tensor's elements; of a DTensor, of those that this rank holds."""
+    tensor = held_locally(tensor)
     return tensor.numel() * tensor.element_size()
