@@ -101,8 +101,11 @@ class Sharding:
         own = sum(unit.gathered for unit in units[:1] if all(unit.frees))
         ahead = max((unit.ahead[0] for unit in units), default=0)
         buffer = _most(units) + ahead if units else self._carried(block)
-        gathered = own + (inner[-1] if len(units) > 1 and inner else 0) + buffer
-        arriving = max(self._carried(block), _most(units[1:])) + buffer if units else 0
+        gathered = own + buffer
+        if len(units) > 1:
+            gathered += max(inner, default=0) + _most(units)
+        # The former buffer is freed when the parameters have been copied out of the new one.
+        arriving = max(self._carried(block), _most(units[1:])) + buffer + own if units else 0
         back = sum(inner) + max(_most(units), self._ahead(block)) + self._inputs(block)
         trained = [p for unit in units for p in unit.parameters if p.trains]
         reducing = self._ahead(block) + x + sum(p.gradient + p.reduced + p.share for p in trained)
