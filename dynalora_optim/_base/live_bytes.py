@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any
 
@@ -50,6 +51,7 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         super().__init__()  # type: ignore[no-untyped-call]
         self._uncounted = () if meta else ("meta",)
         self.live = 0
+        self.pauses = 0  # while it is not 0, nothing is counted
         self._known: dict[int, int] = {}  # the bytes of each counted storage
         self.restart()
 
@@ -83,6 +85,8 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
     ) -> object:
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
+        if self.pauses:
+            return result
         self.ops += 1
         packet = packet_of(func)
         formula = flop_registry.get(packet)
@@ -142,6 +146,19 @@ def _stop_listening(counter: LiveBytes) -> None:
     _listeners.remove(counter)
     if not _listeners:
         del torch.UntypedStorage.resize_
+
+
+@contextmanager
+def uncounted() -> Iterator[None]:
+    """Enter a context whose tensors take no memory: counters from before do not count them."""
+    counters = list(_listeners)
+    for counter in counters:
+        counter.pauses += 1
+    try:
+        yield
+    finally:
+        for counter in counters:
+            counter.pauses -= 1
 
 
 def _resize(storage: torch.UntypedStorage, size: int) -> torch.UntypedStorage:

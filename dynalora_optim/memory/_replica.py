@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dynalora_optim._base.live_bytes import uncounted
 from dynalora_optim._base.torch_private import parameter_slots, tree_map
 from dynalora_optim._base.torch_private_fsdp import (
     ShardedUnit,
@@ -46,7 +47,7 @@ class Replica:
         self.units = units(model)
         self._fake = fake_mode()
         self._memo: dict[int, Any] = {id(thing): _nothing for thing in things_of_units(model)}
-        with _explained(model):
+        with _explained(model), uncounted():
             self._add_tensors(model)
             self.model: nn.Module = self._copied(model)
         for module in self.model.modules():
@@ -77,6 +78,7 @@ class Replica:
         """
         with ExitStack() as stack:
             stack.enter_context(_explained(self.model))
+            stack.enter_context(uncounted())
             stack.enter_context(self._fake)
             stack.enter_context(ReadsOnes())  # type: ignore[no-untyped-call]
             yield self._call
