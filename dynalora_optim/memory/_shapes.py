@@ -102,10 +102,13 @@ class MeasuredShapes:
         """Return whether these are the costs of a batch of just this shape."""
         return any(other == shape and known is costs for other, known in self.entries)
 
-    def place_of(self, costs: Costs | None) -> int:
-        """Return the place among the entries of the batch that has these costs; -1 if none has."""
-        places = (place for place, (_, known) in enumerate(self.entries) if known is costs)
-        return next(places, -1)
+    def place_for(self, shape: Shape, elements: int) -> tuple[int, bool]:
+        """Return the place of what `find` returns, -1 for None, and whether it has this shape."""
+        found = self.find(shape, elements)
+        for place, (known, costs) in enumerate(self.entries):
+            if costs is found:
+                return place, known == shape
+        return -1, False
 
     def drop(self, costs: Costs) -> None:
         """Forget the batch that has these costs."""

@@ -73,16 +73,15 @@ class Together:
         Args:
             batch: The shape of this rank's batch, and the number of its elements.
             around: What is alive on this rank.
-            device: The device for the communication.
-            measure: Measures this rank's batch; called if no measured batch covers it.
-            exact: Whether only the costs of a batch of just this shape will do.
+            device: For the communication.
+            measure: Measures this rank's batch, if no measured one covers it.
+            exact: Whether only the costs of just this shape will do.
 
         Raises:
             ValueError: A rank cannot measure its batch. It is raised on all ranks.
         """
         shape, elements = batch
-        place = self._shapes.place_of(self._shapes.find(shape, elements))
-        is_exact = place >= 0 and self._shapes.entries[place][0] == shape
+        place, is_exact = self._shapes.place_for(shape, elements)
         if not elements:
             place, is_exact = _EMPTY, True
         elif exact and not is_exact:
@@ -95,8 +94,7 @@ class Together:
             return self.agree(batch, around, device, measure, exact=exact)
         before = around.before if len(set(loops)) == 1 else self._merged(around)
         around = Around(before, max(carried), max(stale))
-        entries = list(self._shapes.entries)
-        found = [entries[p][1] if p >= 0 else None for p in places]
+        found = [self._shapes.entries[p][1] if p >= 0 else None for p in places]
         if _UNKNOWN in places:
             answers = self._measured(shape, measure if place == _UNKNOWN else None)
             found = [new or old for new, old in zip(answers, found, strict=True)]
