@@ -78,27 +78,25 @@ class Together:
             exact: Whether only the costs of just this shape will do.
 
         Raises:
-            ValueError: A rank cannot measure its batch. It is raised on all ranks.
+            ValueError: A rank cannot measure its batch; raised on all.
         """
         shape, elements = batch
         place, is_exact = self._shapes.place_for(shape, elements)
-        if not elements:
-            place, is_exact = _EMPTY, True
-        elif exact and not is_exact:
-            place = _UNKNOWN
+        place = _UNKNOWN if exact and not is_exact else place
+        place, is_exact = (place, is_exact) if elements else (_EMPTY, True)
         own = [place, is_exact, around.carried, around.stale, self._table(), self._loop(around)]
-        places, *rest = zip(*gathered_numbers(own, device), strict=True)
-        exacts, carried, stale, tables, loops = rest
+        numbers = zip(*gathered_numbers(own, device), strict=True)
+        places, exacts, carried, stale, tables, loops = numbers
         if len(set(tables)) > 1:  # such as after forwards that each rank ran by itself
             self._shapes.merge(gathered(self._shapes.entries))
             return self.agree(batch, around, device, measure, exact=exact)
         before = around.before if len(set(loops)) == 1 else self._merged(around)
-        around = Around(before, max(carried), max(stale))
         found = [self._shapes.entries[p][1] if p >= 0 else None for p in places]
         if _UNKNOWN in places:
             answers = self._measured(shape, measure if place == _UNKNOWN else None)
             found = [new or old for new, old in zip(answers, found, strict=True)]
             exacts = tuple(e or p == _UNKNOWN for e, p in zip(exacts, places, strict=True))
+        around = Around(before, max(carried), max(stale))
         return Agreed(tuple(costs for costs in found if costs), around, all(exacts))
 
     def _measured(self, shape: Shape, measure: Callable[[], Costs] | None) -> list[Costs | None]:
