@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
-from functools import reduce
+from collections.abc import Callable, Collection, Iterable
+from functools import partial, reduce
 from typing import Any, TypeVar
 
 from torch.utils.hooks import RemovableHandle
 
-from dynalora_optim._base.collectives import gathered, world_size
-from dynalora_optim._base.live_bytes import LiveBytes
+from dynalora_optim._base.collectives import gathered
 from dynalora_optim._base.trees import elements
-from dynalora_optim._costing_state import WATCHED, CostingState
+from dynalora_optim._costing_state import CostingState
 from dynalora_optim._driver import ModuleDriver
 from dynalora_optim._holdings import Holder, Holdings, total_of
 from dynalora_optim.allocation._allocation import Allocation
@@ -21,7 +20,7 @@ from dynalora_optim.allocation._resident import Resident
 from dynalora_optim.importance._tracker import ImportanceTracker
 from dynalora_optim.memory._announce import announce
 from dynalora_optim.memory._block_meter import BlockMeter
-from dynalora_optim.memory._passes import Graph
+from dynalora_optim.memory._passes import Around
 from dynalora_optim.memory._shapes import Shape, shape_of
 from dynalora_optim.update._pause import PausedState
 from dynalora_optim.update._rule import UpdateRule
@@ -40,12 +39,10 @@ class StepCosting(CostingState):
         driver: ModuleDriver,
         tracker: ImportanceTracker,
     ) -> None:
-        self._meter = meter
-        self._driver = driver
         self._tracker = tracker
         self._handles: list[RemovableHandle] = []
         self._is_measuring = False
-        super().__init__(allocation)
+        super().__init__(meter, allocation, driver)
 
     def attach(self, holder: Holder, rule: UpdateRule, paused: PausedState) -> None:
         """Listen to each training forward, if the allocation needs costs.
@@ -80,13 +77,17 @@ class StepCosting(CostingState):
         if self._allocation.costs is None:
             self.restart()  # groups may have been added since: older costs do not know them
         self._count_holdings(args, kwargs)
-        self._habits.standing |= self._driver.has_gradients()
-        shape, graphs = shape_of(args, kwargs), self._passes.alive()
-        costs = self._shapes.find(shape, elements(args, kwargs))
-        if costs is None or not (self._shapes.is_of(shape, costs) or self._fits(costs, graphs)):
-            costs = self._costs_of(shape, args, kwargs)
+        self._habits.standing |= self._ranks.has_gradients()
+        batch, around = (shape_of(args, kwargs), elements(args, kwargs)), self._passes.around()
+        measure = partial(self._measured, args, kwargs)
+        if self._ranks.is_together:
+            agreed = self._ranks.agree(batch, around, measure, self._fits)
+            costs, around, of_ranks = agreed.joined, agreed.around, agreed.costs
+        else:
+            costs = self._known(batch, around, measure)
+            of_ranks = (costs,) if costs else ()
         if costs is not None:
-            here, plan = self._planned_or_refused(costs, graphs)
+            here, plan = self._planned_or_refused(costs, around, of_ranks)
             self._driver.recompute(costs.in_model(plan.checkpointed))
             self._now = costs, here, plan
 
@@ -95,22 +96,37 @@ class StepCosting(CostingState):
         holdings, known = self._holdings, self._habits.resident.weights
         if holdings and (not known or holdings.has_new_state()):
             self._habits.resident = holdings.count(args, kwargs)
+        if self._allocation.costs is None:  # all ranks run their first forward together
+            self._habits.resident = reduce(Resident.merged, gathered(self._habits.resident))
 
-    def _fits(self, costs: Costs, graphs: Sequence[Graph]) -> bool:
+    def _known(
+        self, batch: tuple[Shape, int], around: Around, measure: Callable[[], Costs]
+    ) -> Costs | None:
+        """Return costs that hold for this batch; measure it if no measured one will do."""
+        shape, size = batch
+        costs = self._shapes.find(shape, size)
+        if costs and (self._shapes.is_of(shape, costs) or self._fits(costs, around)):
+            return costs
+        return self._costs_of(shape, measure)
+
+    def _fits(self, costs: Costs, around: Around) -> bool:
         """Return whether the budget holds a forward of these costs, which are of a larger batch."""
         try:
-            self._planned(costs, graphs)
+            self._planned(costs, around)
         except ValueError:
             return False
         return True
 
-    def _planned_or_refused(self, costs: Costs, graphs: Sequence[Graph]) -> tuple[Costs, Plan]:
+    def _planned_or_refused(
+        self, costs: Costs, around: Around, of_ranks: Iterable[Costs]
+    ) -> tuple[Costs, Plan]:
         try:
-            return self._planned(costs, graphs)
+            return self._planned(costs, around)
         except ValueError:  # do not expect such a batch again, but as many forwards as there were
-            self._shapes.drop(costs)
-            if graphs:
-                self._habits.see_together([*(graph.costs for graph in graphs), costs])
+            for measured in of_ranks:
+                self._shapes.drop(measured)
+            if around.before:
+                self._habits.see_together([*around.before, costs])
             raise
 
     def after_forward(self, output: Any) -> None:
@@ -120,14 +136,11 @@ class StepCosting(CostingState):
             self._allocation.count_forward(costs.flops(plan), costs.flops(costs.all_active))
             self._passes.follow(output, costs, here.left(plan))
 
-    def _costs_of(
-        self, shape: Shape, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Costs | None:
+    def _costs_of(self, shape: Shape, measure: Callable[[], Costs]) -> Costs | None:
         """Measure this batch; the result is None for a batch without rows, which has no costs."""
-        measured = [self._measured(args, kwargs)]
+        measured = [measure()]
         if self._allocation.costs is None:  # all ranks run their first forward together
             measured = gathered(measured[0])
-            self._habits.resident = reduce(Resident.merged, gathered(self._habits.resident))
         measured = [costs for costs in measured if costs.flops(costs.all_active)]
         if not measured:
             return None
@@ -146,7 +159,7 @@ class StepCosting(CostingState):
     def _take_costs(self) -> None:
         """Let the allocation know what a step takes now; groups that do not fit become inactive."""
         known = self._allocation.costs
-        if known is not None and (world_size() > 1 or self._version == self._habits.version):
+        if known is not None and (self._ranks.may_differ or self._version == self._habits.version):
             return
         expected, before = self._habits.expected(), self._allocation.chosen
         self._version = self._habits.version
@@ -156,19 +169,18 @@ class StepCosting(CostingState):
             self._resume(is_probing)
             self._driver.drop_gradients(before - self._allocation.chosen)
 
-    def _planned(self, costs: Costs, graphs: Sequence[Graph]) -> tuple[Costs, Plan]:
+    def _planned(self, costs: Costs, around: Around) -> tuple[Costs, Plan]:
         """Return the costs of this forward in the loop, and its plan.
 
         Raises:
             ValueError: The forward cannot be held within the budget.
         """
-        before = [graph.costs for graph in graphs]
-        carried, stale = sum(graph.held for graph in graphs), self._passes.stale()
+        before, carried, stale = around.before, around.carried, around.stale
         situation = (id(costs), *map(id, before), carried, stale)
         if situation + self._what_applies() not in self._plans:
             pattern = self._habits.pattern
             try:
-                self._habits.see_forward(costs, len(graphs))
+                self._habits.see_forward(costs, len(before))
                 self._take_costs()
                 here = self._habits.in_loop(costs, before, carried=carried, stale=stale)
                 plan = self._allocation.plan_at(here, self._active())
@@ -178,8 +190,9 @@ class StepCosting(CostingState):
                 raise
             if len(self._plans) >= _KEPT:
                 self._plans.clear()
-            self._plans[situation + self._what_applies()] = here, plan
-        return self._plans[situation + self._what_applies()]
+            # With the objects whose ids are in the key: joined costs are kept nowhere else.
+            self._plans[situation + self._what_applies()] = here, plan, costs, before
+        return self._plans[situation + self._what_applies()][:2]
 
     def _active(self) -> Collection[str]:
         """Return the groups that get gradients in the next backward."""
@@ -198,6 +211,7 @@ class StepCosting(CostingState):
         if not self._allocation.needs_costs or self._habits.is_known:
             return
         self._habits.is_known = True
+        self._merge()
         if not self._allocation.is_trial:
             return
         try:
@@ -208,30 +222,22 @@ class StepCosting(CostingState):
         self._allocation.end_trial()
 
     def watched(self, update: Callable[[], T], largest: Callable[[], int]) -> T:
-        """Run an optimizer's ``update``; in the first steps, count its temporary tensors.
-
-        Args:
-            update: Updates the parameters.
-            largest: Returns the bytes of the largest gradient of a group.
-        """
-        if not self._allocation.needs_costs or self._watched >= WATCHED:
-            return update()
-        self._watched += 1
-        with LiveBytes() as memory:
-            updated = update()
-            temporary = memory.peak - memory.live  # what is still alive is state
-        if size := largest():
-            self._habits.update = max(self._habits.update, temporary / size)
-        return updated
+        """Run an optimizer's ``update``; see `Updates`."""
+        watches = self._allocation.needs_costs
+        return self._updates.watched(update, largest) if watches else update()
 
     def share(self) -> None:
         """Share with all ranks what each has measured and seen, and take the costs of all."""
         if not self._allocation.needs_costs:
             return
-        for other in gathered(self._habits):
-            self._habits.merge(other)
+        self._merge()
         if self._habits.pattern:
             self._allocation.take_costs(self._habits.expected())
+
+    def _merge(self) -> None:
+        """Learn what all ranks have seen, so that they decide alike."""
+        for other in gathered(self._habits):
+            self._habits.merge(other)
 
     def measure(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Costs:
         """Return the costs of every choice for this batch; the caller then applies the choice."""

@@ -26,7 +26,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from toy import ToyAdapter, ToyModel, batch, same, wrapped
 
-from dynalora_optim import Budget, DynamicAllocationOptimizer
+from dynalora_optim import DynamicAllocationOptimizer
 
 pytestmark = pytest.mark.distributed
 STEPS = 8
@@ -410,34 +410,14 @@ def refusals(rank: int):
     optimizer = wrapped(model, active=2)
     shard(model, "blocks")
     model(batch()).sum().backward()
-    found = []
     with pytest.raises(RuntimeError, match=r"no longer holds the parameters of layers\.0") as late:
         optimizer.step()
-    found.append(str(late.value))
-
-    sharded = build()
-    shard(sharded, "blocks")
-    inner = torch.optim.AdamW(sharded.parameters())
-    with pytest.raises(ValueError, match="Budget") as early:
-        DynamicAllocationOptimizer(inner, sharded, allocator=Budget(memory=0.5))
-    found.append(str(early.value))
-    DynamicAllocationOptimizer(inner, sharded)  # nothing was claimed
-
-    later = build()
-    budgeted = wrapped(later, allocator=Budget(memory=0.5))
-    shard(later, "blocks")
-    with pytest.raises(ValueError, match="Budget") as first:
-        later(batch())
-    found.append(str(first.value))
-    assert budgeted.active_groups == budgeted.groups
-    return found
+    return str(late.value)
 
 
 def test_what_cannot_work_is_refused_with_the_remedy(ranks):
-    for late, early, first in (rank["refused"] for rank in ranks):
-        assert "call it before the optimizer is built" in late
-        assert "use an allocator without a memory budget" in early
-        assert first == early
+    for rank in ranks:
+        assert "call it before the optimizer is built" in rank["refused"]
 
 
 # Starting processes takes longer than all that they do here: they are started once.

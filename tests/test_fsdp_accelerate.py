@@ -8,7 +8,11 @@ import pytest
 import torch
 from processes import CLIPPED_SHARDS, NEEDS_NEW_ACCELERATE, on_ranks
 from test_ddp import rows
+from test_fsdp_budget import Wide
+from test_fsdp_budget import rows as wide_rows
 from toy import ToyModel, same, wrapped
+
+from dynalora_optim import Budget, LiveBytes
 
 pytest.importorskip("accelerate")
 
@@ -74,9 +78,41 @@ def resume(accelerator, rank: int, folder: str, kind: str):
     return ends
 
 
+def on_a_budget(accelerator, rank: int, folder: str):
+    """Train on a budget; save in step 4, go on, and go on from there once more."""
+    accelerator.state.fsdp_plugin = sharding("SHARDED_STATE_DICT")
+    ends = []
+    for _ in range(2):
+        accelerator._models.clear()
+        accelerator._optimizers.clear()
+        model = Wide().double()
+        inner = wrapped(model, lr=0.02, period=1, allocator=Budget(memory=0.4, compute=0.6))
+        model, optimizer = accelerator.prepare(model, inner)
+        peaks, losses = [], []
+        for step in range(STOP if ends else 0, STEPS):
+            if ends and step == STOP:
+                accelerator.load_state(f"{folder}/budget")
+            elif step == STOP:
+                accelerator.save_state(f"{folder}/budget")
+            with LiveBytes() as memory:
+                loss = model(wide_rows(step, rank).double()).square().mean()
+                accelerator.backward(loss)
+                losses.append(float(loss.detach()))
+                del loss
+            peaks.append(memory.peak)
+            optimizer.step()
+            optimizer.zero_grad()
+        inner = optimizer.optimizer
+        limit = inner.allocator.limit(inner._allocation.costs)
+        found = {name: p.full_tensor().detach().clone() for name, p in model.named_parameters()}
+        ends.append((found, [entry.chosen for entry in inner.record], losses, peaks, limit))
+    return ends
+
+
 def resume_both(rank: int, folder: str):
     accelerator = sharding_accelerator(rank)
-    return {kind: resume(accelerator, rank, folder, kind) for kind in KINDS}
+    found = {kind: resume(accelerator, rank, folder, kind) for kind in KINDS}
+    return {**found, "budget": on_a_budget(accelerator, rank, folder)}
 
 
 @pytest.fixture(scope="module")
@@ -105,3 +141,14 @@ def test_it_trains_as_one_process_does_and_resumes_bit_for_bit(kind, ranks, alon
         assert straight[1] == alone[1]
         for name, value in alone[0].items():
             torch.testing.assert_close(straight[0][name], value, atol=CLIPPED_SHARDS, rtol=0)
+
+
+def test_a_budget_holds_and_resumes_bit_for_bit(ranks):
+    (one, _), (other, _) = (rank["budget"] for rank in ranks)
+    assert one[1] == other[1]
+    assert len(set(one[1])) > 2
+    for straight, resumed in (rank["budget"] for rank in ranks):
+        assert same(straight[0], resumed[0])
+        assert straight[2][STOP:] == resumed[2]
+        for _, _, _, peaks, limit in (straight, resumed):
+            assert max(peaks[1:]) <= limit

@@ -372,3 +372,23 @@ def test_grouped_queries_count_as_if_each_had_a_key_of_its_own(kind):
 
     assert counted(2) == counted(8)
     assert counted(8)[0] == 2 * 2 * (2 * 8) * 64 * 64 * 32
+
+
+def test_a_storage_that_is_resized_counts_with_its_new_size():
+    """As FSDP2 does with the storages of gathered parameters; also in two counters at one time."""
+    before = torch.empty(100).untyped_storage()
+    with LiveBytes() as outer:
+        kept = torch.empty(50)
+        with LiveBytes() as inner:
+            kept.untyped_storage().resize_(0)
+            assert (outer.live, inner.live) == (0, 0)
+            kept.untyped_storage().resize_(80)
+            before.resize_(0)  # these bytes were never counted
+            before.resize_(16)
+            assert (outer.live, outer.peak) == (96, 200)
+            assert (inner.live, inner.peak) == (96, 96)
+        del kept
+        assert outer.live == 16
+    assert "resize_" not in vars(torch.UntypedStorage)
+    before.resize_(0)
+    assert outer.live == 16, "nothing is counted afterwards"

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from dynalora_adapters._torch_private import is_lazy, is_watched, own_parameter
+from dynalora_adapters._torch_private import is_fake, is_lazy, is_watched, own_parameter
 
 # The dtypes of weights that are numbers as they are, so that a delta can be added to them.
 DENSE = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -157,7 +157,9 @@ def is_plain_and_frozen(module: nn.Module) -> bool:
 
 def is_dense(tensor: object) -> TypeGuard[Tensor]:
     """Whether this is an ordinary tensor: not of a subclass, strided, and not nested."""
-    if type(tensor) is not Tensor and type(tensor) is not nn.Parameter:
+    if not isinstance(tensor, Tensor):
+        return False
+    if type(tensor) is not Tensor and type(tensor) is not nn.Parameter and not is_fake(tensor):
         return False
     return tensor.layout is torch.strided and not tensor.is_nested
 

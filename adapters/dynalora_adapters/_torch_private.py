@@ -7,6 +7,8 @@ private name of torch; a test checks this. ``docs/versions.md`` lists the versio
 
 from __future__ import annotations
 
+import sys
+
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
@@ -32,6 +34,15 @@ def runs_eagerly() -> bool:
         )
     except AttributeError:
         return False
+
+
+def is_fake(tensor: object) -> bool:
+    """Whether a tensor without data stands for an ordinary one; False if torch lacks such tensors.
+
+    Memory is counted with such tensors where a model is sharded.
+    """
+    module = sys.modules.get("torch._subclasses.fake_tensor")  # absent: nobody has made one
+    return module is not None and type(tensor) is getattr(module, "FakeTensor", None)
 
 
 def next_node() -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -100,6 +101,21 @@ def gathered(value: T) -> list[T]:
     return values
 
 
+def gathered_numbers(values: Sequence[int], device: torch.device) -> list[list[int]]:
+    """Return the ``values`` of each rank, which are equally many, in the order of the ranks."""
+    if world_size() == 1:
+        return [list(values)]
+    own = torch.tensor(values, device=device)
+    found = [torch.empty_like(own) for _ in range(world_size())]
+    distributed.all_gather(found, own)
+    return torch.stack(found).tolist()
+
+
+def number_of(value: object) -> int:
+    """Return a number that is the same for values of one ``repr``, and else surely is not."""
+    return int.from_bytes(hashlib.sha256(repr(value).encode()).digest()[:7], "big")
+
+
 def check_agreement(what: str, value: object, device: torch.device) -> None:
     """Raise on every rank if ``value`` is not the same on all ranks.
 
@@ -108,8 +124,7 @@ def check_agreement(what: str, value: object, device: torch.device) -> None:
     """
     if world_size() == 1:
         return
-    digest = hashlib.sha256(repr(value).encode()).digest()
-    number = int.from_bytes(digest[:7], "big")
+    number = number_of(value)
     found = torch.tensor([number, -number], device=device)
     distributed.all_reduce(found, distributed.ReduceOp.MAX)
     if found[0] != -found[1]:

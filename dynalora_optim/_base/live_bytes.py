@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from types import TracebackType
 from typing import Any
 
 import torch
@@ -13,6 +15,7 @@ from torch.utils.flop_counter import flop_registry
 from dynalora_optim._base.torch_private import (
     QUERY_POSITIONS,
     TorchDispatchMode,
+    held_locally,
     packet_of,
     storage_key,
     tree_leaves,
@@ -30,7 +33,9 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     It works the same way on every device and is exact to the byte: it does not include the rounding
     and the cache of a memory allocator. Its peak corresponds to the one that
-    ``torch.cuda.max_memory_allocated`` reports. Tensors that existed before are not counted.
+    ``torch.cuda.max_memory_allocated`` reports. Tensors that existed before are not counted. A
+    storage that is resized, as FSDP2 resizes those of gathered parameters, counts with its new
+    size from then on.
 
     Args:
         meta: Count the tensors of the meta device too, as if they took memory.
@@ -53,8 +58,23 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         super().__init__()  # type: ignore[no-untyped-call]
         self._uncounted = () if meta else ("meta",)
         self.live = 0
-        self._known: set[int] = set()
+        self.pauses = 0  # while it is not 0, nothing is counted
+        self._known: dict[int, int] = {}  # the bytes of each counted storage
         self.restart()
+
+    def __enter__(self) -> LiveBytes:
+        _listen(self)
+        super().__enter__()  # type: ignore[no-untyped-call]
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        _stop_listening(self)
+        super().__exit__(kind, error, trace)  # type: ignore[no-untyped-call]
 
     def restart(self) -> None:
         """Reset the peak and the operation counts; storages that are alive stay counted."""
@@ -72,6 +92,8 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
     ) -> object:
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
+        if self.pauses:
+            return result
         self.ops += 1
         packet = packet_of(func)
         formula = flop_registry.get(_IN_PLACE.get(packet, packet))
@@ -79,7 +101,7 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
             args_in_full = _with_all_heads(packet, args)
             self.flops += formula(*args_in_full, **kwargs, out_val=result)
         inputs = {
-            storage_key(tensor)
+            storage_key(held_locally(tensor))
             for tensor in tree_leaves((args, kwargs))
             if isinstance(tensor, Tensor)
         }
@@ -89,19 +111,69 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return result
 
     def _count(self, tensor: Tensor, inputs: set[int]) -> None:
+        tensor = held_locally(tensor)
         key = storage_key(tensor)
         if key in inputs or key in self._known or tensor.device.type in self._uncounted:
             return
-        self._known.add(key)
-        storage = tensor.untyped_storage()
-        size = storage.nbytes()
-        self.live += size
-        self.peak = max(self.peak, self.live)
-        weakref.finalize(storage, self._free, key, size).atexit = False
+        self._add(key, tensor.untyped_storage())
 
-    def _free(self, key: int, size: int) -> None:
-        self._known.discard(key)
-        self.live -= size
+    def _add(self, key: int, storage: torch.UntypedStorage) -> None:
+        self._known[key] = 0
+        self._change(key, storage.nbytes())
+        weakref.finalize(storage, self._free, key).atexit = False
+
+    def _change(self, key: int, size: int) -> None:
+        self.live += size - self._known[key]
+        self._known[key] = size
+        self.peak = max(self.peak, self.live)
+
+    def _free(self, key: int) -> None:
+        self.live -= self._known.pop(key, 0)
+
+    def resized(self, storage: torch.UntypedStorage, before: int) -> None:
+        """Count the new size of a storage; one that is not counted so far has grown, or is not."""
+        key = storage_key(storage)
+        if key in self._known:
+            self._change(key, storage.nbytes())
+        elif storage.nbytes() > before and storage.device.type not in self._uncounted:
+            self._add(key, storage)
+
+
+_listeners: list[LiveBytes] = []
+
+
+def _listen(counter: LiveBytes) -> None:
+    """Tell ``counter`` of each storage that is resized; no operation is dispatched for that."""
+    if not _listeners:
+        torch.UntypedStorage.resize_ = _resize  # type: ignore[assignment,method-assign]
+    _listeners.append(counter)
+
+
+def _stop_listening(counter: LiveBytes) -> None:
+    _listeners.remove(counter)
+    if not _listeners:
+        del torch.UntypedStorage.resize_
+
+
+@contextmanager
+def uncounted() -> Iterator[None]:
+    """Enter a context whose tensors take no memory: counters from before do not count them."""
+    counters = list(_listeners)
+    for counter in counters:
+        counter.pauses += 1
+    try:
+        yield
+    finally:
+        for counter in counters:
+            counter.pauses -= 1
+
+
+def _resize(storage: torch.UntypedStorage, size: int) -> torch.UntypedStorage:
+    before = storage.nbytes()
+    super(torch.UntypedStorage, storage).resize_(size)
+    for counter in _listeners:
+        counter.resized(storage, before)
+    return storage
 
 
 def _with_all_heads(operation: object, args: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -121,5 +193,6 @@ def _with_all_heads(operation: object, args: tuple[Any, ...]) -> tuple[Any, ...]
 
 
 def tensor_bytes(tensor: Tensor) -> int:
-    """Return the bytes of a tensor's elements."""
+    """Return the bytes of a tensor's elements; of a DTensor, of those that this rank holds."""
+    tensor = held_locally(tensor)
     return tensor.numel() * tensor.element_size()

@@ -138,17 +138,25 @@ def age(node: Any) -> int:
 # --- Storages and operations, for LiveBytes.
 
 
-def storage_key(tensor: Tensor) -> int:
+def storage_key(tensor: Tensor | torch.UntypedStorage) -> int:
     """Return a number that identifies the tensor's storage while that exists; views share it.
 
     If torch lacks ``_cdata``: the storage's address. This is 0 for every tensor of the meta device,
     so that all would count as one: for these the function raises.
     """
-    storage = tensor.untyped_storage()
+    storage = tensor.untyped_storage() if isinstance(tensor, Tensor) else tensor
     key = getattr(storage, "_cdata", None)
     if key is None and tensor.device.type == "meta":
         raise _missing("counting tensors of the meta device", "UntypedStorage._cdata")
     return int(storage.data_ptr() if key is None else key)
+
+
+def held_locally(tensor: Tensor) -> Tensor:
+    """Return the part of a DTensor that this rank holds; any other tensor is returned as is.
+
+    If torch lacks ``_local_tensor``: a DTensor too, which then counts with its size on all ranks.
+    """
+    return getattr(tensor, "_local_tensor", tensor)
 
 
 def packet_of(operation: Any) -> Any:

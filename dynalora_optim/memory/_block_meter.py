@@ -11,11 +11,14 @@ from torch import Tensor, nn
 
 from dynalora_optim._base.collectives import is_fully_sharded
 from dynalora_optim._base.torch_private import original
+from dynalora_optim._base.torch_private_fsdp import unusual
 from dynalora_optim.allocation._costs import Costs
 from dynalora_optim.groups._blocks import Block, model_blocks
 from dynalora_optim.groups._layout import blocks_of
 from dynalora_optim.groups._module_group import ModuleGroup
+from dynalora_optim.memory._replica import Replica
 from dynalora_optim.memory._routes import Batch, Routes
+from dynalora_optim.memory._sharding import Sharding
 from dynalora_optim.switching._module_switch import ModuleSwitch
 from dynalora_optim.switching._recompute import checkpoints_itself, is_compiled, is_reentrant
 
@@ -27,12 +30,17 @@ class BlockMeter:
         model: The adapted model.
         blocks: Its blocks.
         holds: Whether the user's own checkpoints of blocks are held off; see `ModuleSwitch`.
+
+    Attributes:
+        reduces: Whether every backward of a sharded model is expected to reduce the gradients; else
+            each rank keeps whole ones for some time.
     """
 
     def __init__(self, model: nn.Module, blocks: Sequence[Block], *, holds: bool = False) -> None:
         self.model = model
         self.blocks = blocks
         self._holds = holds
+        self.reduces = True
 
     def check(self, groups: Sequence[ModuleGroup]) -> None:
         """Raise unless every block can be measured, and every group lies in one.
@@ -40,11 +48,11 @@ class BlockMeter:
         Raises:
             ValueError: One of them cannot; the message names the block or group, and a remedy.
         """
-        if any(map(is_fully_sharded, self.model.modules())):
+        if what := unusual(self.model):
             raise ValueError(
-                "Budget and memory_report() run the blocks one by one to measure them, which a "
-                "model under fully_shard (FSDP2) does not allow; use an allocator without a memory "
-                "budget, such as 'discounted', or DistributedDataParallel."
+                f"Budget and memory_report() measure a copy of a model under fully_shard (FSDP2), "
+                f"which must have ordinary parameters, but one is {what}; use an allocator without "
+                "a memory budget, such as 'discounted', or DistributedDataParallel."
             )
         if not self.blocks:
             model_blocks(self.model, must=True)
@@ -82,11 +90,37 @@ class BlockMeter:
         """
         self.check(groups)
         switch.clear(groups)
+        if self.is_sharded:
+            return self._measure_replica(groups, args, kwargs, known)
         routes = Routes(self.model, self.blocks, groups, switch)
         with self._uncompiled():
             costs = routes.measure(Batch(args, kwargs), known)
         self._check_prefix(groups, routes.prefix_parameters)
         return costs
+
+    def _measure_replica(
+        self,
+        groups: Sequence[ModuleGroup],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        known: Costs | None,
+    ) -> Costs:
+        """Measure a copy that is not sharded, and add what sharding takes."""
+        replica = Replica(self.model)
+        blocks, groups = list(map(replica.block, self.blocks)), list(map(replica.group, groups))
+        switch = ModuleSwitch(blocks, holds=self._holds)
+        routes = Routes(replica.model, blocks, groups, switch)
+        with self._uncompiled(), replica.running() as fake:
+            costs = routes.measure(Batch(*fake((args, kwargs))), known)
+        self._check_prefix(groups, routes.prefix_parameters)
+        in_order = [blocks[place] for place in costs.positions]
+        sharding = Sharding(replica, in_order, routes.prefix_parameters)
+        return sharding.added_to(costs, reduces=self.reduces)
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether ``fully_shard`` was called on a part of the model."""
+        return any(map(is_fully_sharded, self.model.modules()))
 
     def _uncompiled(self) -> AbstractContextManager[object]:
         """Return a context in which compiled blocks run in eager mode."""

@@ -48,7 +48,7 @@ class Habits:
     def see_forward(self, costs: Costs, place: int) -> None:
         """Learn the costs of a forward that so many others precede, if so many are expected."""
         if place < max(len(self.pattern), 1):
-            self.pattern = _merged(self.pattern, [*self.pattern[:place], costs])
+            self.pattern = merged(self.pattern, [*self.pattern[:place], costs])
 
     def see_backward(self, alive: Sequence[Costs], keeps_output: bool) -> None:
         """Learn from a backward that begins: which forwards precede it, and what is kept."""
@@ -57,7 +57,7 @@ class Habits:
 
     def see_together(self, alive: Sequence[Costs]) -> None:
         """Learn the costs of forwards that are alive together."""
-        self.pattern = _merged(self.pattern, alive)
+        self.pattern = merged(self.pattern, alive)
 
     def merge(self, other: Habits) -> None:
         """Expect what another rank has seen, too."""
@@ -65,7 +65,7 @@ class Habits:
         self.standing |= other.standing
         self.keeps_output |= other.keeps_output
         self.update = max(self.update, other.update)
-        self.pattern = _merged(self.pattern, other.pattern)
+        self.pattern = merged(self.pattern, other.pattern)
         self.resident = self.resident.merged(other.resident)
 
     def expected(self) -> Costs:
@@ -76,7 +76,7 @@ class Habits:
 
     def in_loop(self, costs: Costs, before: Sequence[Costs], *, carried: int, stale: int) -> Costs:
         """Return the ``costs`` of a forward that follows those of ``before``, in this loop."""
-        chain = _merged(self.pattern, [*before, costs])
+        chain = merged(self.pattern, [*before, costs])
         largest = max(block.gradients for block in costs.blocks)
         later = _later(chain[len(before) + 1 :])
         loop = Loop(
@@ -138,7 +138,7 @@ class Habits:
         return habits
 
 
-def _merged(pattern: Sequence[Costs], seen: Sequence[Costs]) -> list[Costs]:
+def merged(pattern: Sequence[Costs], seen: Sequence[Costs]) -> list[Costs]:
     """Return the largest costs in each place of two sequences of forwards."""
     both = [joined(one, other) for one, other in zip(pattern, seen, strict=False)]
     longer = pattern if len(pattern) > len(seen) else seen

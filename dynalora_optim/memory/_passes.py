@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
@@ -11,6 +12,21 @@ from torch import Tensor
 from dynalora_optim._base.torch_private import keeps_graph
 from dynalora_optim._base.trees import tensors
 from dynalora_optim.allocation._costs import Costs
+
+
+@dataclass(frozen=True)
+class Around:
+    """What is alive as a forward begins: the costs of forwards before it, and bytes.
+
+    Attributes:
+        before: The costs of the forwards whose graphs are alive, in their order.
+        carried: The bytes that these hold.
+        stale: The bytes of outputs whose backward is over.
+    """
+
+    before: tuple[Costs, ...] = ()
+    carried: int = 0
+    stale: int = 0
 
 
 class Graph:
@@ -84,6 +100,12 @@ class Passes:
             if holder() is not None and not _is_waiting(graph())
         }
         return sum(sizes.values())
+
+    def around(self) -> Around:
+        """Return what is alive as a forward begins now."""
+        graphs = self.alive()
+        carried = sum(graph.held for graph in graphs)
+        return Around(tuple(graph.costs for graph in graphs), carried, self.stale())
 
     def begin_backward(self) -> None:
         """Tell the listener what is alive when a backward begins."""

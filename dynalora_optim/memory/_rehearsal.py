@@ -18,14 +18,12 @@ from torch.optim import Optimizer
 
 from dynalora_optim._base.live_bytes import LiveBytes, tensor_bytes
 from dynalora_optim._base.packages import installed
-from dynalora_optim._base.torch_private import READ_SCALAR, fused_attention, tree_map
+from dynalora_optim._base.torch_private import fused_attention, tree_map
 from dynalora_optim.allocation._context import Allocator, CostAware
 from dynalora_optim.memory._meta import meta_copy
+from dynalora_optim.memory._reads import answer, is_read
 from dynalora_optim.memory._step import Batch, Loss, StepMemory, count_step
 from dynalora_optim.update._pause import Pause
-
-_ATEN = torch.ops.aten
-_VALUE_READS = (READ_SCALAR, _ATEN.allclose.default, _ATEN.equal.default)
 
 MakeOptimizer = Callable[[nn.Module], Optimizer]
 
@@ -180,9 +178,8 @@ class Rehearsal(LiveBytes):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> object:
-        if func in _VALUE_READS and args[0].is_meta:
-            dtype = args[0].dtype if func is _VALUE_READS[0] else torch.bool
-            return torch.ones((), dtype=dtype).item()
+        if is_read(func) and args[0].is_meta:
+            return answer(func, args)
         return super().__torch_dispatch__(func, types, args, kwargs)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from operator import ge
 from typing import Any, TypeAlias
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from dynalora_optim.allocation._costs import Costs
+from dynalora_optim.allocation._joined import joined
 from dynalora_optim.allocation._saved_costs import restored_costs, saved_costs
 
 # For each leaf of a call's arguments: its place, its kind, and its sizes if it is a tensor.
@@ -88,9 +89,26 @@ class MeasuredShapes:
         if len(self.entries) > _KEPT:
             self.entries.remove(min(self.entries, key=lambda entry: entry[1].batch))
 
+    def merge(self, of_ranks: Iterable[Sequence[tuple[Shape, Costs]]]) -> None:
+        """Keep what all ranks have measured; the result is the same on all."""
+        found: dict[Shape, Costs] = {}
+        for shape, costs in (entry for entries in of_ranks for entry in entries):
+            found[shape] = joined(found.get(shape, costs), costs)
+        self.entries = []
+        for shape, costs in found.items():
+            self.add(shape, costs)
+
     def is_of(self, shape: Shape, costs: Costs) -> bool:
         """Return whether these are the costs of a batch of just this shape."""
         return any(other == shape and known is costs for other, known in self.entries)
+
+    def place_for(self, shape: Shape, elements: int) -> tuple[int, bool]:
+        """Return the place of what `find` returns, -1 for None, and whether it has this shape."""
+        found = self.find(shape, elements)
+        for place, (known, costs) in enumerate(self.entries):
+            if costs is found:
+                return place, known == shape
+        return -1, False
 
     def drop(self, costs: Costs) -> None:
         """Forget the batch that has these costs."""

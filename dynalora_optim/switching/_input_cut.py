@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.autograd.function import BackwardCFunction
 
 from dynalora_optim._base.torch_private import in_backward
+from dynalora_optim._base.torch_private_fsdp import is_units_node
 from dynalora_optim._base.torch_private_hooks import has_backward_hooks
 from dynalora_optim._base.trees import hidden_states, leaves, nodes, replaced, tensors
 from dynalora_optim.switching._holders import Holders, is_wanted
@@ -145,5 +146,7 @@ def _hides_graph(node: Any) -> bool:
     A function that is written in Python hides nothing if it gets parameters as inputs, or says so.
     """
     if not isinstance(node, BackwardCFunction) or getattr(node, "hides_nothing", False):
+        return False
+    if is_units_node(node):
         return False
     return not any(hasattr(parent, "variable") for parent, _ in node.next_functions)
