@@ -109,12 +109,12 @@ MODES = {
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_no_step_of_a_run_of_200_exceeds_the_total(mode):
+def test_no_step_of_a_long_run_exceeds_the_total(mode):
     run = MODES[mode]
     total = run.least() * 6 // 5
     peaks = run.peaks(total, 200 if mode == "drop" else 40)
     assert max(peaks) <= total
-    assert max(peaks) >= 0.85 * total  # what is promised is not far too high
+    assert max(peaks) >= 0.8 * total  # what is promised is not far too high
     assert len({entry.chosen for entry in run.optimizer.record}) > 1
 
 
@@ -212,11 +212,11 @@ def test_existing_state_of_what_never_trains_counts():
 def test_the_report_shows_all_parts_beside_the_total():
     run = Run(wrapper={"pause": "drop"})
     total = run.least() * 5 // 4
-    peaks = run.peaks(total, 12)
+    peaks = run.peaks(total, 11)  # the last two with the choice of the report
     report = run.optimizer.memory_report()
     assert report.total == total
     assert report.current.whole == sum(report.current.process.values())
-    assert max(peaks[-3:]) <= report.current.whole <= total < report.all_active.whole
+    assert max(peaks[-2:]) <= report.current.whole <= total < report.all_active.whole
     process = report.current.process
     assert process["weights"] == storage_bytes(run.model.parameters())
     assert process["step"] == report.current.peak
