@@ -43,7 +43,7 @@ PUBLIC = (
 nitpicky = True
 nitpick_ignore_regex = [
     # Names of other projects: their pages are on the network, which is not used here.
-    (r"py:.*", r"(torch|nn|transformers|collections|typing|os|pathlib|random)\..*"),
+    (r"py:.*", r"(torch|nn|transformers|collections|contextlib|typing|os|pathlib|random)\..*"),
     (r"py:.*", r"Optimizer|Tensor|LambdaLR|TrainingArguments|TrainerCallback"),
     # Short names of union types; the docstrings say what they allow.
     (r"py:.*", r"Batch|CrossEntropy|Factor|GroupRule|ImportanceMeasure|Loss|LrTime|MakeOptimizer"),

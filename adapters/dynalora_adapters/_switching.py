@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from dynalora_adapters._timeline import Timeline
 from dynalora_adapters._torch_private import node_in_backward, original
 
 
-def set_adapter(model: nn.Module, name: str | None) -> Switched:
+def set_adapter(model: nn.Module, name: str | None) -> AbstractContextManager[None]:
     """Make the adapter called ``name`` the active one; for None, let the model compute as its base.
 
     The parameters of the model are then those of this adapter. The others keep theirs, and their
@@ -42,7 +43,7 @@ def set_adapter(model: nn.Module, name: str | None) -> Switched:
     if wanted != before:
         _check_can_switch(model, bare, record)
         switch(bare, wanted)
-    return Switched(bare, before)
+    return _Switched(bare, before)
 
 
 def active_adapter(model: nn.Module) -> str | None:
@@ -57,7 +58,7 @@ def adapter_names(model: nn.Module) -> list[str]:
     return [] if record is None else list(record.adapters)
 
 
-class Switched:
+class _Switched(AbstractContextManager[None]):
     """What ``set_adapter`` returns: leaving its context makes the former adapter active again."""
 
     def __init__(self, model: nn.Module, before: str | None) -> None:

@@ -27,9 +27,9 @@ class Resident:
         batch: The batches of the forwards that precede a backward.
         other: What else is alive on the device: other models, say. 0 where it cannot be seen.
         active: The bytes of state and copies that exist only while their parameter trains, for
-            each `UNIT` bytes of its gradient.
+            each ``UNIT`` bytes of its gradient.
         copies: The part of ``active`` that is float32 copies.
-        update: The temporary bytes of the optimizer's update, for each `UNIT` bytes of gradients
+        update: The temporary bytes of the optimizer's update, for each ``UNIT`` bytes of gradients
             in the blocks.
         outer_update: The temporary bytes of the update of what trains outside the blocks.
         most_update: The temporary bytes of an update of everything together; 0 if not known.
@@ -95,5 +95,5 @@ NOTHING = Resident()  # a budget on the step alone counts nothing of it
 
 
 def rate(part: int, gradients: int) -> int:
-    """Return how many bytes ``part`` is for each `UNIT` bytes of ``gradients``, rounded up."""
+    """Return how many bytes ``part`` is for each ``UNIT`` bytes of ``gradients``, rounded up."""
     return math.ceil(part * UNIT / gradients) if gradients else 0
