@@ -77,6 +77,8 @@ class StepCosting(CostingState):
         if self._allocation.costs is None:
             self.restart()  # groups may have been added since: older costs do not know them
         self._count_holdings(args, kwargs)
+        if self._allocation.costs is None:  # all ranks run their first forward together
+            self._habits.resident = reduce(Resident.merged, gathered(self._habits.resident))
         self._habits.standing |= self._ranks.has_gradients()
         batch, around = (shape_of(args, kwargs), elements(args, kwargs)), self._passes.around()
         measure = partial(self._measured, args, kwargs)
@@ -96,8 +98,6 @@ class StepCosting(CostingState):
         holdings, known = self._holdings, self._habits.resident.weights
         if holdings and (not known or holdings.has_new_state()):
             self._habits.resident = holdings.count(args, kwargs)
-        if self._allocation.costs is None:  # all ranks run their first forward together
-            self._habits.resident = reduce(Resident.merged, gathered(self._habits.resident))
 
     def _known(
         self, batch: tuple[Shape, int], around: Around, measure: Callable[[], Costs]

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from dynalora_adapters import LoRALinear, _recipes
+from dynalora_adapters import LoRALinear
+from dynalora_adapters import _torch_private_recipes as _recipes
 from dynalora_optim import LiveBytes
 
 ROWS, IN, OUT, RANK = 64, 32, 8, 3

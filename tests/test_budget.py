@@ -421,7 +421,6 @@ BAD = {
     "nan": ({"memory": math.nan}, r"memory=nan\) is not a share"),
     "inf": ({"memory": math.inf}, r"memory=inf\) is not a share"),
     "bool": ({"memory": True}, r"memory=True\) is not a number; pass a share"),
-    "text": ({"memory": "12GB"}, r"memory='12GB'\) is not a number; pass a share"),
     "compute zero": ({"compute": 0}, r"compute=0\) is not a positive share.*pass one such as 0.6"),
     "compute nan": ({"compute": math.nan}, r"compute=nan\) is not a positive share"),
     "compute inf": ({"compute": math.inf}, r"compute=inf\) is not a positive share"),

@@ -223,43 +223,6 @@ def test_all_modules_warm_up_within_the_budget():
         optimizer.zero_grad()
 
 
-def encoder_decoder(name: str) -> TinyModel:
-    transformers = pytest.importorskip("transformers")
-    heads = {"encoder_attention_heads": 4, "decoder_attention_heads": 4}
-    widths = {"encoder_ffn_dim": 64, "decoder_ffn_dim": 64, "d_model": 32, "dropout": 0.0}
-    layers = {"encoder_layers": 3, "decoder_layers": 3}
-    tokens = {"vocab_size": 64, "pad_token_id": 0, "decoder_start_token_id": 2}
-    if name == "bart":
-        config = transformers.BartConfig(**heads, **widths, **layers, **tokens)
-        model, targets = transformers.BartForConditionalGeneration(config), ["q_proj", "v_proj"]
-    else:
-        config = transformers.T5Config(
-            d_model=32, d_kv=8, d_ff=64, num_layers=3, num_heads=4, dropout_rate=0.0, **tokens
-        )
-        model, targets = transformers.T5ForConditionalGeneration(config), ["q", "v"]
-    inject(model, LoRAConfig(rank=4, alpha=8, targets=targets))
-    ids = torch.randint(3, 60, (ROOMY.rows, 12))
-    tiny = TinyModel(name, model, {"input_ids": ids, "labels": ids}, targets, [])
-    tiny.model.train()
-    return tiny
-
-
-@pytest.mark.parametrize("name", ["bart", "t5"])
-def test_of_an_encoder_and_a_decoder_the_first_is_shaped_and_the_second_always_trains(name):
-    tiny = encoder_decoder(name)
-    budget = Budget(memory=0.9)
-    optimizer = on_budget(tiny, budget, period=1)
-    tiny.loss()
-    assert all(".encoder." in f".{b.name}" for b in optimizer._driver._blocks)
-    limit = budget.limit(costs_of(optimizer))
-    for _ in range(5):
-        clear(tiny)
-        peak, _ = measured(tiny.loss)
-        assert peak <= limit
-        assert {n for n in optimizer.groups if "decoder" in n} <= set(optimizer.active_groups)
-        optimizer.step()
-
-
 def test_tied_word_embeddings_are_no_obstacle():
     transformers = pytest.importorskip("transformers")
     config = transformers.GPT2Config(

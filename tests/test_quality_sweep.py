@@ -457,6 +457,6 @@ def test_costs_are_ratios_of_the_same_steps(folder, capsys):
     lines = map(json.loads, file.read_text().splitlines())
     rows = {row["row"]: row for row in lines if row["part"] == task}
     lora, checkpointed, static, _ = (rows[name]["flops"] for name in methods.split(","))
-    assert static < lora < checkpointed < 1.5 * lora
+    assert static < lora < checkpointed < 1.7 * lora
     assert all(row["seconds"] > 0 for row in rows.values())
     assert "| lora | 1.000 | 1.000 |" in capsys.readouterr().out

@@ -30,9 +30,8 @@ class AdapterLinear(nn.Module, ABC):
     Attributes:
         base_layer: The adapted module, unchanged.
         dropout: Applied to the adapter's input, never to the base's input.
-        active: If False, ``forward`` uses detached adapter parameters: the output is the same, and
-            they get no gradient. ``requires_grad`` stays True, because optimizers and distributed
-            wrappers read it when they are built.
+        active: If False, ``forward`` uses detached adapter parameters: same output, no gradient.
+            ``requires_grad`` stays True: optimizers and distributed wrappers read it when built.
         gated: How compiled code treats ``active``. True: it reads the value in every backward pass,
             and the gradient of an inactive adapter is zero. False: the value is part of the
             compiled code, so torch.compile compiles once for each value, and an inactive adapter

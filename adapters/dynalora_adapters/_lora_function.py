@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
-from dynalora_adapters._recipes import recipe_of
 from dynalora_adapters._torch_private import unsafe_view
+from dynalora_adapters._torch_private_recipes import recipe_of
 
 _LARGEST_COPY = 2**26  # bytes
 

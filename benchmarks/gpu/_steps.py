@@ -132,7 +132,7 @@ class Watch:
         loss = self.run.loss()
         loss.backward()  # type: ignore[no-untyped-call]
         norms = [
-            torch.linalg.vector_norm(p.grad.float())
+            torch.linalg.vector_norm(p.grad).float()
             for p in self.run.model.parameters()
             if p.grad is not None
         ]

@@ -8,6 +8,10 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+# What clip_grad_norm_ and zero_grad call with many tensors at once. If torch renames one: clipping
+# that changes nothing is then refused like any other after a fused update.
+FOREACH_NORM, FOREACH_SCALING, FOREACH_DELETION = "_foreach_norm", "_foreach_mul_", "_foreach_zero_"
+
 
 def forward_hooks(module: nn.Module) -> MutableMapping[int, Callable[..., Any]]:
     """Return the mapping of the forward hooks of ``module``; hooks may be removed from it.

@@ -41,7 +41,8 @@ def restored_costs(state: Mapping[str, Any], *, modules: int) -> Costs:
                 "own": tuple((first, stop) for first, stop in state.get("own", ())),
                 "order": tuple(state.get("order", ())),
                 "routes": tuple(
-                    restored_costs(route, modules=modules) for route in state.get("routes", ())
+                    restored_costs(route, modules=len(route["group_blocks"]))
+                    for route in state.get("routes", ())
                 ),
                 "loop": _loop(state["loop"]),
             }

@@ -155,8 +155,10 @@ class _Watch:
         self._gradients.come(tensor_bytes(gradient))
 
     def settle(self, parameter: Tensor) -> None:
-        is_gone = self._had_one or parameter.grad is None
-        self._gradients.settle(tensor_bytes(parameter), is_gone=is_gone)
+        size, left = tensor_bytes(parameter), parameter.grad
+        # A fused update leaves None, or a stand-in of one number.
+        is_used = left is None or left.untyped_storage().nbytes() < size
+        self._gradients.settle(size, is_gone=self._had_one or is_used)
 
 
 def _kept(optimizer: Optimizer) -> tuple[int, int]:

@@ -13,6 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dynalora_optim._base.torch_private_hooks import (
+    FOREACH_DELETION,
+    FOREACH_NORM,
+    FOREACH_SCALING,
+)
 from dynalora_optim.update._backward import refusal
 
 # What needs no value. Attributes, such as shape, do not either.
@@ -20,9 +25,9 @@ _HARMLESS = (
     *("size", "stride", "dim", "numel", "element_size", "untyped_storage"),
     *("is_floating_point", "is_complex", "requires_grad_"),
 )
-_NORMS = ("norm", "vector_norm", "linalg_vector_norm", "_foreach_norm")
-_SCALINGS = ("mul_", "__imul__", "_foreach_mul_")
-_DELETIONS = ("zero_", "_foreach_zero_")
+_NORMS = ("norm", "vector_norm", "linalg_vector_norm", FOREACH_NORM)
+_SCALINGS = ("mul_", "__imul__", FOREACH_SCALING)
+_DELETIONS = ("zero_", FOREACH_DELETION)
 
 
 class SpentGradient(Tensor):
