@@ -115,7 +115,8 @@ class Allocation(AllocationState):
         self._clock.demand()
 
     def _try_out(self, costs: Costs) -> None:
-        least = min(costs.alone(), key=partial(least_peak_of_one, costs))
+        # Of equal ones the last: the backward pass ends there first.
+        least = min(reversed(costs.alone()), key=partial(least_peak_of_one, costs))
         active = costs.blocks_of([]) | {least}
         chosen = [g for g, block in enumerate(costs.group_blocks) if block in {None, *active}]
         self._spending.fitting(chosen)
