@@ -138,7 +138,7 @@ RULES = st.sampled_from(
     low=st.booleans(),
     rounding=st.sampled_from([None, "nearest", "stochastic"]),
     rows=st.integers(1, 24),
-    spare=st.floats(1.0, 1.6),
+    spare=st.floats(1.02, 1.6),  # the temporary tensors of an update are measured, not predicted
     period=st.integers(1, 4),
     max_idle=st.sampled_from([0, 12]),
 )
