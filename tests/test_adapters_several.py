@@ -261,7 +261,7 @@ class Tied(nn.Module):
 def test_copies_of_tied_modules_stay_tied(tmp_path: Path) -> None:
     model = Tied()
     config = LoRAConfig(rank=2, alpha=2, targets=["inner"], trainable=["embed", "head"])
-    for name in ("a", "b"):
+    for name in ("first", "second"):
         inject(model, config, name=name)
     first = model.embed.weight
     assert model.head.weight is first
@@ -278,7 +278,7 @@ def test_copies_of_tied_modules_stay_tied(tmp_path: Path) -> None:
 
 def test_those_that_wait_follow_the_mode_of_the_model() -> None:
     tiny = build("bert")
-    for name in ("a", "b"):
+    for name in ("first", "second"):
         config = LoRAConfig(
             rank=2, alpha=2, dropout=0.5, targets=tiny.targets, trainable=tiny.trainable
         )
@@ -378,16 +378,18 @@ def test_peft_reads_each_file_and_ours_read_each_of_peft(tmp_path: Path) -> None
         with torch.no_grad():
             logits = theirs(**several.batch).logits
         torch.testing.assert_close(logits, several.logits(), atol=1e-6, rtol=0)
-    both = peft.PeftModel.from_pretrained(build("bert").model, tmp_path / "lora", adapter_name="a")
-    both.add_adapter("b", peft.LoraConfig(r=5, target_modules=["key"], task_type="SEQ_CLS"))
+    both = peft.PeftModel.from_pretrained(
+        build("bert").model, tmp_path / "lora", adapter_name="first"
+    )
+    both.add_adapter("second", peft.LoraConfig(r=5, target_modules=["key"], task_type="SEQ_CLS"))
     both.train()
-    both.set_adapter("b")
+    both.set_adapter("second")
     randomize_trainable(both)
     both.save_pretrained(tmp_path)
     ours = build("bert")
-    for name in ("a", "b"):
+    for name in ("first", "second"):
         load_adapter(ours.model, tmp_path / name, name=name)
-    for name in ("a", "b"):
+    for name in ("first", "second"):
         both.set_adapter(name)
         set_adapter(ours.model, name)
         with torch.no_grad():

@@ -17,9 +17,9 @@ from dynalora_optim import Blocks, Budget, DynamicAllocationOptimizer
 from dynalora_optim.allocation._costs import Plan
 
 SLACK = 2_400  # scalars
-# By how much a prediction may be too high: by the attention masks of a T5 and of a PaliGemma, by
+# By how much a prediction may be too high: by the attention masks of a T5, a PaliGemma and a Qwen2-VL, by
 # what two parts read in `chained`, by a block of the vision tower that nothing reads in LLaVA.
-OVER = {"t5": 18_000, "paligemma": 8_000, "whisper": 10_000, "clip": 4_000, "qwen2_vl": 3_000}
+OVER = {"t5": 18_000, "paligemma": 8_000, "whisper": 10_000, "clip": 4_000, "qwen2_vl": 45_000}
 
 
 def over(name: str) -> int:
@@ -149,7 +149,7 @@ def test_a_block_that_nothing_reads_is_never_alone():
     optimizer = on_budget(tiny)
     tiny.loss()
     costs = costs_of(optimizer)
-    unread = [g for g in optimizer.groups if "vision_tower.encoder.layers.2" in g]
+    unread = [g for g in optimizer.groups if "vision_tower" in g and "encoder.layers.2" in g]
     assert unread
     assert all(costs.group_blocks[optimizer.groups.index(name)] is None for name in unread)
     assert 2 not in costs.lowest_blocks()

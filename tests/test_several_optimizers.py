@@ -393,6 +393,8 @@ def under_ddp(rank: int) -> list[tuple[dict[str, Tensor], list[Any]]]:
 
 @pytest.mark.distributed
 def test_under_ddp_both_are_the_plain_pair_and_choose_alike_on_all_ranks():
+    if not hasattr(torch.optim, "Muon"):
+        pytest.importorskip("pytorch_optimizer")
     first, second = on_ranks(under_ddp)
     for (here, records), (there, others) in zip(first, second, strict=True):
         assert same(here, there)
