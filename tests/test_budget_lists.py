@@ -17,8 +17,8 @@ from dynalora_optim import Blocks, Budget, DynamicAllocationOptimizer
 from dynalora_optim.allocation._costs import Plan
 
 SLACK = 2_400  # scalars
-# By how much a prediction may be too high: by the attention masks of a T5, a PaliGemma and a Qwen2-VL, by
-# what two parts read in `chained`, by a block of the vision tower that nothing reads in LLaVA.
+# By how much a prediction may be too high: by the attention masks of a T5, a PaliGemma and a
+# Qwen2-VL, by what two parts read in `chained`, by a vision block that nothing reads in LLaVA.
 OVER = {"t5": 18_000, "paligemma": 8_000, "whisper": 10_000, "clip": 4_000, "qwen2_vl": 45_000}
 
 
