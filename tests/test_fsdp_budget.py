@@ -288,6 +288,10 @@ def reported(rank: int) -> Any:
     return told, whole_peak(model, x), held
 
 
+# Where gathers can be counted: older versions call what notes them with other arguments.
+COUNTS_GATHERS = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 11)
+
+
 def everything(rank: int) -> dict[str, Any]:
     return {
         **{units: like_ddp(rank, units) for units in ("whole", "blocks", "adapters")},
@@ -296,7 +300,7 @@ def everything(rank: int) -> dict[str, Any]:
         "unequal rows": unequal_rows(rank),
         "refused by ddp": refused_by_ddp(rank),
         "failing": failing(rank),
-        "gathers": gathers(rank),
+        "gathers": gathers(rank) if COUNTS_GATHERS else None,
         "reported": reported(rank),
     }
 
@@ -370,6 +374,7 @@ def test_a_rank_that_cannot_measure_stops_all_and_changes_nothing(ranks):
     assert all(len(rank["losses"]) == 2 for rank in (one, other))
 
 
+@pytest.mark.skipif(not COUNTS_GATHERS, reason="torch before 2.11")
 def test_a_recomputed_block_is_gathered_once_in_the_backward(ranks):
     for rank in ranks:
         assert any(recomputed for _, recomputed, _ in rank["gathers"][1:])
