@@ -108,7 +108,9 @@ def test_the_summary_counts_what_happened(dry_run):
     assert list(found["counts"]) == sorted(p.name for p in kit.PARTS)
     assert len(found["bars"]) == len(summary.BARS) + 2
     assert {bar[-1] for bar in found["bars"]} == {"a dry run"}
-    assert not any(bar[1] == "-" for bar in found["bars"][: len(summary.BARS)])
+    # A model this small cannot keep the smallest budget: that row is refused, with its reason.
+    measured = [bar for bar in found["bars"][: len(summary.BARS)] if "chunked" not in bar[0]]
+    assert not any(bar[1] == "-" for bar in measured)
     assert "\nmemory_and_speed: " in printed
     files = [path.name for path in folder.iterdir()]
     assert len(files) <= 8, "as many come back from the machine"
