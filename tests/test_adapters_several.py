@@ -261,7 +261,7 @@ class Tied(nn.Module):
 def test_copies_of_tied_modules_stay_tied(tmp_path: Path) -> None:
     model = Tied()
     config = LoRAConfig(rank=2, alpha=2, targets=["inner"], trainable=["embed", "head"])
-    for name in ("first", "second"):
+    for name in ("a", "b"):
         inject(model, config, name=name)
     first = model.embed.weight
     assert model.head.weight is first
@@ -278,7 +278,7 @@ def test_copies_of_tied_modules_stay_tied(tmp_path: Path) -> None:
 
 def test_those_that_wait_follow_the_mode_of_the_model() -> None:
     tiny = build("bert")
-    for name in ("first", "second"):
+    for name in ("a", "b"):
         config = LoRAConfig(
             rank=2, alpha=2, dropout=0.5, targets=tiny.targets, trainable=tiny.trainable
         )
