@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from importlib.metadata import version
 from typing import Any
 
 import pytest
@@ -17,9 +18,11 @@ from dynalora_optim import Blocks, Budget, DynamicAllocationOptimizer
 from dynalora_optim.allocation._costs import Plan
 
 SLACK = 2_400  # scalars
-# By how much a prediction may be too high: by the attention masks of a T5, a PaliGemma and a
-# Qwen2-VL, by what two parts read in `chained`, by a vision block that nothing reads in LLaVA.
-OVER = {"t5": 18_000, "paligemma": 8_000, "whisper": 10_000, "clip": 4_000, "qwen2_vl": 45_000}
+# By how much a prediction may be too high: by the attention masks of a T5 and a PaliGemma,
+# by what two parts read in `chained`, by a vision block that nothing reads in LLaVA.
+OVER = {"t5": 18_000, "paligemma": 8_000, "whisper": 10_000, "clip": 4_000, "qwen2_vl": 3_000}
+if tuple(map(int, version("transformers").split(".")[:2])) < (5, 17):
+    OVER["qwen2_vl"] = 45_000  # measured on 5.4; the cause is not known
 
 
 def over(name: str) -> int:

@@ -90,12 +90,12 @@ def test_a_run_learns_answers_and_leaves_an_adapter_that_peft_loads(
     arguments, checkpoint, tokenizer, tmp_path, capsys
 ):
     peft = pytest.importorskip("peft")
-    assert sft.main([*arguments, "--steps", "40"]) == 0
+    assert sft.main([*arguments, "--steps", "100"]) == 0
     printed, run = capsys.readouterr().out, tmp_path / "run"
     for expected in ("token accuracy after", "question: ", "answer before: ", "answer after: "):
         assert expected in printed
     found = summary(run)
-    assert found["loss_after"] < found["loss_before"] - 0.1
+    assert found["loss_after"] < found["loss_before"] - 0.3
     assert found["token_accuracy_after"] > found["token_accuracy_before"]
     assert {path.name for path in run.iterdir()} == {"adapter", "allocation.json", "summary.json"}
 

@@ -114,7 +114,7 @@ def test_no_step_of_a_long_run_exceeds_the_total(mode):
     total = run.least() * 6 // 5
     peaks = run.peaks(total, 200 if mode == "drop" else 40)
     assert max(peaks) <= total
-    assert max(peaks) >= 0.8 * total  # what is promised is not far too high
+    assert max(peaks) >= 0.85 * total  # what is promised is not far too high
     assert len({entry.chosen for entry in run.optimizer.record}) > 1
 
 
