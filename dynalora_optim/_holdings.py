@@ -16,6 +16,7 @@ from dynalora_optim.allocation._amounts import DEVICE
 from dynalora_optim.allocation._resident import Resident, rate
 from dynalora_optim.groups._blocks import Block
 from dynalora_optim.memory._device import capacity, in_use, rounding
+from dynalora_optim.memory._meta import companions
 from dynalora_optim.memory._state_sizes import (
     StateSize,
     StateSizes,
@@ -184,9 +185,7 @@ def _weights(model: nn.Module) -> list[Tensor]:
     """Return the parameters, and the tensors that quantised ones refer to (bitsandbytes)."""
     found: list[Tensor] = []
     for parameter in model.parameters():
-        found += [parameter, *_attributes(parameter)]
-        found += _attributes(getattr(parameter, "quant_state", None))
-        found += _attributes(getattr(getattr(parameter, "quant_state", None), "state2", None))
+        found += [parameter, *_attributes(parameter), *companions(parameter)]
     return found
 
 

@@ -97,8 +97,7 @@ def run(settings: Settings) -> dict[str, Any]:
     """
     start = time.perf_counter()
     work = prepare(settings.suite, settings.task, settings.model, settings.max_length)
-    model, optimizer = started(settings, work)
-    loop = Loop(model, optimizer, settings, work)
+    loop = Loop(*started(settings, work), settings, work)
     loop.train()
     validation, test = loop.judge(work.validation), loop.judge(work.test)
     loop.close()

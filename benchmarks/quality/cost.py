@@ -21,9 +21,8 @@ from typing import Any
 
 import torch
 from _shared import CLASSIFIER, positive
-from _suite import recipe
-from _training import Loop, Settings, prepare, started
-from sweep import names
+from _training import Loop, prepare, started
+from sweep import names, settings
 
 from dynalora_optim import LiveBytes
 
@@ -38,7 +37,7 @@ RATE = 1e-3  # it does not change the cost
 
 def measure(task: str, methods: Sequence[str], options: argparse.Namespace) -> list[dict[str, Any]]:
     """Return a row of each method: the means of FLOPs and CPU seconds of a step."""
-    loops = {name: _loop(task, name, options) for name in methods}
+    loops = {name: new_loop(task, name, options) for name in methods}
     flops: dict[str, list[int]] = defaultdict(list)
     seconds: dict[str, list[float]] = defaultdict(list)
     batches = zip(*(loop.batches() for loop in loops.values()), strict=True)
@@ -66,22 +65,11 @@ def measure(task: str, methods: Sequence[str], options: argparse.Namespace) -> l
     ]
 
 
-def _loop(task: str, name: str, options: argparse.Namespace) -> Loop:
-    length = recipe("offline", task).max_length
-    settings = Settings(
-        suite="offline",
-        task=task,
-        method=name,
-        lr=RATE,
-        seed=0,
-        model=options.model,
-        steps=options.steps,
-        batch_size=options.batch_size,
-        max_length=length,
-        layers=options.layers,
-    )
-    work = prepare(settings.suite, task, settings.model, length)
-    return Loop(*started(settings, work), settings, work)
+def new_loop(task: str, name: str, options: argparse.Namespace) -> Loop:
+    """Return the loop of a method on a task of the offline suite."""
+    chosen = settings(options, task, name, RATE)
+    work = prepare(chosen.suite, task, chosen.model, chosen.max_length)
+    return Loop(*started(chosen, work), chosen, work)
 
 
 def table(rows: Sequence[dict[str, Any]], reference: str) -> str:
@@ -94,19 +82,27 @@ def table(rows: Sequence[dict[str, Any]], reference: str) -> str:
     return markdown(["method", "FLOPs", "CPU time"], lines)
 
 
-def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """Read the command line."""
+def parser_of(doc: str | None) -> argparse.ArgumentParser:
+    """Return a parser of what `new_loop` needs; ``doc`` is that of the script."""
     parser = argparse.ArgumentParser(
-        description=(__doc__ or "").splitlines()[0],
+        description=(doc or "").splitlines()[0],
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
+    add = parser.add_argument
+    add("--model", default=CLASSIFIER, help="hub id or local folder")
+    add("--layers", type=positive, help="use only this many blocks, for a quick try")
+    parser.set_defaults(suite="offline", max_length=None)
+    return parser
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = parser_of(__doc__)
     add = parser.add_argument
     add("--tasks", type=names, default=list(TASKS), help="names of the offline suite, with commas")
     add("--methods", type=names, default=METHODS, help="names, with commas; the first is 1.0")
     add("--steps", type=positive, default=160, help="steps of each method on each task")
-    add("--model", default=CLASSIFIER, help="hub id or local folder")
     add("--batch-size", type=positive, default=16, help="rows per step")
-    add("--layers", type=positive, help="use only this many blocks, for a quick try")
     add("--output", type=Path, help="a file of rows; the rows of a task replace its older ones")
     return parser.parse_args(arguments)
 

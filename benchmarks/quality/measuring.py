@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _shared import CLASSIFIER, positive
-from _training import Loop, Settings, prepare, started
+from _shared import positive
+from cost import new_loop, parser_of
 from sweep import names
 
 from dynalora_optim._costing import StepCosting
@@ -30,7 +30,6 @@ from _measure import markdown
 from _stored import run_of, write
 
 METHODS = "budget-0.40,budget-0.75"
-RATE = 1e-3  # it changes neither shapes nor costs
 EARLY = 100  # steps in which most shapes are new
 
 
@@ -55,20 +54,7 @@ def timed_measurements(found: list[float]) -> Iterator[None]:
 
 def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
     """Train with a method, and return a row of counts and seconds."""
-    settings = Settings(
-        suite="offline",
-        task=options.task,
-        method=name,
-        lr=RATE,
-        seed=0,
-        model=options.model,
-        steps=options.steps,
-        batch_size=options.batch_size,
-        max_length=options.max_length,
-        layers=options.layers,
-    )
-    work = prepare(settings.suite, settings.task, settings.model, settings.max_length)
-    loop = Loop(*started(settings, work), settings, work)
+    loop = new_loop(options.task, name, options)
     seconds: list[float] = []
     steps_of: list[int] = []
     lengths = set()
@@ -82,7 +68,7 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
     loop.close()
     return {
         "row": name,
-        "steps": settings.steps,
+        "steps": options.steps,
         "lengths": len(lengths),
         "measured": len(seconds),
         "measured_late": sum(step >= EARLY for step in steps_of),
@@ -110,18 +96,13 @@ def _line(row: dict[str, Any]) -> list[str]:
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(
-        description=(__doc__ or "").splitlines()[0],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+    parser = parser_of(__doc__)
     add = parser.add_argument
     add("--methods", type=names, default=METHODS, help="names, with commas")
     add("--task", default="r8", help="a task of the offline suite, or a CSV file")
     add("--steps", type=positive, default=500, help="optimizer steps of each method")
     add("--max-length", type=positive, default=128, help="longer rows are cut")
     add("--batch-size", type=positive, default=8, help="rows per step")
-    add("--model", default=CLASSIFIER, help="hub id or local folder")
-    add("--layers", type=positive, help="use only this many blocks, for a quick try")
     add("--output", type=Path, help="a file of rows; they replace its older ones")
     return parser.parse_args(arguments)
 
