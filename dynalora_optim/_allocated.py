@@ -155,6 +155,29 @@ class AllocatedOptimizer(LateBoundOptimizer):
         rates = [last.get((part.line, part.name)) for part in self._parts()]
         return [math.nan if rate is None else float(rate) for rate in rates]
 
+    def measure(self, *args: Any, **kwargs: Any) -> None:
+        """Measure the costs of a batch before training, for an allocator that decides by costs.
+
+        Without it, the costs are measured on the first batch, and again on each larger one. A share
+        such as ``Budget(memory=0.4)`` is of the largest batch so far. So if your rows differ in
+        length, call this with the largest batch: a budget that cannot hold it is refused now, and
+        the share is of this batch from the first step on. Weights, gradients and random numbers do
+        not change. With another allocator nothing happens.
+
+        Call it in the autocast context of the training loop, and with several processes on each of
+        them.
+
+        Args:
+            *args: The positional arguments of the model for the batch.
+            **kwargs: Its keyword arguments.
+
+        Raises:
+            RuntimeError: The model is not in training mode.
+            ValueError: The budget cannot hold a step with this batch, or the costs of the model
+                cannot be measured.
+        """
+        self._costing.prepare(args, kwargs)
+
     def memory_report(self, *args: Any, **kwargs: Any) -> MemoryReport:
         """Return the memory of a training step, now and with all modules active.
 

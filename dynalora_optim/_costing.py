@@ -65,6 +65,22 @@ class StepCosting(CostingState):
             handle.remove()
         self._handles = []
 
+    def prepare(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Measure a batch that no forward follows.
+
+        Raises:
+            RuntimeError: The model is not in training mode.
+            ValueError: The forward cannot be held within the budget.
+        """
+        if self._allocation.needs_costs:
+            self._check_training("measure()")
+            self.before_forward(args, kwargs)
+            self._now = None
+
+    def _check_training(self, method: str) -> None:
+        if not self._meter.model.training:
+            raise RuntimeError(f"{method} measures training: call model.train() first.")
+
     def before_forward(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Measure a batch that no measured one covers, and plan this forward.
 
@@ -259,8 +275,7 @@ class StepCosting(CostingState):
         """
         costs = self._allocation.costs
         if args or kwargs:
-            if not self._meter.model.training:
-                raise RuntimeError("memory_report() measures training: call model.train() first.")
+            self._check_training("memory_report()")
             self._count_holdings(args, kwargs)
             costs = self._habits.beside(self._measured(args, kwargs))
             if self._habits.is_known:

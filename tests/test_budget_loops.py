@@ -249,3 +249,86 @@ def test_a_batch_is_not_refused_because_a_larger_one_would_be():
             tiny.model(**rows(tiny, 4, 16)).loss.backward()
             step(optimizer, tiny)
         assert memory.peak <= limit
+
+
+def whole_peak(batch: dict[str, Tensor]) -> int:
+    tiny = adapted("bert", sizes=ROOMY)
+    with LiveBytes() as memory:
+        tiny.model(**batch).loss.backward()
+    return memory.peak
+
+
+def test_a_share_is_of_the_batch_measured_in_advance():
+    """Short rows come first, but the share is of long ones; and these are not measured again."""
+    tiny = adapted("bert", sizes=ROOMY)
+    short, long = rows(tiny, 4, 4), rows(tiny, 4, 64)
+    limit = 0.45 * whole_peak(long)
+    optimizer = on_budget(tiny, Budget(memory=0.45, base="random"), period=1)
+    before = torch.get_rng_state(), {n: v.clone() for n, v in tiny.model.state_dict().items()}
+    optimizer.measure(**long)
+    assert torch.equal(torch.get_rng_state(), before[0])
+    assert all(torch.equal(v, before[1][n]) for n, v in tiny.model.state_dict().items())
+    assert not gradients(tiny)
+    assert not any(entry.step for entry in optimizer.record)
+
+    measured = []
+    measure = optimizer._costing.measure
+    optimizer._costing.measure = lambda *batch: (measured.append(batch), measure(*batch))[1]
+    for number in range(12):
+        batch = [short, long, rows(tiny, 4, 50)][number % 3]
+        with LiveBytes() as memory:
+            tiny.model(**batch).loss.backward()
+            step(optimizer, tiny)
+        assert memory.peak <= limit
+        allowed = optimizer.allocator.limit(optimizer._allocation.costs)
+        assert 0.9 * limit <= allowed <= 1.1 * limit
+    assert len(measured) == 1, "short rows, which recompute less by their own costs"
+    assert len({entry.chosen for entry in optimizer.record}) > 2
+
+
+def test_a_batch_that_no_plan_holds_is_refused_in_advance():
+    tiny = adapted("bert")
+    limit = whole_peak(rows(tiny, 4, 32))
+    optimizer = on_budget(tiny, Budget(memory=limit), period=1)
+    with pytest.raises(ValueError, match="cannot hold a step"):
+        optimizer.measure(**rows(tiny, 64, 64))
+    for _ in range(3):
+        with LiveBytes() as memory:
+            plain(tiny, optimizer)
+        assert memory.peak <= limit
+    with pytest.raises(ValueError, match="cannot hold a step"):
+        optimizer.measure(**rows(tiny, 64, 64))
+    plain(tiny, optimizer)
+
+
+def test_a_run_is_the_same_if_its_first_batch_was_measured_in_advance():
+    """Bit for bit, and so is a run that goes on from a state saved between the two."""
+    ends = []
+    for how in ("as it comes", "in advance", "resumed"):
+        torch.manual_seed(0)
+        tiny = adapted("bert")
+        options = {"period": 2, "rule": torch.optim.AdamW}
+        optimizer = on_budget(tiny, Budget(memory=0.5, base="random"), **options)
+        if how != "as it comes":
+            optimizer.measure(**tiny.batch)
+        if how == "resumed":
+            state = optimizer.state_dict()
+            optimizer.close()
+            optimizer = on_budget(tiny, Budget(memory=0.5, base="random"), **options)
+            optimizer.load_state_dict(state)
+        for _ in range(8):
+            plain(tiny, optimizer)
+        ends.append((list(optimizer.record), tiny.model.state_dict()))
+    for record, weights in ends[1:]:
+        assert record == ends[0][0]
+        assert all(torch.equal(value, ends[0][1][name]) for name, value in weights.items())
+
+
+def test_only_training_is_measured_in_advance():
+    tiny = adapted("bert")
+    with pytest.raises(RuntimeError, match=r"measure\(\) measures training: call model.train"):
+        tiny.model.eval()
+        on_budget(tiny).measure(**tiny.batch)
+    other = adapted("bert")
+    inner = torch.optim.SGD(other.model.parameters(), lr=0.01)
+    DynamicAllocationOptimizer(inner, other.model).measure("not even a batch")

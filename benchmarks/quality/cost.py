@@ -31,7 +31,7 @@ from _measure import markdown
 from _stored import run_of, write
 
 TASKS = ("vader_tweets", "bbc", "r8")
-METHODS = "lora,lora-checkpointed,static,random,budget-0.40,budget-0.175"
+METHODS = "lora,lora-checkpointed,static,random,budget-0.40,budget-0.30"
 RATE = 1e-3  # it does not change the cost
 
 
