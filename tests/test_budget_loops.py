@@ -326,9 +326,10 @@ def test_a_run_is_the_same_if_its_first_batch_was_measured_in_advance():
 
 def test_only_training_is_measured_in_advance():
     tiny = adapted("bert")
+    optimizer = on_budget(tiny)
+    tiny.model.eval()
     with pytest.raises(RuntimeError, match=r"measure\(\) measures training: call model.train"):
-        tiny.model.eval()
-        on_budget(tiny).measure(**tiny.batch)
+        optimizer.measure(**tiny.batch)
     other = adapted("bert")
     inner = torch.optim.SGD(other.model.parameters(), lr=0.01)
     DynamicAllocationOptimizer(inner, other.model).measure("not even a batch")
