@@ -48,6 +48,14 @@ FEW_PAIRS = (
 )
 
 
+BLOCKS = ("lora", "full", "blocks-0.30", "top-blocks", "lisa", "badam")
+BLOCK_PAIRS = (
+    *("blocks-0.30:full", "top-blocks:full", "blocks-0.30:top-blocks"),
+    *("blocks-0.30:lisa", "blocks-0.30:badam"),
+)
+ADAMW_BYTES = 8  # of state for each float32 parameter
+
+
 class Stored(Sweep):
     """A sweep that uses the stored intervals.
 
@@ -107,6 +115,33 @@ def _few() -> list[Result]:
     return _lines(FOLDER / "short", FEW, ["bbc"])
 
 
+def _blocks() -> list[Result]:
+    """Return the runs with full parameters, with the whole training memory of each."""
+    runs = [*finished(FOLDER / "runs.jsonl"), *finished(FOLDER / "blocks" / "runs.jsonl")]
+    kept = [run for name in BLOCKS for run in runs if run["settings"]["method"] == name]
+    return [run | _whole(run) for run in kept]
+
+
+def _whole(run: Result) -> dict[str, int]:
+    """Return the peak of a step with the state of everything, and with that of what is active."""
+    usual = ADAMW_BYTES * run["trainable_parameters"]  # of runs that trained all in every step
+    return {
+        "whole": run["peak_bytes"] + run.get("state_bytes", usual),
+        "whole_active": run["peak_bytes"] + run.get("active_state_bytes", usual),
+    }
+
+
+def _equal() -> list[Result]:
+    """Return the runs that end at the same compute, and those of LoRA, all in one sweep."""
+    runs = [*finished(FOLDER / "runs.jsonl"), *finished(FOLDER / "equal" / "runs.jsonl")]
+    wanted = ["lora", *dict.fromkeys(run["settings"]["method"] for run in runs if _longer(run))]
+    return [run for name in wanted for run in runs if run["settings"]["method"] == name]
+
+
+def _longer(run: Result) -> bool:
+    return "@longer=" in run["settings"]["method"]
+
+
 def _short_figures() -> list[Result]:
     """Return all runs except of methods that would hide the others, or are far from them."""
     left_out = {"full", "gradient", "vera", "dynavera"}
@@ -118,6 +153,8 @@ PARTS: dict[str, tuple[Callable[[], list[Result]], tuple[str, ...]]] = {
     "full": (_full, PAIRS),
     "short": (_short, ()),
     "few": (_few, FEW_PAIRS),
+    "blocks": (_blocks, BLOCK_PAIRS),
+    "equal": (_equal, ()),
 }
 
 
@@ -169,7 +206,7 @@ def few_pairs() -> str:
 def readme() -> str:
     """Return the table of the README: the mean over the tasks, and the peak memory."""
     sweep = stored("full")
-    lines = [[name, *_mean_and_less(sweep, name, ""), _peak(sweep, name)] for name in sweep.methods]
+    lines = [[name, *mean_and_less(sweep, name, ""), _peak(sweep, name)] for name in sweep.methods]
     return markdown(["method", "mean metric x 100", "minus LoRA", "peak"], lines)
 
 
@@ -180,14 +217,14 @@ def _peak(sweep: Sweep, name: str) -> str:
 def half() -> str:
     """Return a table that compares runs with half the steps and with all steps."""
     lines = [
-        [name, *_mean_and_less(stored("short"), name), *_mean_and_less(stored("full"), name)]
+        [name, *mean_and_less(stored("short"), name), *mean_and_less(stored("full"), name)]
         for name in METHODS
     ]
     header = ["method", "half the steps: mean", "minus lora", "all steps: mean", "minus lora"]
     return markdown(header, lines)
 
 
-def _mean_and_less(sweep: Sweep, name: str, none: str = "-") -> list[str]:
+def mean_and_less(sweep: Sweep, name: str, none: str = "-") -> list[str]:
     less = none if name == "lora" else interval(sweep.difference(name, "lora"))
     return [f"{100 * sweep.average(name, sweep.tasks):.1f}", less]
 
