@@ -248,6 +248,16 @@ def test_state_is_counted_in_full_and_of_what_is_active(settings):
     assert some["active_state_bytes"] < some["state_bytes"] <= 3 * 8 * BLOCK + 8 * HEAD + 4 * 50
 
 
+def test_the_top_share_of_the_blocks_can_be_active_in_every_step(settings):
+    chosen = replace(settings, method="blocks-0.30@memory=0.75,compute=0.9,always=1/3")
+    model, optimizer = _training.started(chosen, work(chosen))
+    top = model.get_submodule("bert.encoder.layer.2").parameters()
+    assert optimizer.groups == ["bert.encoder.layer.0", "bert.encoder.layer.1"]
+    optimizer.hold(optimizer.groups[:1])
+    active = {*map(id, optimizer.active_parameters())}
+    assert {*map(id, top)} < active
+
+
 def test_all_methods_start_from_one_head_and_see_one_order(settings):
     first = _training.Loop(*_training.started(settings, work(settings)), settings, work(settings))
     other = replace(settings, method="full")

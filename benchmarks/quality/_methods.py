@@ -4,9 +4,9 @@ A method is a name, such as ``forward``. It may have options after an @, such as
 ``forward@active=4,period=10`` or ``budget-0.40@activation_warmup=0``. The options are those of
 `DynamicAllocationOptimizer`; ``activation_warmup`` for ``Pause(warmup=...)``; those of `Budget`
 (memory, compute, base, floor); ``temperature`` of a softmax draw; ``top=1/3`` to adapt only the top
-share of the blocks; ``targets=all-linear`` to put adapters into all linear layers; and
-``longer=1.25`` to train for that many times the task's steps, so that methods can be compared at
-equal compute.
+share of the blocks; ``always=1/6`` to keep the top share of the blocks active in every step;
+``targets=all-linear`` to put adapters into all linear layers; and ``longer=1.25`` to train for that
+many times the task's steps, so that methods can be compared at equal compute.
 """
 
 from __future__ import annotations
@@ -225,6 +225,15 @@ def _in_top(model: nn.Module, top: float) -> Callable[[str], bool]:
     return lambda name: block(name) >= lowest
 
 
+def _top_blocks(model: nn.Module, share: float) -> list[str]:
+    """Return the names of the top share of the blocks."""
+    if not share:
+        return []
+    in_top = _in_top(model, share)
+    named = [name for name, _ in model.named_modules() if re.search(r"\.\d+$", name)]
+    return [name for name in named if in_top(f"{name}.")]
+
+
 def build(model: nn.Module, chosen: Method, *, lr: float, seed: int) -> Optimizer:
     """Return the optimizer of a method over an adapted model.
 
@@ -246,7 +255,7 @@ def build(model: nn.Module, chosen: Method, *, lr: float, seed: int) -> Optimize
         return optimizer
     options = {"seed": seed, **_allocation(chosen.allocation)}
     if options.pop("heads", False):
-        options["always_active"] = heads
+        options["always_active"] = [*heads, *_top_blocks(model, options.pop("always", 0.0))]
     if chosen.preset is not None:
         return chosen.preset(model, optimizer, always_active=heads, **options)
     return DynamicAllocationOptimizer(optimizer, model, **options)

@@ -172,11 +172,16 @@ class Loop:
         """Take all steps, with some evaluations."""
         every = max(1, self._steps // EVALUATIONS)
         quick = self._work.validation[:QUICK]
+        is_due = False
         for step, batch in enumerate(self.batches(), start=1):
-            if step % WEIGHED == 2:  # not the first, which creates the optimizer state
+            is_due |= step % WEIGHED == 2
+            if is_due:
+                before = state_bytes(self._inner.state.values())
                 with LiveBytes() as memory:
                     self.step(batch, memory)
-                self._peaks.append(memory.peak)
+                if state_bytes(self._inner.state.values()) == before:  # state is counted apart
+                    self._peaks.append(memory.peak)
+                    is_due = False
             else:
                 start = time.perf_counter()
                 self.step(batch)
