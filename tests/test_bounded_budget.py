@@ -277,15 +277,19 @@ def test_with_topk_each_set_keeps_to_compute_itself():
 
 
 def test_a_block_that_never_fits_beside_one_that_always_trains_is_refused():
-    """A budget alone draws only what fits, and would leave it out for ever."""
     costs, scores = alike(4, 60, pinned=(1,)), (1.0, 1.0, 2.0, 1.0)
     budget = Budget(0.6, base="stochastic")
-    assert budget.probabilities(context(costs, scores))[3] == 0
-    message = refused(budget, costs) or ""
-    assert re.search(r"cannot hold a step that trains block \d.* pass at least memory", message)
-    enough = Budget(memory=int(re.search(r"or (\d+) bytes", message)[1]), base="stochastic")
-    assert enough.probabilities(context(costs, scores))[3] == 0
+    with pytest.raises(
+        ValueError, match="cannot hold a step that trains blocks down to 3"
+    ) as error:
+        budget.probabilities(context(costs, scores))
+    assert re.search(r"cannot hold a step .* pass at least memory", refused(budget, costs) or "")
+    least = int(re.search(r"or (\d+) bytes", str(error.value))[1])
+    enough = Budget(memory=least, base="stochastic")
+    assert min(enough.probabilities(context(costs, scores))) > 0
     assert simulated(Bounded(enough, 6), costs, 60).longest <= 6
+    with pytest.raises(ValueError, match="cannot hold a step"):
+        Budget(memory=least - 1).probabilities(context(costs, scores))
 
 
 # What is drawn

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -9,11 +10,11 @@ from typing import Any
 import pytest
 import torch
 from budgets import adapted, check_runs, costs_of, measured, on_budget
-from tiny_models import ROOMY, TinyModel
+from tiny_models import ROOMY, TinyModel, build
 from torch import Tensor, nn
 
 from dynalora_adapters import LoRAConfig, inject
-from dynalora_optim import Budget, DynamicAllocationOptimizer
+from dynalora_optim import Blocks, Budget, DynamicAllocationOptimizer, LiveBytes
 
 WIDTH = 32
 # Bytes that the prediction may be too high by: scalars; a decoder's mask; LLaVA's image features.
@@ -193,3 +194,33 @@ def test_the_report_needs_no_budget_whatever_the_family(name):
     report = optimizer.memory_report(**tiny.batch)
     peak, _ = measured(tiny.loss)
     assert peak <= report.current.peak <= peak + OVER.get(name, SLACK)
+
+
+@pytest.mark.parametrize("always", [[0], [2], [3], [0, 3]], ids=str)
+def test_each_block_trains_beside_those_that_always_do(always):
+    """With the least budget that a refusal names, all others get their turn; with less, none."""
+
+    def wrapped(memory):
+        tiny = build("bert", sizes=ROOMY)
+        tiny.model.train()
+        names = [f"bert.encoder.layer.{block}" for block in always]
+        budget = Budget(memory=memory, base="random")
+        groups = {"groups": Blocks(outside="frozen"), "always_active": names}
+        return tiny, on_budget(tiny, budget, period=1, **groups)
+
+    tiny, optimizer = wrapped(0.1)
+    with pytest.raises(ValueError, match="cannot hold a step") as refusal:
+        tiny.loss()
+    limit = int(re.search(r"or (\d+) bytes", str(refusal.value))[1])
+    optimizer.close()
+    tiny, optimizer = wrapped(limit)
+    trained = set()
+    for _ in range(40):
+        with LiveBytes() as memory:
+            tiny.loss().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        assert memory.peak <= limit
+        assert optimizer.active_groups
+        trained |= set(optimizer.active_groups)
+    assert trained == set(optimizer.groups)

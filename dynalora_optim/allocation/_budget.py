@@ -29,9 +29,12 @@ from dynalora_optim.allocation._costs import Costs, Plan
 from dynalora_optim.allocation._cover import (
     covering_plans,
     draw_shares,
+    drawn_by,
     fewest_plans,
     holding,
     including,
+    least_to_draw,
+    plans_to_draw,
     shares,
 )
 from dynalora_optim.allocation._mean_compute import MeanCompute, Turns, up
@@ -199,19 +202,17 @@ class Budget:
             return [self._top(costs, values)], [1.0]
         plans = self._found(costs, values) if context.must else self._plans(costs, values)
         flops = shares(costs, plans)
-        weights = [values[min(plan.active)] / f for plan, f in zip(plans, flops, strict=True)]
+        worths = (drawn_by(costs, values, plan) for plan in plans)
+        weights = [worth / f for worth, f in zip(worths, flops, strict=True)]
         mean_compute = MeanCompute(self.compute, self.floor)
         return plans, mean_compute.probabilities(normalised(weights), flops, context)
 
     def _plans(self, costs: Costs, values: Sequence[float]) -> list[Plan]:
-        limit = self.limit(costs)
-        plans = []
-        for lowest in costs.lowest_blocks():
-            plan = best_plan(costs, values, limit, lowest)
-            if plan is None:
-                least = max(least_peak(costs, low) for low in costs.lowest_blocks())
-                raise ValueError(self._too_small(costs, least, f"blocks down to {lowest}"))
-            plans.append(plan)
+        plans = plans_to_draw(costs, values, self.limit(costs))
+        if isinstance(plans, int):
+            raise ValueError(
+                self._too_small(costs, least_to_draw(costs), f"blocks down to {plans}")
+            )
         return plans
 
     def _found(self, costs: Costs, values: Sequence[float]) -> list[Plan]:

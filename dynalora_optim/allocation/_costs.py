@@ -124,24 +124,36 @@ class Costs:
         everyone = range(len(self.group_blocks))
         return self.blocks_of(everyone) or frozenset({len(self.blocks) - 1})
 
+    @property
+    def choosable(self) -> frozenset[int]:
+        """The blocks that hold groups; those in which something can train if no block does."""
+        holding = frozenset(block for block in self.group_blocks if block is not None)
+        return holding or self.trainable
+
     def lowest_blocks(self) -> list[int]:
         """Return the possible lowest blocks: none is above a block that always trains.
 
+        A block that always trains is one only if there is something to choose from there up.
         If what comes before the blocks of a route trains, the gradient reaches the first of them in
         any case; this one then stands for the route, whether it trains or not.
         """
-        highest = min(self.pinned, default=len(self.blocks) - 1)
+        highest = min(self.reached, max(self.choosable), len(self.blocks) - 1)
         last = self.routes[-1] if self.routes else self  # no route goes on behind one with a prefix
         first = last.first if last.prefix else len(self.blocks)
         found = [block for block in sorted(self.trainable) if block < first and block <= highest]
         return found + [first] * (first <= highest)
 
+    @property
+    def reached(self) -> int:
+        """The block to which the gradient goes down in any case; their number if there is none."""
+        last = self.routes[-1] if self.routes else self
+        below = {last.first} if last.prefix else set()
+        return min(below | self.pinned, default=len(self.blocks))
+
     def alone(self) -> list[int]:
         """Return the blocks of which each can train without others, but those that always do."""
         lowest = self.lowest_blocks()
-        last = self.routes[-1] if self.routes else self
-        any_of_last = last.prefix is not None and last.first in lowest
-        return sorted(b for b in self.trainable if b in lowest or (any_of_last and b >= last.first))
+        return sorted(b for b in self.choosable if b in lowest or b >= self.reached)
 
     def role(self, block: int, lowest: int, *, active: bool) -> BlockUses:
         """Return the costs of ``block`` when the backward pass ends at ``lowest``."""

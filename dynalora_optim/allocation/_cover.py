@@ -7,7 +7,12 @@ from dataclasses import replace
 from functools import lru_cache
 
 from dynalora_optim.allocation._costs import Costs, Plan
-from dynalora_optim.allocation._search import best_plan, cheapest_plan
+from dynalora_optim.allocation._search import (
+    best_plan,
+    cheapest_plan,
+    least_peak,
+    least_peak_of_one,
+)
 
 
 def including(costs: Costs, blocks: frozenset[int]) -> Costs:
@@ -25,16 +30,54 @@ def shares(costs: Costs, plans: Sequence[Plan]) -> list[float]:
     return [costs.flops(plan) / costs.flops(costs.all_active) for plan in plans]
 
 
+def plans_to_draw(costs: Costs, values: Sequence[float], limit: int) -> list[Plan] | int:
+    """Return plans such that each block trains in one; or else a lowest block that does not fit.
+
+    There is one plan for each lowest block, the best. If the gradient goes down to a block in any
+    case, and not all blocks from there up fit together, there are several for this one.
+
+    Args:
+        costs: The measured costs.
+        values: For each block, a number >= 0: the value of training it.
+        limit: The bytes that no peak may exceed.
+    """
+    plans = []
+    for lowest in costs.lowest_blocks():
+        plan = best_plan(costs, values, limit, lowest)
+        above = {b for b in holding(costs) if b >= lowest} if lowest == costs.reached else set()
+        if plan is None:
+            return lowest
+        if above <= plan.active:
+            plans.append(plan)
+        else:
+            plans += covering_plans(costs, limit, least=lowest)
+            if lost := above.difference(*(plan.active for plan in plans)):
+                return min(lost)
+    return plans
+
+
+def least_to_draw(costs: Costs) -> int:
+    """Return the smallest limit with which `plans_to_draw` finds plans for all blocks."""
+    down_to = [least_peak(costs, lowest) for lowest in costs.lowest_blocks()]
+    return max(*down_to, *(least_peak_of_one(costs, block) for block in costs.alone()))
+
+
+def drawn_by(costs: Costs, values: Sequence[float], plan: Plan) -> float:
+    """Return the value by which a plan is drawn: of its lowest block, if that is a choice."""
+    free = plan.active - costs.pinned or plan.active
+    if min(free) < costs.reached:
+        return values[min(free)]
+    return sum(values[block] for block in free) / len(free)
+
+
 @lru_cache(maxsize=16)
 def draw_shares(costs: Costs, limit: int) -> tuple[float, ...]:
     """Return the `shares` of the plans that are drawn if all blocks are equally important.
 
     They are empty if the backward pass cannot go down to every block that may be the lowest.
     """
-    equal = [1.0] * len(costs.blocks)
-    plans = [best_plan(costs, equal, limit, lowest) for lowest in costs.lowest_blocks()]
-    found = [plan for plan in plans if plan]
-    return tuple(shares(costs, found)) if len(found) == len(plans) else ()
+    plans = plans_to_draw(costs, [1.0] * len(costs.blocks), limit)
+    return () if isinstance(plans, int) else tuple(shares(costs, plans))
 
 
 def fewest_plans(costs: Costs, limit: int) -> list[Plan]:
@@ -50,7 +93,9 @@ def fewest_plans(costs: Costs, limit: int) -> list[Plan]:
 
 
 @lru_cache(maxsize=16)
-def covering_plans(costs: Costs, limit: int, flops: float | None = None) -> tuple[Plan, ...]:
+def covering_plans(
+    costs: Costs, limit: int, flops: float | None = None, *, least: int = 0
+) -> tuple[Plan, ...]:
     """Return plans that together train each block with groups that can train, the cheapest first.
 
     Each plan trains the lowest block that is still left, and as many others that are left as fit.
@@ -61,8 +106,9 @@ def covering_plans(costs: Costs, limit: int, flops: float | None = None) -> tupl
         costs: The measured costs.
         limit: The bytes that no peak may exceed.
         flops: The FLOPs that no backward pass may exceed; None for no limit.
+        least: The first of the blocks that the plans are to train.
     """
-    left = holding(costs)
+    left = frozenset(block for block in holding(costs) if block >= least)
     plans: list[Plan] = []
     while left:
         plan = _widest(costs, left, limit, flops)

@@ -101,7 +101,8 @@ def least_peak(costs: Costs, lowest: int, active: Collection[int] | None = None)
 
 def least_peak_of_one(costs: Costs, block: int) -> int:
     """Return the smallest peak if only this block trains, and those that always do."""
-    return least_peak(costs, block, costs.pinned | {block})
+    active = costs.pinned | {block}
+    return least_peak(costs, min(active), active)
 
 
 def _down_to(costs: Costs, lowest: int) -> int:
