@@ -7,7 +7,7 @@ from dataclasses import replace
 from functools import lru_cache
 
 from dynalora_optim.allocation._costs import Costs, Plan
-from dynalora_optim.allocation._search import best_plan, cheapest_plan
+from dynalora_optim.allocation._search import best_plan, cheapest_plan, least_peak
 
 
 def including(costs: Costs, blocks: frozenset[int]) -> Costs:
@@ -69,6 +69,28 @@ def covering_plans(costs: Costs, limit: int, flops: float | None = None) -> tupl
         plans += [plan] if plan else []
         left -= plan.active if plan else {min(left)}
     return tuple(sorted(plans, key=costs.flops))
+
+
+def least_peak_of_any(costs: Costs) -> int:
+    """Return the smallest peak of any plan."""
+    return min(least_peak(costs, lowest) for lowest in costs.lowest_blocks())
+
+
+def most_needed(costs: Costs, *, every_lowest: bool) -> tuple[str, int]:
+    """Return which training takes the most memory if all blocks take turns, and its least peak.
+
+    Args:
+        costs: The measured costs.
+        every_lowest: Whether the backward pass must also be able to end at every block.
+    """
+    needs = {
+        f"block {block}": least_peak_of_any(including(costs, frozenset({block})))
+        for block in holding(costs)
+    }
+    if every_lowest:
+        for lowest in costs.lowest_blocks():
+            needs[f"blocks down to {lowest}"] = least_peak(costs, lowest)
+    return max(needs.items(), key=lambda need: need[1])
 
 
 def _widest(costs: Costs, left: frozenset[int], limit: int, flops: float | None) -> Plan | None:

@@ -75,9 +75,8 @@ def chunk_loss(
         raise ValueError(
             f"{type(causal).__name__} has its loss in chunks already; close() the first handle."
         )
-    return ChunkedLossHandle(
-        causal, ChunkedCrossEntropy(chunk, label_smoothing, liger_kernel(liger))
-    )
+    kernel = liger_kernel(wanted=liger)
+    return ChunkedLossHandle(causal, ChunkedCrossEntropy(chunk, label_smoothing, kernel))
 
 
 class ChunkedLossHandle:
