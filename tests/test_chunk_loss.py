@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import logging
 import pickle
 import re
@@ -154,6 +155,43 @@ def test_logits_are_computed_when_asked_for_and_carry_gradients():
     )
     (theirs,) = torch.autograd.grad(expected.log_softmax(-1).square().sum(), model.lm_head.weight)
     torch.testing.assert_close(found, theirs)
+
+
+def test_logits_of_weights_that_have_changed_are_refused():
+    model, inputs = build(), batch()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with chunk_loss(model):
+        early, late = model(**inputs), model(**inputs)
+        expected = early.logits.tensor().detach().clone()
+        late.loss.backward()
+        optimizer.step()
+        for use in (torch.argmax, torch.softmax):
+            with pytest.raises(RuntimeError, match=r"have changed.*; ask for output"):
+                use(late.logits[:, :-1], -1)
+        assert torch.equal(early.logits.tensor(), expected)
+        model.lm_head.requires_grad_(False)
+        frozen = model(**inputs)
+        frozen.loss.backward()
+        optimizer.zero_grad(set_to_none=False)
+        optimizer = torch.optim.SGD(model.model.parameters(), lr=0.1)
+        optimizer.step()
+        assert frozen.logits.argmax(-1).shape == inputs["labels"].shape
+
+
+def test_a_handle_around_another_one_and_closing_in_either_order():
+    model, inputs = build(), batch()
+    theirs = step(model, inputs)
+    for order in (0, 1), (1, 0):
+        inner = chunk_loss(model)
+        model.forward = functools.partial(inner)  # as accelerate wraps it
+        outer = chunk_loss(model, chunk=CHUNK)
+        assert_same(step(model, inputs), theirs, 1e-6)
+        assert isinstance(model(**inputs).logits, LazyLogits)
+        for place in order:
+            (inner, outer)[place].close()
+        assert_same(step(model, inputs), theirs, 0)
+        assert type(model(**inputs).logits) is Tensor
+        del model.forward
 
 
 def test_closing_leaves_no_trace():

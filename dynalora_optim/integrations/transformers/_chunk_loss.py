@@ -132,6 +132,8 @@ class ChunkedLossHandle:
             return inner(*args, **kwargs)
         forward = self._forward
         head = model.get_output_embeddings()
+        if isinstance(getattr(vars(head).get("forward"), "__self__", None), _Pass):
+            return forward(*args, **kwargs)  # a newer handle around this one does it
         given = has_labels(forward, args, kwargs)
         reason = obstacle(head) if given else "a forward got no labels"
         if reason:
