@@ -152,9 +152,10 @@ def _fronts(results: Mapping[str, Result], flops: str) -> Iterator[Bar]:
     if not {*front, f"{ALL_ACTIVE}{end}"} <= results.keys():
         return
     names = [name for name in results if name.startswith("ours") and name.endswith(end)]
+    rows = [[results[name] for name in part] for part in (names, front)]
+    yield Bar("front: our smallest peak", *(min(row.peak for row in part) for part in rows))
     for cost in (flops, "time"):
-        ours = [point(results[name], cost) for name in names]
-        peers = [point(results[name], cost) for name in front]
+        ours, peers = ([point(row, cost) for row in part] for part in rows)
         what = {"backward": "mean backward FLOPs", "flops": "mean FLOPs"}.get(cost, "median time")
         yield Bar(f"front, {what}: worst ratio at equal memory", worst_ratio(ours, peers), 1.0)
         yield Bar(f"front, {what}: our worst point", worst_point(ours, peers), 1.0)

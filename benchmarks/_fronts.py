@@ -36,12 +36,13 @@ def between(points: Sequence[Point], memory: float) -> float:
 def worst_ratio(ours: Sequence[Point], peers: Sequence[Point], steps: int = 1000) -> float:
     """Return the largest ratio of our cost to the peers' cost, over the memory of their front.
 
-    Between two points the peers' cost is interpolated, as if two settings were mixed. Our cost is
-    that of our cheapest row with at most this peak, without interpolation. Peaks are rounded to
-    three decimals, as they are printed, because the scores of the modules take a few hundred bytes.
+    If our smallest peak is larger than theirs, it is over the memory from there on. Between two
+    points the peers' cost is interpolated, as if two settings were mixed. Our cost is that of our
+    cheapest row with at most this peak, without interpolation. Peaks are rounded to three decimals,
+    as they are printed, because the scores of the modules take a few hundred bytes.
     """
     front = pareto(peers)
-    low, high = front[0][0], front[-1][0]
+    low, high = max(front[0][0], pareto(ours)[0][0]), front[-1][0]
     worst = 0.0
     for step in range(steps + 1):
         memory = low + (high - low) * step / steps

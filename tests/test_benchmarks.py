@@ -72,9 +72,8 @@ def test_a_front_is_compared_at_equal_memory():
     assert _fronts.between(peers, 0.1) == math.inf
     assert _fronts.between(peers, 2.0) == 1.0
     assert _fronts.worst_ratio([(0.2, 0.5)], peers) == pytest.approx(0.5)
-    assert _fronts.worst_ratio([(0.3, 0.5)], peers) == math.inf  # nothing of ours at 0.2
+    assert _fronts.worst_ratio([(0.4, 0.9)], peers) == pytest.approx(0.9)  # nothing of ours below
     assert _fronts.worst_ratio([(0.2004, 0.5)], peers) == pytest.approx(0.5)  # as printed
-    assert _fronts.worst_ratio([(0.2006, 0.5)], peers) == math.inf
     assert _fronts.worst_point([(0.1, 9.0), (1.0, 1.5)], peers) == pytest.approx(1.5)
 
 

@@ -280,7 +280,7 @@ def test_a_block_that_never_fits_beside_one_that_always_trains_is_refused():
     costs, scores = alike(4, 60, pinned=(1,)), (1.0, 1.0, 2.0, 1.0)
     budget = Budget(0.6, base="stochastic")
     with pytest.raises(
-        ValueError, match="cannot hold a step that trains blocks down to 3"
+        ValueError, match="cannot hold a step that trains block 3"
     ) as error:
         budget.probabilities(context(costs, scores))
     assert re.search(r"cannot hold a step .* pass at least memory", refused(budget, costs) or "")

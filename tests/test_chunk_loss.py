@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import functools
 import logging
 import pickle
 import re
+import sys
 from typing import Any
 
 import pytest
@@ -153,6 +155,43 @@ def test_logits_are_computed_when_asked_for_and_carry_gradients():
     )
     (theirs,) = torch.autograd.grad(expected.log_softmax(-1).square().sum(), model.lm_head.weight)
     torch.testing.assert_close(found, theirs)
+
+
+def test_logits_of_weights_that_have_changed_are_refused():
+    model, inputs = build(), batch()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with chunk_loss(model):
+        early, late = model(**inputs), model(**inputs)
+        expected = early.logits.tensor().detach().clone()
+        late.loss.backward()
+        optimizer.step()
+        for use in (torch.argmax, torch.softmax):
+            with pytest.raises(RuntimeError, match=r"have changed.*; ask for output"):
+                use(late.logits[:, :-1], -1)
+        assert torch.equal(early.logits.tensor(), expected)
+        model.lm_head.requires_grad_(False)
+        frozen = model(**inputs)
+        frozen.loss.backward()
+        optimizer.zero_grad(set_to_none=False)
+        optimizer = torch.optim.SGD(model.model.parameters(), lr=0.1)
+        optimizer.step()
+        assert frozen.logits.argmax(-1).shape == inputs["labels"].shape
+
+
+def test_a_handle_around_another_one_and_closing_in_either_order():
+    model, inputs = build(), batch()
+    theirs = step(model, inputs)
+    for order in (0, 1), (1, 0):
+        inner = chunk_loss(model)
+        model.forward = functools.partial(inner)  # as accelerate wraps it
+        outer = chunk_loss(model, chunk=CHUNK)
+        assert_same(step(model, inputs), theirs, 1e-6)
+        assert isinstance(model(**inputs).logits, LazyLogits)
+        for place in order:
+            (inner, outer)[place].close()
+        assert_same(step(model, inputs), theirs, 0)
+        assert type(model(**inputs).logits) is Tensor
+        del model.forward
 
 
 def test_closing_leaves_no_trace():
@@ -360,19 +399,68 @@ def test_a_second_handle_is_refused():
     chunk_loss(model).close()
 
 
-def test_liger_is_asked_for_by_name():
-    try:
-        import liger_kernel  # noqa: F401
-    except ImportError:
-        with pytest.raises(ImportError, match="install liger-kernel"):
-            chunk_loss(build(), liger=True)
-        return
-    if torch.cuda.is_available():
-        model = build().cuda()
-        inputs = {name: value.cuda() for name, value in batch().items()}
-        theirs = step(model, inputs)
-        with chunk_loss(model, liger=True):
-            assert_same(step(model, inputs), theirs, 1e-3)
+@pytest.fixture
+def liger(monkeypatch, tmp_path):
+    """The package with the layout of the real one, which imports triton before anything else."""
+
+    def installed(source: str) -> None:
+        for name in [name for name in sys.modules if name.partition(".")[0] == "liger_kernel"]:
+            monkeypatch.delitem(sys.modules, name)
+        folder = tmp_path / "liger_kernel" / "transformers"
+        folder.mkdir(parents=True)
+        for place in (folder, folder.parent):
+            (place / "__init__.py").touch()
+        (folder / "functional.py").write_text(source, "utf-8")
+        monkeypatch.syspath_prepend(tmp_path)
+
+    yield installed
+    for name in [name for name in sys.modules if name.partition(".")[0] == "liger_kernel"]:
+        del sys.modules[name]
+
+
+KERNEL = "liger_fused_linear_cross_entropy = None"
+
+
+def test_liger_without_its_packages_is_refused_by_name(liger, monkeypatch):
+    model = build()
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "liger_kernel", None)
+        with pytest.raises(ImportError, match=r"package liger_kernel.*; install liger-kernel"):
+            chunk_loss(model, liger=True)
+    liger(f"import triton.language\n{KERNEL}")
+    monkeypatch.setitem(sys.modules, "triton", None)
+    with pytest.raises(ImportError, match=r"package triton.*; install triton, or"):
+        chunk_loss(model, liger=True)
+    assert "forward" not in vars(model)
+
+
+def test_liger_where_it_cannot_run_is_refused(liger, monkeypatch):
+    model, inputs = build(), batch()
+    liger("def liger_fused_linear_cross_entropy(*args, **options): raise AssertionError")
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.accelerator, "is_available", lambda: False)
+        with pytest.raises(ValueError, match=r"liger=True.* finds none; leave liger out"):
+            chunk_loss(model, liger=True)
+    assert "forward" not in vars(model)
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    with chunk_loss(model, liger=True) as handle:  # it may be moved to the GPU before it trains
+        with pytest.raises(ValueError, match=r"head of the model is on the CPU; move the model"):
+            model(**inputs)
+        assert "forward" not in vars(model.get_output_embeddings())
+        assert model.eval()(**inputs).loss.isfinite()
+        handle.close()
+    assert model.train()(**inputs).loss.isfinite()
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_ligers_kernel_gives_the_same():
+    pytest.importorskip("liger_kernel")
+    model = build().cuda()
+    inputs = {name: value.cuda() for name, value in batch().items()}
+    theirs = step(model, inputs)
+    with chunk_loss(model, liger=True):
+        assert_same(step(model, inputs), theirs, 1e-3)
 
 
 # --- Memory

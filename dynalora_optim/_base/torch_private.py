@@ -290,3 +290,8 @@ def has_scheduler(optimizer: torch.optim.Optimizer) -> bool:
     If torch changes how it marks this: False; such an optimizer is then not refused.
     """
     return hasattr(optimizer.step, "_wrapped_by_lr_sched")
+
+
+def version_of(tensor: Tensor) -> int:
+    """Return how often the tensor was changed in place; 0 if it is one that does not count."""
+    return 0 if tensor.is_inference() else tensor._version

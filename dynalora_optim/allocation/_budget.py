@@ -33,7 +33,8 @@ from dynalora_optim.allocation._cover import (
     fewest_plans,
     holding,
     including,
-    least_to_draw,
+    least_peak_of_any,
+    most_needed,
     plans_to_draw,
     shares,
 )
@@ -182,12 +183,14 @@ class Budget:
         """
         limit = self.limit(costs)
         draws = draw_shares(costs, limit)
-        if not draws and not self._is_fixed:
-            self._plans(costs, [0.0] * len(costs.blocks))  # says what does not fit
         plans = covering_plans(costs, limit, self._most_flops(costs))
-        for block in holding(costs).difference(*(plan.active for plan in plans)):
-            having = including(costs, frozenset({block}))
-            raise ValueError(self._none_fits(having, f"block {block}"))
+        missing = holding(costs).difference(*(plan.active for plan in plans))
+        if missing or not (draws or self._is_fixed):
+            what, least = most_needed(costs, every_lowest=not self._is_fixed)
+            if least > limit:
+                raise ValueError(self._too_small(costs, least, what))
+            block = frozenset({min(missing, default=0)})
+            raise ValueError(self._none_fits(including(costs, block), f"block {min(block)}"))
         turns = Turns(len(plans))
         if not self._is_fixed:
             turns = MeanCompute(self.compute, self.floor).turns(shares(costs, plans), draws)
@@ -209,10 +212,9 @@ class Budget:
 
     def _plans(self, costs: Costs, values: Sequence[float]) -> list[Plan]:
         plans = plans_to_draw(costs, values, self.limit(costs))
-        if isinstance(plans, int):
-            raise ValueError(
-                self._too_small(costs, least_to_draw(costs), f"blocks down to {plans}")
-            )
+        if not plans:
+            what, least = most_needed(costs, every_lowest=True)
+            raise ValueError(self._too_small(costs, least, what))
         return plans
 
     def _found(self, costs: Costs, values: Sequence[float]) -> list[Plan]:
@@ -260,8 +262,7 @@ class Budget:
         return _share_of(costs.flops(costs.all_active), self.compute)
 
     def _none_fits(self, costs: Costs, what: str) -> str:
-        lowest = costs.lowest_blocks()
-        least = min(least_peak(costs, low) for low in lowest)
+        least = least_peak_of_any(costs)
         if least > self.limit(costs):
             return self._too_small(costs, least, what)
         share = min(shares(costs, fewest_plans(costs, self.limit(costs))))

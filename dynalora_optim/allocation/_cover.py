@@ -7,12 +7,7 @@ from dataclasses import replace
 from functools import lru_cache
 
 from dynalora_optim.allocation._costs import Costs, Plan
-from dynalora_optim.allocation._search import (
-    best_plan,
-    cheapest_plan,
-    least_peak,
-    least_peak_of_one,
-)
+from dynalora_optim.allocation._search import best_plan, cheapest_plan, least_peak
 
 
 def including(costs: Costs, blocks: frozenset[int]) -> Costs:
@@ -30,8 +25,8 @@ def shares(costs: Costs, plans: Sequence[Plan]) -> list[float]:
     return [costs.flops(plan) / costs.flops(costs.all_active) for plan in plans]
 
 
-def plans_to_draw(costs: Costs, values: Sequence[float], limit: int) -> list[Plan] | int:
-    """Return plans such that each block trains in one; or else a lowest block that does not fit.
+def plans_to_draw(costs: Costs, values: Sequence[float], limit: int) -> list[Plan]:
+    """Return plans such that each block trains in one; none if a block, or a lowest, does not fit.
 
     There is one plan for each lowest block, the best. If the gradient goes down to a block in any
     case, and not all blocks from there up fit together, there are several for this one.
@@ -46,20 +41,14 @@ def plans_to_draw(costs: Costs, values: Sequence[float], limit: int) -> list[Pla
         plan = best_plan(costs, values, limit, lowest)
         above = {b for b in holding(costs) if b >= lowest} if lowest == costs.reached else set()
         if plan is None:
-            return lowest
+            return []
         if above <= plan.active:
             plans.append(plan)
         else:
             plans += covering_plans(costs, limit, least=lowest)
-            if lost := above.difference(*(plan.active for plan in plans)):
-                return min(lost)
+            if above.difference(*(plan.active for plan in plans)):
+                return []
     return plans
-
-
-def least_to_draw(costs: Costs) -> int:
-    """Return the smallest limit with which `plans_to_draw` finds plans for all blocks."""
-    down_to = [least_peak(costs, lowest) for lowest in costs.lowest_blocks()]
-    return max(*down_to, *(least_peak_of_one(costs, block) for block in costs.alone()))
 
 
 def drawn_by(costs: Costs, values: Sequence[float], plan: Plan) -> float:
@@ -77,7 +66,7 @@ def draw_shares(costs: Costs, limit: int) -> tuple[float, ...]:
     They are empty if the backward pass cannot go down to every block that may be the lowest.
     """
     plans = plans_to_draw(costs, [1.0] * len(costs.blocks), limit)
-    return () if isinstance(plans, int) else tuple(shares(costs, plans))
+    return tuple(shares(costs, plans))
 
 
 def fewest_plans(costs: Costs, limit: int) -> list[Plan]:
@@ -115,6 +104,28 @@ def covering_plans(
         plans += [plan] if plan else []
         left -= plan.active if plan else {min(left)}
     return tuple(sorted(plans, key=costs.flops))
+
+
+def least_peak_of_any(costs: Costs) -> int:
+    """Return the smallest peak of any plan."""
+    return min(least_peak(costs, lowest) for lowest in costs.lowest_blocks())
+
+
+def most_needed(costs: Costs, *, every_lowest: bool) -> tuple[str, int]:
+    """Return which training takes the most memory if all blocks take turns, and its least peak.
+
+    Args:
+        costs: The measured costs.
+        every_lowest: Whether the backward pass must also be able to end at every block.
+    """
+    needs = {
+        f"block {block}": least_peak_of_any(including(costs, frozenset({block})))
+        for block in holding(costs)
+    }
+    if every_lowest:
+        for lowest in costs.lowest_blocks():
+            needs[f"blocks down to {lowest}"] = least_peak(costs, lowest)
+    return max(needs.items(), key=lambda need: need[1])
 
 
 def _widest(costs: Costs, left: frozenset[int], limit: int, flops: float | None) -> Plan | None:

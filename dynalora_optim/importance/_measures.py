@@ -209,12 +209,14 @@ def _norm(tensor: Tensor, p: int, dim: int | None = None) -> Tensor:
 
 
 def _kept(norms: Tensor, mask: Tensor | None) -> Tensor:
-    """Set the norms of the tokens that a (batch, tokens) mask leaves out to zero.
+    """Set the norms of the tokens that a (batch, tokens) mask leaves out to zero, in place.
 
     The mask is not used if the output has other rows (such as a pooled output). Zeros keep the
     shape, so that the host does not have to wait for the mask.
     """
     if mask is None or norms.shape[: mask.ndim] != mask.shape:
         return norms
-    kept = mask.to(norms.device) != 0
-    return torch.where(kept.reshape(mask.shape + (1,) * (norms.ndim - mask.ndim)), norms, 0.0)
+    left_out = mask.to(norms.device) == 0
+    if norms.ndim > mask.ndim:
+        left_out = left_out.reshape(mask.shape + (1,) * (norms.ndim - mask.ndim))
+    return norms.masked_fill_(left_out, 0.0)

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
+from dynalora_optim._base.torch_private import version_of
+
 
 class PlainHead:
     """The head is a weight and a bias: each gradient is one product, added up in place."""
@@ -216,6 +218,20 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
     if x.dtype == torch.float64 or not torch.amp.is_autocast_available(device):
         return None
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+
+
+def versions(head: nn.Module) -> list[tuple[int, int]]:
+    """Return a value that is another one after a parameter of ``head`` was changed or replaced."""
+    return [(id(p), version_of(p)) for p in head.parameters() if not p.is_meta]
+
+
+def check_unchanged(head: nn.Module, before: list[tuple[int, int]]) -> None:
+    """Raise if ``head`` has other weights than when `versions` returned ``before``."""
+    if versions(head) != before:
+        raise RuntimeError(
+            "these logits were not computed so far, and the weights of the head have changed since "
+            "the forward; ask for output.logits before optimizer.step()."
+        )
 
 
 def _add(total: Tensor | None, new: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
-from dynalora_optim.loss._chunks import autocast_dtype
+from dynalora_optim.loss._chunks import autocast_dtype, check_unchanged, versions
 from dynalora_optim.loss._linear_cross_entropy import linear_cross_entropy
 
 Step = Callable[[Tensor], Tensor]
@@ -55,6 +55,7 @@ class LazyLogits:
         self._is_part = False
         self._records = torch.is_grad_enabled()
         self._autocast = autocast_dtype(hidden)
+        self._versions = versions(head)
         self._tensor: Tensor | None = None
 
     @property
@@ -185,6 +186,7 @@ class LazyLogits:
         return torch.autocast(self.hidden.device.type, self._autocast)
 
     def _computed(self, hidden: Tensor) -> Tensor:
+        check_unchanged(self._head, self._versions)
         logits = self._stepped(self._head(hidden))
         return logits.float() if self._is_wide else logits
 
@@ -209,7 +211,7 @@ class LazyLogits:
         )
         new._steps, new._is_wide, new._is_part = self._steps, self._is_wide, True
         new._records = self._records and new._records
-        new._autocast = self._autocast
+        new._autocast, new._versions = self._autocast, self._versions
         return new
 
     def _changeable(self, name: str) -> Tensor:

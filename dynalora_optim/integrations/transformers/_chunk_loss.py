@@ -19,6 +19,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from dynalora_optim._base.checks import whole_number
+from dynalora_optim.integrations.transformers._cross_entropy import (
+    ChunkedCrossEntropy,
+    liger_kernel,
+)
 from dynalora_optim.integrations.transformers._heads import (
     WithoutHooks,
     causal_model,
@@ -26,7 +30,7 @@ from dynalora_optim.integrations.transformers._heads import (
     has_labels,
     obstacle,
 )
-from dynalora_optim.loss import LazyLogits, linear_cross_entropy
+from dynalora_optim.loss import LazyLogits
 from dynalora_optim.loss._linear_cross_entropy import is_plain
 
 logger = logging.getLogger(__name__)
@@ -55,8 +59,9 @@ def chunk_loss(
 
     Raises:
         TypeError: There is no causal language model in ``model``, or more than one head.
-        ValueError: An option has a value that is not allowed, or the model has this already.
-        ImportError: ``liger`` without the package.
+        ValueError: An option has a value that is not allowed, the model has this already, or
+            ``liger`` without a GPU. The first forward raises it if the model is not on the GPU.
+        ImportError: ``liger`` without the packages liger_kernel and triton.
 
     Example:
         >>> with chunk_loss(model):  # doctest: +SKIP
@@ -70,7 +75,8 @@ def chunk_loss(
         raise ValueError(
             f"{type(causal).__name__} has its loss in chunks already; close() the first handle."
         )
-    return ChunkedLossHandle(causal, _Loss(chunk, label_smoothing, _kernel(liger)))
+    kernel = liger_kernel(wanted=liger)
+    return ChunkedLossHandle(causal, ChunkedCrossEntropy(chunk, label_smoothing, kernel))
 
 
 class ChunkedLossHandle:
@@ -80,7 +86,7 @@ class ChunkedLossHandle:
     of peft call ``forward`` directly.) A copy of the model has a copy of it.
     """
 
-    def __init__(self, model: PreTrainedModel, cross_entropy: _Loss) -> None:
+    def __init__(self, model: PreTrainedModel, cross_entropy: ChunkedCrossEntropy) -> None:
         self._model = model
         self._inner = vars(model).get("forward")  # of Accelerate or TRL; else the class has it
         self._cross_entropy = cross_entropy
@@ -126,11 +132,14 @@ class ChunkedLossHandle:
             return inner(*args, **kwargs)
         forward = self._forward
         head = model.get_output_embeddings()
+        if isinstance(getattr(vars(head).get("forward"), "__self__", None), _Pass):
+            return forward(*args, **kwargs)  # a newer handle around this one does it
         given = has_labels(forward, args, kwargs)
         reason = obstacle(head) if given else "a forward got no labels"
         if reason:
             self._say(reason)
             return forward(*args, **kwargs)
+        self._cross_entropy.check(head)
         running = _Pass(head, self._cross_entropy, self._say)
         try:
             output = forward(*args, **kwargs)
@@ -149,7 +158,7 @@ class ChunkedLossHandle:
 class _Pass:
     """One forward of the model, in which its head returns `LazyLogits`."""
 
-    def __init__(self, head: nn.Module, cross_entropy: _Loss, say: Any) -> None:
+    def __init__(self, head: nn.Module, cross_entropy: ChunkedCrossEntropy, say: Any) -> None:
         self._head = head
         self._cross_entropy = cross_entropy
         self._say = say
@@ -190,61 +199,3 @@ class _Pass:
             del self._head.forward
         else:
             self._head.forward = self._before
-
-
-class _Loss:
-    """The cross entropy of a `LazyLogits`."""
-
-    def __init__(self, chunk: int, label_smoothing: float, kernel: Any) -> None:
-        self._chunk = chunk
-        self._label_smoothing = label_smoothing
-        self._kernel = kernel
-
-    def __call__(
-        self, hidden: Tensor, head: nn.Module, labels: Tensor, *, transform: Any, **options: Any
-    ) -> Tensor:
-        """Return the loss; a call with its own ``label_smoothing`` keeps it."""
-        options["label_smoothing"] = options.get("label_smoothing") or self._label_smoothing
-        # Liger forms no gradient of the head if the hidden states need none.
-        if self._kernel is not None and is_plain(head) and not transform and hidden.requires_grad:
-            return self._by_kernel(hidden, head, labels, **options)
-        return linear_cross_entropy(
-            hidden, head, labels, transform=transform, chunk=self._chunk, **options
-        )
-
-    def _by_kernel(
-        self,
-        hidden: Tensor,
-        head: nn.Module,
-        labels: Tensor,
-        *,
-        label_smoothing: float,
-        ignore_index: int = -100,
-        reduction: str = "mean",
-    ) -> Tensor:
-        loss: Tensor = self._kernel(
-            hidden,
-            head.weight,
-            labels,
-            bias=head.bias,
-            ignore_index=ignore_index,
-            label_smoothing=label_smoothing,
-            reduction="sum" if reduction == "mean" else reduction,
-            accum_dtype=torch.float32,
-        )
-        if reduction != "mean":
-            return loss
-        return loss / (labels != ignore_index).sum().clamp(min=1)
-
-
-def _kernel(liger: bool) -> Any:
-    if not liger:
-        return None
-    try:
-        from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
-    except ImportError as error:
-        raise ImportError(
-            "chunk_loss(liger=True) needs the package liger_kernel; install liger-kernel, or leave "
-            "liger out: the loss is then computed in chunks without it."
-        ) from error
-    return liger_fused_linear_cross_entropy
