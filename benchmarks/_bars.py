@@ -153,7 +153,8 @@ def _fronts(results: Mapping[str, Result], flops: str) -> Iterator[Bar]:
         return
     names = [name for name in results if name.startswith("ours") and name.endswith(end)]
     rows = [[results[name] for name in part] for part in (names, front)]
-    yield Bar("front: our smallest peak", *(min(row.peak for row in part) for part in rows))
+    least, limit = (min(row.peak for row in part) for part in rows)
+    yield Bar("front: our smallest peak", least, limit)
     for cost in (flops, "time"):
         ours, peers = ([point(row, cost) for row in part] for part in rows)
         what = {"backward": "mean backward FLOPs", "flops": "mean FLOPs"}.get(cost, "median time")
