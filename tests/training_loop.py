@@ -304,14 +304,14 @@ class Loop:
             loss.backward(retain_graph=True)
         loss.backward()
 
-    def clipped(self) -> None:
-        """Clip as the script does now."""
+    def clipped(self, groups: list[dict[str, Any]] | None = None) -> None:
+        """Clip as the script does now, by these groups or by those of the optimizer."""
         if self.clip == "norm":
             nn.utils.clip_grad_norm_(self.model.parameters(), 0.05)
         elif self.clip == "value":
             nn.utils.clip_grad_value_(self.model.parameters(), 0.01)
         elif self.clip == "norm by group":
-            for group in self.optimizer.param_groups:
+            for group in self.optimizer.param_groups if groups is None else groups:
                 nn.utils.clip_grad_norm_(group["params"], 0.05)
 
     def step(self) -> None:
@@ -321,11 +321,12 @@ class Loop:
 
     def step_by_closure(self, numbers: Collection[int], fails: bool = False) -> None:
         """Update by a closure, which may raise after its backward passes."""
+        groups = self.optimizer.param_groups  # of the user: a plain run splits them for the update
 
         def closure() -> float:
             for number in numbers:
                 self.backward(number)
-            self.clipped()
+            self.clipped(groups)
             if fails:
                 raise Boom("closure")
             self.drop(self.waits)
