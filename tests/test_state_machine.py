@@ -403,7 +403,7 @@ class TrainingScript(RuleBasedStateMachine):
     @precondition(lambda self: not self.over)
     @rule()
     def round_trip(self):
-        self.do("round_trip", quiet="")
+        self.do("round_trip", quiet="" if self.leader.loading_leaves_no_trace() else None)
 
     @precondition(lambda self: not self.over)
     @rule(how=st.sampled_from(["deepcopy", "pickle", "average"]))
@@ -450,6 +450,8 @@ class TrainingScript(RuleBasedStateMachine):
     def save_and_go_on(self, used):
         former, self.follower = self.leader, self.leader
         former.zero_grad(True)
+        if not former.loading_leaves_no_trace():
+            former.round_trip()
         self.leader = Loop.resumed(former.shape(), former.saved(), used=used)
         self.plain = Loop.resumed(self.plain.shape(), self.plain.saved(), used=used)
 

@@ -52,6 +52,9 @@ RULES: dict[str, Rule] = {
     "rprop": lambda p: torch.optim.Rprop(p, lr=RATE / 5),
 }
 KEEPS_STATE = ("adagrad", "asgd")  # their state cannot be dropped
+# Their state has single numbers in float32, which torch's own load_state_dict casts to the precision
+# of the weights: so a plain run that is saved and loaded goes on with rounded numbers, too.
+CAST_BY_LOADING = ("nadam", "asgd")
 CLIPS = ("none", "norm", "value", "norm by group")
 
 
@@ -400,6 +403,11 @@ class Loop:
         """Change the precision of the model, and of the state as ``load_state_dict`` does."""
         self.model.to(dtype)
         self.round_trip()
+
+    def loading_leaves_no_trace(self) -> bool:
+        """Return whether the plain optimizer goes on from a file as if there had been none."""
+        is_float32 = next(self.model.parameters()).dtype == torch.float32
+        return is_float32 or self.chosen["rule"] not in CAST_BY_LOADING
 
     def round_trip(self) -> None:
         """What ``accelerator.prepare`` does."""
