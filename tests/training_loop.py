@@ -597,7 +597,7 @@ class LocalRates:
         if not self.loop.plain or self.loop.closed or not is_own:
             yield
             return
-        groups = optimizer.param_groups
+        groups, before = optimizer.param_groups, copy.deepcopy(self.history)
         self._record(groups)
         owners = {id(p): m for m, params in self.loop.model.groups().items() for p in params}
         optimizer.param_groups = [
@@ -607,6 +607,9 @@ class LocalRates:
         ]
         try:
             yield
+        except Boom:
+            self.history = before  # no update, no rate
+            raise
         finally:
             optimizer.param_groups = groups
 
