@@ -52,8 +52,8 @@ RULES: dict[str, Rule] = {
     "rprop": lambda p: torch.optim.Rprop(p, lr=RATE / 5),
 }
 KEEPS_STATE = ("adagrad", "asgd")  # their state cannot be dropped
-# Their state has single numbers in float32, which torch's own load_state_dict casts to the precision
-# of the weights: so a plain run that is saved and loaded goes on with rounded numbers, too.
+# Their state has single numbers in float32, which torch's own load_state_dict casts to the
+# precision of the weights: a plain run that is saved and loaded goes on with rounded numbers, too.
 CAST_BY_LOADING = ("nadam", "asgd")
 CLIPS = ("none", "norm", "value", "norm by group")
 
