@@ -29,6 +29,7 @@ class SavedOptimizer(AllocatedOptimizer):
         does. The allocation is a string in each of the ``param_groups``, which
         ``torch.distributed.checkpoint`` keeps; ``"record"`` is the history.
         """
+        self._follow()
         self._updater.wait()
         for hook in state_hooks(self, "state_dict_pre"):
             hook(self)
