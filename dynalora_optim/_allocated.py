@@ -277,6 +277,7 @@ class AllocatedOptimizer(LateBoundOptimizer):
             ValueError: The wrapped optimizer counts updates in its param groups, and modules of one
                 group have had different numbers of them.
         """
+        self._follow()
         self._updater.wait()
         lines = range(len(self.param_groups))
         own = [self._pieces.own_numbers(self.param_groups, line) for line in lines]

@@ -10,20 +10,14 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from dynalora_optim._base.live_bytes import tensor_bytes
+from dynalora_optim._base.live_bytes import flattened, storage_bytes, tensor_bytes
 from dynalora_optim._base.trees import tensors
 from dynalora_optim.allocation._amounts import DEVICE
 from dynalora_optim.allocation._resident import Resident, rate
 from dynalora_optim.groups._blocks import Block
 from dynalora_optim.memory._device import capacity, in_use, rounding
 from dynalora_optim.memory._meta import companions
-from dynalora_optim.memory._state_sizes import (
-    StateSize,
-    StateSizes,
-    existing_size,
-    flattened,
-    storage_bytes,
-)
+from dynalora_optim.memory._state_sizes import StateSize, StateSizes, existing_size
 from dynalora_optim.update._param_groups import ParamGroup, State
 from dynalora_optim.update._pause import PausedState
 from dynalora_optim.update._rule import UpdateRule

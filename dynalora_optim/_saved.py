@@ -29,6 +29,7 @@ class SavedOptimizer(AllocatedOptimizer):
         does. The allocation is a string in each of the ``param_groups``, which
         ``torch.distributed.checkpoint`` keeps; ``"record"`` is the history.
         """
+        self._follow()
         self._updater.wait()
         for hook in state_hooks(self, "state_dict_pre"):
             hook(self)
@@ -43,6 +44,10 @@ class SavedOptimizer(AllocatedOptimizer):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue where `state_dict` was taken, bitwise the same, also in the middle of a period.
+
+        The state is loaded by the wrapped optimizer itself. If the weights are not float32, some
+        optimizers of torch (NAdam, ASGD) round a few of their numbers then, with or without this
+        class.
 
         The settings that this optimizer was built with count from now on. If one differs from that
         of the saved run, a line of the log says so; scores of another ``importance`` start anew.

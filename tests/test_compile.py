@@ -81,6 +81,13 @@ class Run:
     weights: list[Tensor] = field(default_factory=list)
 
 
+def unpadded(name: str, kind: str) -> TinyModel:
+    """Compiled as a whole, a model does not show the mask of a batch: see docs/compile.md."""
+    tiny = adapted(name, kind)
+    tiny.batch["attention_mask"].fill_(1)
+    return tiny
+
+
 def train(
     tiny: TinyModel,
     how: str = "eager",
@@ -136,10 +143,7 @@ def assert_same(compiled: Run, eager: Run, tolerance: float = 1e-6) -> None:
 def test_fifty_reallocations_compile_nothing_anew(
     name: str, kind: str, how: str, wrap_first: bool
 ) -> None:
-    # Compiled as a whole, a model does not show the mask of a batch: see docs/compile.md.
-    tiny, plain = adapted(name, kind), adapted(name, kind)
-    for one in (tiny, plain):
-        one.batch["attention_mask"].fill_(1)
+    tiny, plain = unpadded(name, kind), unpadded(name, kind)
     run = train(tiny, how, wrap_first=wrap_first)
     assert len(set(run.chosen)) == 6  # of 4 modules, each pair was active at some time
     assert run.frames[1] == run.frames[-1] == {"whole": 1, "blocks": 2}[how]
@@ -338,7 +342,7 @@ def test_names_and_files_are_those_of_the_model_itself(how: str, tmp_path: Any) 
 @pytest.mark.parametrize("how", [pytest.param("whole", marks=pytest.mark.slow), "blocks"])
 def test_a_pass_that_a_checkpoint_repeats_counts_once(how: str) -> None:
     def checkpointed() -> TinyModel:
-        tiny = adapted("llama", "lora")
+        tiny = unpadded("llama", "lora")
         tiny.model.config.use_cache = False
         for block in find_blocks(tiny.model):  # as transformers' own switch, without its hooks
             block.module.gradient_checkpointing = True
@@ -346,7 +350,7 @@ def test_a_pass_that_a_checkpoint_repeats_counts_once(how: str) -> None:
         return tiny
 
     run = train(checkpointed(), how, steps=4)
-    assert_same(run, train(adapted("llama", "lora"), steps=4))
+    assert_same(run, train(unpadded("llama", "lora"), steps=4))
 
 
 # Limits, and the real code generator
@@ -373,6 +377,6 @@ def test_a_flag_that_a_users_adapter_reads_is_part_of_the_code() -> None:
 def test_inductor(how: str) -> None:
     if not (shutil.which("g++") or shutil.which("clang++")):
         pytest.skip("inductor needs a C++ compiler")
-    run = train(adapted("bert", "lora"), how, steps=12, backend="inductor")
+    run = train(unpadded("bert", "lora"), how, steps=12, backend="inductor")
     assert run.frames[1] == run.frames[-1]
-    assert_same(run, train(adapted("bert", "lora"), steps=12), tolerance=1e-5)
+    assert_same(run, train(unpadded("bert", "lora"), steps=12), tolerance=1e-5)

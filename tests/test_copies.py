@@ -12,8 +12,9 @@ from collections.abc import Callable
 import pytest
 import torch
 from kinds import KINDS, each_kind, made
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import SGD, AdamW
+from torch.utils.checkpoint import checkpoint
 from toy import ToyModel, backward, same, train, weights, wrapped
 
 from dynalora_optim import ImportanceTracker
@@ -53,6 +54,38 @@ def test_a_copy_trains_all_its_modules_as_a_model_that_was_never_driven(kind, ho
     idle = set(optimizer.groups) - set(active)
     held = {id(p) for g in optimizer.module_groups if g["name"] in idle for p in g["params"]}
     assert all(p.grad is None for p in model.parameters() if id(p) in held)
+
+
+class Checkpointed(nn.Module):
+    """A model that recomputes its layers in the backward pass."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor) -> Tensor:
+        *layers, head = getattr(self.model, "layers", self.model)
+        for layer in layers:
+            x = checkpoint(layer, x, use_reentrant=False)
+        return getattr(self.model, "head", head)(x)
+
+
+@each_kind
+@pytest.mark.parametrize("how", COPIES)
+def test_a_copy_of_a_model_that_recomputes_its_blocks_trains_all_its_modules(kind, how):
+    make, rule = KINDS[kind]
+    model = Checkpointed(make())
+    optimizer = wrapped(model, active=1, period=3, **rule)
+    train(model, optimizer, 2)
+    duplicate, fresh = COPIES[how](model), Checkpointed(make())
+    fresh.load_state_dict(model.state_dict())
+    for one in (duplicate, fresh):
+        train(one, AdamW(one.parameters(), lr=0.01), 3)
+    assert same(weights(duplicate), weights(fresh))
+    twin, other = copy.deepcopy((model, optimizer))
+    train(twin, other, 2, start=2)
+    train(model, optimizer, 2, start=2)
+    assert same(weights(twin), weights(model)), "the choice goes on with a copy of both"
 
 
 @each_kind

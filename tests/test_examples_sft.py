@@ -13,7 +13,7 @@ from processes import kill_when, start
 from text_runs import EXAMPLES, MARKS, WORDS, need_real_weights, tiny_chat
 
 from dynalora_optim import LiveBytes
-from dynalora_optim.memory._state_sizes import storage_bytes
+from dynalora_optim._base.live_bytes import storage_bytes
 
 transformers = pytest.importorskip("transformers")
 for package in ("jinja2", "tokenizers", "tqdm"):

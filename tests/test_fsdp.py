@@ -27,6 +27,7 @@ from torch.nn.parallel import DistributedDataParallel
 from toy import ToyAdapter, ToyModel, batch, same, wrapped
 
 from dynalora_optim import DynamicAllocationOptimizer
+from dynalora_optim.update._master_weights import MASTER
 
 pytestmark = pytest.mark.distributed
 STEPS = 8
@@ -251,6 +252,40 @@ def test_the_losses_are_those_of_ddp(policy, ranks):
     assert curves[0] != curves[1], "the ranks have batches of their own"
 
 
+def rounded(rank: int, rounding: str) -> tuple[dict[str, Tensor], set[str]]:
+    """The bfloat16 weights after the first pause, and whose parameters have float32 copies then."""
+    model = build().bfloat16()
+    shard(model, "blocks")
+    optimizer = wrapped(
+        model, lr=1e-3, active=2, period=2, allocator="round_robin", master_weights=rounding
+    )
+    first = set(optimizer.active_groups)
+    for step in range(3):
+        model(rows(step, rank).bfloat16()).float().square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if step == 1:
+            found = full(model)
+    after = full(model)
+    paused = [name for name in found if name.rsplit(".", 1)[0] in first]
+    assert all(torch.equal(found[name], after[name]) for name in paused), "idle is unmoved"
+    held = {n for n, p in model.named_parameters() if MASTER in optimizer.state.get(p, {})}
+    assert held
+    assert held.isdisjoint(paused)
+    return {name: found[name] for name in paused}, held
+
+
+def test_copies_of_shards_are_rounded_at_random_when_their_module_pauses(ranks):
+    for rank in ranks:
+        (nearest, held), (stochastic, others) = rank["nearest"], rank["stochastic"]
+        assert held == others
+        for name, weight in nearest.items():
+            apart = (weight.float() - stochastic[name].float()).abs()
+            assert (apart <= weight.float().abs() / 64).all(), "one of the two next to the copy"
+        assert not same(nearest, stochastic)
+    assert same(ranks[0]["stochastic"][0], ranks[1]["stochastic"][0])
+
+
 # What is sent
 
 
@@ -428,6 +463,7 @@ def everything(rank: int, two: str, one: str) -> dict[str, Any]:
         **{case: run(case, rank) for case in CASES},
         **{policy: both_mixed(policy, rank) for policy in MIXED},
         **{f"losses, {policy}": losses_of_both(policy, rank) for policy in ("float32", *MIXED)},
+        **{rounding: rounded(rank, rounding) for rounding in ("nearest", "stochastic")},
         **{f"reduced, {active} active": count_reduced(rank, active) for active in (1, 2, 6)},
         **{f"resumed, {kind}": resume_in_memory(rank, kind) for kind in STATES},
         "folders": save_and_load(rank, two, one),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import warnings
+from collections import defaultdict
 
 import pytest
 import torch
@@ -130,6 +131,22 @@ def test_a_state_that_the_inner_optimizer_loads_counts_for_all(closed):
             scheduler.step()
     assert inner.param_groups is optimizer.param_groups
     assert inner.param_groups[0]["lr"] == plain.param_groups[0]["lr"]
+    assert same(weights(model), weights(twin))
+
+
+@pytest.mark.parametrize("on", ["the inner one", "the wrapper"])
+def test_a_state_that_is_set_anew_counts_for_both(on):
+    (model, plain), (twin, inner, optimizer) = both()
+    train(model, plain, 2)
+    train(twin, optimizer, 2)
+    for one in (plain, inner if on == "the inner one" else optimizer):
+        one.state = defaultdict(dict)
+    if on == "the inner one":
+        assert not optimizer.plain_state_dict()["state"]
+        assert not optimizer.state_dict()["state"]
+    train(model, plain, 2, start=2)
+    train(twin, optimizer, 2, start=2)
+    assert inner.state is optimizer.state
     assert same(weights(model), weights(twin))
 
 

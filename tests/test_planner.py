@@ -92,6 +92,21 @@ def test_bfloat16_weights_have_float32_copies_and_moments_while_they_train():
     assert memory.optimizer_state == moments(BLOCK, 2)
 
 
+def test_a_tensor_of_a_class_of_its_own_counts_with_what_it_is_made_of():
+    quantization = pytest.importorskip("torchao.quantization")
+    subclass_8bit = pytest.importorskip("torchao.optim.subclass_8bit")
+    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 3))
+    quantization.quantize_(model[0], quantization.Int8WeightOnlyConfig())
+    weight = model[0].weight
+    made_of = [getattr(weight, name) for name in weight.__tensor_flatten__()[0]]
+    optimizer = SGD(model[1].parameters(), lr=0.1)
+    optimizer.state[model[1].weight]["moment"] = subclass_8bit.OptimState8bit.zeros((64, 64))
+    memory = measure_step(model, [torch.randn(2, 64)], optimizer, loss=lambda y: y.sum())
+    assert memory.weights == sum(part.nbytes for part in made_of) + 4 * (64 + 64 * 3 + 3)
+    assert memory.weights < 64 * 64 * 2, "not the float32 numbers that it stands for"
+    assert memory.optimizer_state == 64 * 64 + 4 * (16 + 256), "codes, a scale per block, a table"
+
+
 def test_activations_are_what_autograd_keeps_and_one_layer_holds():
     model = Stack()
     memory = measure_step(model, [x()], SGD(model.parameters(), lr=0.1))

@@ -308,6 +308,9 @@ class TrainingScript(RuleBasedStateMachine):
     @rule(where=st.sampled_from(["forward", "backward"]), block=st.integers(0, MOST_LAYERS))
     def fail(self, where, block):
         (number,) = self.take_batches(1)
+        names = self.leader.model.names()
+        if self.chosen["probe"] and names[block % len(names)] not in self.trained():
+            where = "forward"  # only a probe goes back to a block that may lie below all others
         self.do("fail", where, block, number)
 
     @precondition(lambda self: not (self.over or self.leader.pending))
@@ -400,7 +403,7 @@ class TrainingScript(RuleBasedStateMachine):
     @precondition(lambda self: not self.over)
     @rule()
     def round_trip(self):
-        self.do("round_trip", quiet="")
+        self.do("round_trip", quiet="" if self.leader.loading_leaves_no_trace() else None)
 
     @precondition(lambda self: not self.over)
     @rule(how=st.sampled_from(["deepcopy", "pickle", "average"]))
@@ -447,6 +450,8 @@ class TrainingScript(RuleBasedStateMachine):
     def save_and_go_on(self, used):
         former, self.follower = self.leader, self.leader
         former.zero_grad(True)
+        if not former.loading_leaves_no_trace():
+            former.round_trip()
         self.leader = Loop.resumed(former.shape(), former.saved(), used=used)
         self.plain = Loop.resumed(self.plain.shape(), self.plain.saved(), used=used)
 
@@ -519,8 +524,10 @@ class TrainingScript(RuleBasedStateMachine):
         if not ours.closed:
             mine, its = ours.optimizer, other.optimizer
             assert mine.record.state_dict() == its.record.state_dict()
-            # As text: a probe that met an overflow holds a nan, which equals nothing.
-            assert str(mine.tracker.scores()) == str(its.tracker.scores())
+            # As text: a probe that met an overflow holds a nan, which equals nothing. Sorted: who
+            # was built again has modules in their order, which others have joined in another one.
+            scores = [sorted(one.tracker.scores().items()) for one in (mine, its)]
+            assert str(scores[0]) == str(scores[1])
             assert mine.active_groups == its.active_groups
             rates = zip(mine.learning_rates(), its.learning_rates(), strict=True)
             assert all(a == b or a != a or b != b for a, b in rates)  # nan since it was loaded

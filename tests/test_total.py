@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from toy import same, weights
 
 from dynalora_optim import Blocks, Bounded, Budget, DynamicAllocationOptimizer, LiveBytes, Pause
-from dynalora_optim.memory._state_sizes import storage_bytes
+from dynalora_optim._base.live_bytes import storage_bytes
 
 ROWS = 16
 

@@ -12,7 +12,7 @@ from text_runs import MARKS, WORDS, tiny_chat
 
 from dynalora_adapters import LoRAConfig, inject
 from dynalora_optim import Budget, DynamicAllocationOptimizer, LiveBytes
-from dynalora_optim.memory._state_sizes import storage_bytes
+from dynalora_optim._base.live_bytes import storage_bytes
 
 transformers = pytest.importorskip("transformers")
 trl = pytest.importorskip("trl")

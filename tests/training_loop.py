@@ -52,6 +52,9 @@ RULES: dict[str, Rule] = {
     "rprop": lambda p: torch.optim.Rprop(p, lr=RATE / 5),
 }
 KEEPS_STATE = ("adagrad", "asgd")  # their state cannot be dropped
+# Their state has single numbers in float32, which torch's own load_state_dict casts to the
+# precision of the weights: a plain run that is saved and loaded goes on with rounded numbers, too.
+CAST_BY_LOADING = ("nadam", "asgd")
 CLIPS = ("none", "norm", "value", "norm by group")
 
 
@@ -304,14 +307,14 @@ class Loop:
             loss.backward(retain_graph=True)
         loss.backward()
 
-    def clipped(self) -> None:
-        """Clip as the script does now."""
+    def clipped(self, groups: list[dict[str, Any]] | None = None) -> None:
+        """Clip as the script does now, by these groups or by those of the optimizer."""
         if self.clip == "norm":
             nn.utils.clip_grad_norm_(self.model.parameters(), 0.05)
         elif self.clip == "value":
             nn.utils.clip_grad_value_(self.model.parameters(), 0.01)
         elif self.clip == "norm by group":
-            for group in self.optimizer.param_groups:
+            for group in self.optimizer.param_groups if groups is None else groups:
                 nn.utils.clip_grad_norm_(group["params"], 0.05)
 
     def step(self) -> None:
@@ -321,11 +324,12 @@ class Loop:
 
     def step_by_closure(self, numbers: Collection[int], fails: bool = False) -> None:
         """Update by a closure, which may raise after its backward passes."""
+        groups = self.optimizer.param_groups  # of the user: a plain run splits them for the update
 
         def closure() -> float:
             for number in numbers:
                 self.backward(number)
-            self.clipped()
+            self.clipped(groups)
             if fails:
                 raise Boom("closure")
             self.drop(self.waits)
@@ -399,6 +403,11 @@ class Loop:
         """Change the precision of the model, and of the state as ``load_state_dict`` does."""
         self.model.to(dtype)
         self.round_trip()
+
+    def loading_leaves_no_trace(self) -> bool:
+        """Return whether the plain optimizer goes on from a file as if there had been none."""
+        is_float32 = next(self.model.parameters()).dtype == torch.float32
+        return is_float32 or self.chosen["rule"] not in CAST_BY_LOADING
 
     def round_trip(self) -> None:
         """What ``accelerator.prepare`` does."""
@@ -588,7 +597,7 @@ class LocalRates:
         if not self.loop.plain or self.loop.closed or not is_own:
             yield
             return
-        groups = optimizer.param_groups
+        groups, before = optimizer.param_groups, copy.deepcopy(self.history)
         self._record(groups)
         owners = {id(p): m for m, params in self.loop.model.groups().items() for p in params}
         optimizer.param_groups = [
@@ -598,6 +607,9 @@ class LocalRates:
         ]
         try:
             yield
+        except Boom:
+            self.history = before  # no update, no rate
+            raise
         finally:
             optimizer.param_groups = groups
 

@@ -196,3 +196,20 @@ def tensor_bytes(tensor: Tensor) -> int:
     """Return the bytes of a tensor's elements; of a DTensor, of those that this rank holds."""
     tensor = held_locally(tensor)
     return tensor.numel() * tensor.element_size()
+
+
+def storage_bytes(found: Iterable[Tensor], unit: int = 1) -> int:
+    """Return the bytes of the storages of these tensors, each once, in multiples of ``unit``."""
+    parts = [part for tensor in found for part in flattened(tensor)]
+    sizes = {storage_key(part): part.untyped_storage().nbytes() for part in parts}
+    return sum(-(-size // unit) * unit for size in sizes.values())
+
+
+def flattened(tensor: Tensor) -> Iterator[Tensor]:
+    """Yield the plain tensors that a tensor of a class of its own is made of, or ``tensor``."""
+    if hasattr(tensor, "__tensor_flatten__"):
+        names, _ = tensor.__tensor_flatten__()
+        for name in names:
+            yield from flattened(getattr(tensor, name))
+    else:
+        yield tensor

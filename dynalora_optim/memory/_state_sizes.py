@@ -10,7 +10,7 @@ they update real copies, one at a time.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,8 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from dynalora_optim._base.collectives import local_part
-from dynalora_optim._base.live_bytes import LiveBytes
-from dynalora_optim._base.torch_private import storage_key
+from dynalora_optim._base.live_bytes import LiveBytes, storage_bytes
 from dynalora_optim._base.trees import tensors
 from dynalora_optim.memory._device import grain
 from dynalora_optim.memory._rehearsal import Rehearsal
@@ -151,23 +150,6 @@ def existing_size(values: Mapping[str, Any], *devices: str, unit: int = 1) -> St
         for is_master in (True, False)
     }
     return StateSize(sizes[True], sizes[False])
-
-
-def storage_bytes(found: Iterable[Tensor], unit: int = 1) -> int:
-    """Return the bytes of the storages of these tensors, each once, in multiples of ``unit``."""
-    parts = [part for tensor in found for part in flattened(tensor)]
-    sizes = {storage_key(part): part.untyped_storage().nbytes() for part in parts}
-    return sum(-(-size // unit) * unit for size in sizes.values())
-
-
-def flattened(tensor: Tensor) -> Iterator[Tensor]:
-    """Yield the plain tensors that a tensor of a class of its own is made of, or ``tensor``."""
-    if hasattr(tensor, "__tensor_flatten__"):
-        names, _ = tensor.__tensor_flatten__()
-        for name in names:
-            yield from flattened(getattr(tensor, name))
-    else:
-        yield tensor
 
 
 def _rounding(parameter: Tensor) -> int:

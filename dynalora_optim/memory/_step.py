@@ -11,8 +11,7 @@ from typing import Any, TypeAlias
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from dynalora_optim._base.live_bytes import LiveBytes, tensor_bytes
-from dynalora_optim._base.torch_private import storage_key
+from dynalora_optim._base.live_bytes import LiveBytes, storage_bytes, tensor_bytes
 from dynalora_optim._base.trees import tensors
 from dynalora_optim.memory._meta import companions
 from dynalora_optim.update._master_weights import MASTER
@@ -73,7 +72,7 @@ def count_step(
 ) -> StepMemory:
     """Run one training step under ``memory``, and return the memory that it took."""
     scales = chain.from_iterable(map(companions, model.parameters()))
-    weights = _size(chain(model.parameters(), model.buffers(), scales))
+    weights = storage_bytes(chain(model.parameters(), model.buffers(), scales))
     before = _kept(optimizer)
     with memory, _watched(model.parameters(), memory) as gradients:
         _loss(model, batch, loss).backward()  # type: ignore[no-untyped-call]
@@ -165,13 +164,9 @@ def _kept(optimizer: Optimizer) -> tuple[int, int]:
     """Return the bytes of the copies of weights, and of the rest of the optimizer's state."""
     entries = [item for values in optimizer.state.values() for item in values.items()]
     masters = [value for key, value in entries if key == MASTER]
-    return _size(masters), _size(tensors([value for key, value in entries if key != MASTER]))
-
-
-def _size(found: Iterable[Tensor]) -> int:
-    """Return the bytes of the storages of these tensors, each once."""
-    sizes = {storage_key(tensor): tensor.untyped_storage().nbytes() for tensor in found}
-    return sum(sizes.values())
+    return storage_bytes(masters), storage_bytes(
+        tensors([value for key, value in entries if key != MASTER])
+    )
 
 
 def _loss(model: nn.Module, batch: Batch, loss: Loss | None) -> Tensor:

@@ -44,6 +44,11 @@ class _IdleSlots(dict[str, Any]):
     def items(self) -> Any:
         return {name: self[name] for name in self}.items()
 
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        # A copy of a model is active. One that is copied with its optimizer is idle again from its
+        # next forward on.
+        return dict, (), None, None, iter(dict.items(self))
+
 
 def _is_recomputing() -> bool:
     return torch.is_grad_enabled() and in_backward()

@@ -51,22 +51,24 @@ class LateBoundOptimizer(Optimizer):
             group[PACKED] = ""
         self._rule.optimizer.param_groups = self.param_groups
         self._rule.optimizer.state = self.state
-        self._shared = self.param_groups
+        self._shared = self.param_groups, self.state
         self._is_linked = True
 
     def _relink(self) -> None:
-        """Share groups again that were set anew, as Lightning's BaseFinetuning does, or loaded."""
-        if self.param_groups is self._shared:
-            self._follow()
-        elif self._rule.optimizer.param_groups is not self.param_groups:
+        """Share again what was set anew, as Lightning's BaseFinetuning does, or loaded."""
+        self._follow()
+        if not self._shares(self):
             self._link()
 
     def _follow(self) -> None:
-        """Take over the groups and the state that the wrapped optimizer itself has loaded."""
-        if self._rule.optimizer.param_groups is not self._shared:
-            self.param_groups = self._rule.optimizer.param_groups
-            self.state = self._rule.optimizer.state
-            self._shared = self.param_groups
+        """Take over the groups and the state that the wrapped optimizer has loaded or was given."""
+        inner = self._rule.optimizer
+        if self._shares(self) and not self._shares(inner):
+            self.param_groups, self.state = self._shared = inner.param_groups, inner.state
+
+    def _shares(self, optimizer: Optimizer) -> bool:
+        groups, state = self._shared
+        return optimizer.param_groups is groups and optimizer.state is state
 
     def _unlink(self) -> None:
         """Leave the groups and the state to the wrapped optimizer, as it would have made them."""
