@@ -65,7 +65,8 @@ def soak(cases: int, seed: int, path: Path | None, store: Callable[[Any], None])
         counts["cases"] = number + 1
         if counts["cases"] % EVERY == 0 or counts["cases"] == cases:
             each = (time.monotonic() - start) / (counts["cases"] - begin + len(again))
-            print(f"{counts['cases']} cases, {len(counts['failed'])} failed, {each:.2f} s each")
+            line = f"{counts['cases']} cases, {len(counts['failed'])} failed, {each:.2f} s each"
+            print(line, flush=True)
             store(counts)
     return counts
 
@@ -77,9 +78,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--only", type=int, help="check only the case of this number")
     parser.add_argument("--output", type=Path, help="a file of rows; it is also where to go on")
     options = parser.parse_args(arguments)
-    torch.set_num_threads(1)
-    warnings.simplefilter("ignore")
-    logging.disable(logging.WARNING)
     if options.only is not None:
         case = case_of(options.seed, options.only)
         print(case, check(case), sep="\n")
@@ -89,7 +87,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.output:
             write(options.output, PART, [counts], run_of(__file__, arguments))
 
-    sys.stdout.reconfigure(line_buffering=True)
     counts = soak(options.cases, options.seed, options.output, store)
     for failed in counts["failed"]:
         print(failed)
@@ -97,4 +94,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    logging.disable(logging.WARNING)
     sys.exit(main())

@@ -1,7 +1,7 @@
 """Random models in random loops on random budgets: how a case is drawn, and what must hold for it.
 
-The soak (``soak.py``) and the Hypothesis property draw their cases here. A case is small: a model of
-two or three narrow blocks, a few short rows, three steps.
+The soak (``soak.py``) and the Hypothesis property draw their cases here. A case is small: a model
+of two or three narrow blocks, a few short rows, three steps.
 """
 
 from __future__ import annotations
@@ -185,8 +185,7 @@ def check(case: Case) -> str:
     except ValueError as error:
         if "cannot hold a step" not in str(error) or "pass at least memory=" not in str(error):
             raise
-        least = least_peak(case.at_its_largest())
-        assert least * TOO_HIGH > limit, f"{least} of {limit} bytes would do, but: {error}"
+        check_refusal(case, limit, str(error))
         return "refused"
     finally:
         optimizer.close()
@@ -194,6 +193,12 @@ def check(case: Case) -> str:
     most = limit + 2 * case.hidden_state  # a budget of just one block does not hold them
     assert max(measured) <= most, f"measuring: {max(measured)} beyond {limit}"
     return "held"
+
+
+def check_refusal(case: Case, limit: int, why: str) -> None:
+    """No plan would have held: even with every block checkpointed, one block needs too much."""
+    least = least_peak(case.at_its_largest())
+    assert least * TOO_HIGH > limit, f"{least} of {limit} bytes would do, but: {why}"
 
 
 def check_gradients(case: Case, tiny: TinyModel, unshaped: TinyModel) -> None:

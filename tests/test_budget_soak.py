@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import random
+import json
 
 import pytest
+import soak
 from hypothesis import event, given
 from hypothesis import strategies as st
 from soak_cases import Case, check
@@ -18,3 +19,33 @@ cases = st.randoms(use_true_random=False).map(Case.drawn)
 @given(case=cases)
 def test_what_a_budget_promises_holds_in_every_loop(case):
     event(check(case))
+
+
+def test_the_soak_goes_on_where_it_ended_and_repeats_what_failed(tmp_path, monkeypatch):
+    path, tried, broken = tmp_path / "soak.jsonl", [], {2, 51}
+
+    def tried_case(case: Case) -> str:
+        number = next(n for n in range(60) if soak.case_of(3, n) == case)
+        tried.append(number)
+        assert number not in broken, "exceeded"
+        return "held"
+
+    monkeypatch.setattr(soak, "check", tried_case)
+    arguments = ["--seed", "3", "--output", str(path), "--cases"]
+    assert soak.main([*arguments, "52"]) == 1
+    (row,) = map(json.loads, path.read_text().splitlines())
+    assert (row["cases"], row["held"], row["refused"]) == (52, 50, 0)
+    assert [failed["number"] for failed in row["failed"]] == [2, 51]
+    assert repr(soak.case_of(3, 51)) == row["failed"][1]["case"]
+    tried.clear()
+    broken.clear()
+    assert soak.main([*arguments, "55"]) == 0
+    assert tried == [2, 51, 52, 53, 54]
+    (row,) = map(json.loads, path.read_text().splitlines())
+    assert (row["cases"], row["held"], row["failed"]) == (55, 55, [])
+
+
+def test_a_case_is_made_from_the_seed_and_its_number_alone():
+    assert soak.case_of(1, 5) == soak.case_of(1, 5)
+    assert len({soak.case_of(1, number) for number in range(50)}) == 50
+    assert check(soak.case_of(0, 0)) in ("held", "refused")

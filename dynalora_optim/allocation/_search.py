@@ -276,7 +276,7 @@ def _thinned(problem: Problem, partials: list[Partial]) -> list[Partial]:
         return partials
     per_limit, per_value, per_work = _box(problem)
     scaled = [(p[1] / per_limit, p[2] / per_value, p[3] / per_work) for p in partials]
-    # Wider boxes are fewer, so a bisection finds the narrowest. Of one box the first has most slack.
+    # Wider boxes are fewer, so a bisection finds the narrowest. The first in a box has most slack.
     number = bisect_left(_WIDTHS, True, key=lambda width: len(_boxes(scaled, width)) <= _MOST)
     return [partials[place] for place in _boxes(scaled, _WIDTHS[number]).values()]
 
