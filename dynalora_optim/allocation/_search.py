@@ -35,7 +35,6 @@ be lost.
 from __future__ import annotations
 
 import math
-from bisect import bisect_left
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from functools import lru_cache
 
@@ -53,7 +52,7 @@ from dynalora_optim.allocation._partials import (
 )
 
 _MOST = 256  # partial plans that are kept of each block
-_WIDTHS = [2**-16 * 1.5**number for number in range(64)]  # the last one is of one box for all
+_FINEST, _COARSER = 2**-16, 1.5  # the first width of a box, and the factor of each further one
 _VALUE_FIRST = 64  # how much wider a box is in FLOPs where they only decide between equal values
 
 
@@ -276,21 +275,17 @@ def _thinned(problem: Problem, partials: list[Partial]) -> list[Partial]:
         return partials
     per_limit, per_value, per_work = _box(problem)
     scaled = [(p[1] / per_limit, p[2] / per_value, p[3] / per_work) for p in partials]
-    # Wider boxes are fewer, so a bisection finds the narrowest. The first in a box has most slack.
-    number = bisect_left(_WIDTHS, True, key=lambda width: len(_boxes(scaled, width)) <= _MOST)
-    return [partials[place] for place in _boxes(scaled, _WIDTHS[number]).values()]
-
-
-def _boxes(
-    scaled: Sequence[tuple[float, float, float]], width: float
-) -> dict[tuple[int, int, int], int]:
-    """Return the place of the first partial plan in each box; one box too many ends the search."""
-    found: dict[tuple[int, int, int], int] = {}
-    for place, (gradients, value, flops) in enumerate(scaled):
-        found.setdefault((int(gradients / width), int(value / width), int(flops / width)), place)
-        if len(found) > _MOST:
-            break
-    return found
+    width = _FINEST
+    while True:
+        found: dict[tuple[int, ...], Partial] = {}
+        for partial, (gradients, value, flops) in zip(partials, scaled, strict=True):
+            box = int(gradients / width), int(value / width), int(flops / width)
+            found.setdefault(box, partial)
+            if len(found) > _MOST:
+                break
+        else:
+            return [*found.values()]
+        width *= _COARSER
 
 
 def _box(problem: Problem) -> tuple[float, float, float]:
