@@ -107,6 +107,7 @@ class StepCosting(CostingState):
         if costs is not None:
             here, plan = self._planned_or_refused(costs, around, of_ranks)
             self._driver.recompute(costs.in_model(plan.checkpointed))
+            self._shapes.recomputes = bool(plan.checkpointed)
             self._now = costs, here, plan
 
     def _count_holdings(self, args: Any, kwargs: Any) -> None:

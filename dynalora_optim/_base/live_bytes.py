@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import lru_cache, partial
 from types import TracebackType
 from typing import Any
 
@@ -18,13 +19,15 @@ from dynalora_optim._base.torch_private import (
     held_locally,
     packet_of,
     storage_key,
-    tree_leaves,
 )
 
-# torch's registry has no entry for these, although they compute as much.
-_IN_PLACE: dict[Any, Any] = {
-    torch.ops.aten.addmm_: torch.ops.aten.addmm,
-    torch.ops.aten.baddbmm_: torch.ops.aten.baddbmm,
+aten = torch.ops.aten
+# Products of matrices, whose operations are known from the shapes alone. torch's registry has no
+# entry for those that are added in place, although they compute as much.
+_PRODUCTS: dict[Any, Any] = {
+    **{product: product for product in (aten.mm, aten.bmm, aten.addmm, aten.baddbmm)},
+    aten.addmm_: aten.addmm,
+    aten.baddbmm_: aten.baddbmm,
 }
 
 
@@ -60,6 +63,7 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.live = 0
         self.pauses = 0  # while it is not 0, nothing is counted
         self._known: dict[int, int] = {}  # the bytes of each counted storage
+        self._watched: dict[int, object] = {}  # for each of them: what notes that it is freed
         self.restart()
 
     def __enter__(self) -> LiveBytes:
@@ -90,45 +94,41 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> object:
-        kwargs = kwargs or {}
-        result = func(*args, **kwargs)
+        result = func(*args, **kwargs) if kwargs else func(*args)
         if self.pauses:
             return result
         self.ops += 1
         packet = packet_of(func)
-        formula = flop_registry.get(_IN_PLACE.get(packet, packet))
+        formula = flop_registry.get(_PRODUCTS.get(packet, packet))
         if formula is not None:
-            args_in_full = _with_all_heads(packet, args)
-            self.flops += formula(*args_in_full, **kwargs, out_val=result)
-        inputs = {
-            storage_key(held_locally(tensor))
-            for tensor in tree_leaves((args, kwargs))
-            if isinstance(tensor, Tensor)
-        }
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, Tensor):
-                self._count(tensor, inputs)
+            self.flops += _flops_of(packet, formula, args, kwargs or {}, result)
+        for tensor in _tensors(result):
+            self._count(tensor, args, kwargs)
         return result
 
-    def _count(self, tensor: Tensor, inputs: set[int]) -> None:
+    def _count(self, tensor: Tensor, args: Any, kwargs: Any) -> None:
         tensor = held_locally(tensor)
         key = storage_key(tensor)
-        if key in inputs or key in self._known or tensor.device.type in self._uncounted:
+        if key in self._known or tensor.device.type in self._uncounted:
             return
-        self._add(key, tensor.untyped_storage())
+        # What was there before is no new storage: a view of it, or an argument itself.
+        inputs = _tensors((args, kwargs) if kwargs else args)
+        if all(storage_key(held_locally(given)) != key for given in inputs):
+            self._add(key, tensor.untyped_storage())
 
     def _add(self, key: int, storage: torch.UntypedStorage) -> None:
         self._known[key] = 0
+        self._watched[key] = weakref.ref(storage, partial(self._free, key))
         self._change(key, storage.nbytes())
-        weakref.finalize(storage, self._free, key).atexit = False
 
     def _change(self, key: int, size: int) -> None:
         self.live += size - self._known[key]
         self._known[key] = size
         self.peak = max(self.peak, self.live)
 
-    def _free(self, key: int) -> None:
+    def _free(self, key: int, _: object) -> None:
         self.live -= self._known.pop(key, 0)
+        self._watched.pop(key, None)
 
     def resized(self, storage: torch.UntypedStorage, before: int) -> None:
         """Count the new size of a storage; one that is not counted so far has grown, or is not."""
@@ -174,6 +174,34 @@ def _resize(storage: torch.UntypedStorage, size: int) -> torch.UntypedStorage:
     for counter in _listeners:
         counter.resized(storage, before)
     return storage
+
+
+def _tensors(tree: Any) -> list[Tensor]:
+    """Return the tensors among the arguments or results of an operation."""
+    if isinstance(tree, Tensor):
+        return [tree]
+    if isinstance(tree, dict):
+        tree = tuple(tree.values())
+    if not isinstance(tree, (tuple, list)):
+        return []
+    found = []
+    for item in tree:
+        if isinstance(item, Tensor):
+            found.append(item)
+        elif isinstance(item, (tuple, list, dict)):
+            found += _tensors(item)
+    return found
+
+
+def _flops_of(packet: Any, formula: Any, args: Any, kwargs: Any, result: Any) -> int:
+    if packet in _PRODUCTS:
+        return _product_flops(packet, *(tuple(x.shape) for x in args if isinstance(x, Tensor)))
+    return int(formula(*_with_all_heads(packet, args), **kwargs, out_val=result))
+
+
+@lru_cache(maxsize=4096)
+def _product_flops(packet: Any, *shapes: tuple[int, ...]) -> int:
+    return int(flop_registry[_PRODUCTS[packet]](*shapes))
 
 
 def _with_all_heads(operation: object, args: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -145,10 +145,12 @@ def storage_key(tensor: Tensor | torch.UntypedStorage) -> int:
     so that all would count as one: for these the function raises.
     """
     storage = tensor.untyped_storage() if isinstance(tensor, Tensor) else tensor
-    key = getattr(storage, "_cdata", None)
-    if key is None and tensor.device.type == "meta":
+    key: int | None = getattr(storage, "_cdata", None)
+    if key is not None:
+        return key
+    if tensor.device.type == "meta":
         raise _missing("counting tensors of the meta device", "UntypedStorage._cdata")
-    return int(storage.data_ptr() if key is None else key)
+    return storage.data_ptr()
 
 
 def held_locally(tensor: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ Shape: TypeAlias = "tuple[tuple[str, str, tuple[int, ...]], ...]"
 
 _KEPT = 32  # shapes whose costs are kept
 _LOOSE = 2  # a batch this many times smaller than each measured one is worth a measurement
-_FREE, _PER = 4, 100  # how many such measurements there may be, and one more per so many forwards
+_FREE, _PER = 2, 200  # how many such measurements there may be, and one more per so many forwards
 
 
 def shape_of(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Shape:
@@ -61,11 +61,19 @@ def covers(large: Shape, small: Shape) -> bool:
 
 @dataclass
 class MeasuredShapes:
-    """The costs of the batches measured so far, each with its shape."""
+    """The costs of the batches measured so far, each with its shape.
+
+    Attributes:
+        entries: These shapes and costs.
+        forwards: How many batches have come.
+        recomputes: Whether the last forward was planned to recompute blocks. As long as none does,
+            the costs of a small batch cannot save work.
+    """
 
     entries: list[tuple[Shape, Costs]] = field(default_factory=list)
     forwards: int = 0
     _extra: int = 0
+    recomputes: bool = True
 
     def find(self, shape: Shape, elements: int) -> Costs | None:
         """Return the costs of the smallest measured batch that covers this one.
@@ -76,7 +84,7 @@ class MeasuredShapes:
         self.forwards += 1
         known = [costs for other, costs in self.entries if covers(other, shape)]
         found = min(known, key=lambda costs: costs.batch, default=None)
-        is_loose = found is not None and found.batch >= _LOOSE * elements > 0
+        is_loose = found is not None and found.batch >= _LOOSE * elements > 0 and self.recomputes
         if is_loose and self._extra < _FREE + self.forwards // _PER:
             self._extra += 1
             return None
@@ -117,7 +125,8 @@ class MeasuredShapes:
     def state(self) -> dict[str, Any]:
         """Return the values that a resumed run needs."""
         entries = [[_plain(shape), saved_costs(costs)] for shape, costs in self.entries]
-        return {"entries": entries, "forwards": self.forwards, "extra": self._extra}
+        numbers = {"forwards": self.forwards, "extra": self._extra}
+        return {"entries": entries, **numbers, "recomputes": self.recomputes}
 
     @staticmethod
     def of(state: Mapping[str, Any], *, modules: int) -> MeasuredShapes:
@@ -131,7 +140,8 @@ class MeasuredShapes:
                 (_shape(shape), restored_costs(costs, modules=modules))
                 for shape, costs in state["entries"]
             ]
-            return MeasuredShapes(entries, int(state["forwards"]), int(state["extra"]))
+            numbers = int(state["forwards"]), int(state["extra"])
+            return MeasuredShapes(entries, *numbers, bool(state.get("recomputes", True)))
         except (KeyError, TypeError) as error:
             raise ValueError(f"state_dict has shapes of another form: {error!r}.") from error
 
