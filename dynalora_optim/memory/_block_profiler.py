@@ -107,6 +107,7 @@ class Profiler:
             for handle in self._hooks():
                 stack.callback(handle.remove)
             stack.enter_context(self._memory)
+            stack.enter_context(self._runner.routing)
             output = [self._model(*args, **kwargs)]
             if self._waiting:
                 raise ValueError(self._out_of_order(self._waiting[0]))
@@ -155,6 +156,7 @@ class Profiler:
                 self._see(found, position, others)
             self._kept += others
             self._memory.restart()
+            self._runner.routing.choices = 0
             self._start = self._memory.live - tensor_bytes(x)
 
         return hook

@@ -16,6 +16,7 @@ from dynalora_optim._base.live_bytes import LiveBytes, tensor_bytes
 from dynalora_optim._base.trees import first_tensor, replaced
 from dynalora_optim.allocation._costs import BlockCost, BlockUses, Use
 from dynalora_optim.groups._module_group import ModuleGroup
+from dynalora_optim.memory._routing import Routing, worst
 from dynalora_optim.memory._stand_ins import block_input, enter, leave, no_autocast
 from dynalora_optim.switching._module_switch import ModuleSwitch
 from dynalora_optim.switching._recompute import Recomputer
@@ -51,6 +52,7 @@ class BlockRunner:
         self._switch = switch
         self._recomputer = Recomputer()
         self._recompute = partial(self._recomputer.recompute, among=switch.held)
+        self.routing = Routing()
         self._alike: dict[str, BlockCost] = {}
 
     def begin(self) -> None:
@@ -74,6 +76,7 @@ class BlockRunner:
         if call.is_reached:
             shapes = [tensor.shape for tensor in call.shared]
             reached = call.input_passes, shapes, call.is_last or not shapes
+        self._chooses = self.routing.choices > 0
         seen = (kinds, parameters, len(groups), below, call.is_reached, reached)
         key = repr((*seen, self.memory.flops, self.memory.ops))
         if key not in self._alike:
@@ -104,6 +107,15 @@ class BlockRunner:
 
     def _run(self, block: nn.Module, call: Call, *, passes: bool) -> Use:
         """Run one block forward and backward; with ``passes`` its input requires a gradient."""
+        use, gradients = self._once(block, call, passes=passes)
+        if not self._chooses:
+            return use
+        with self.routing.even():
+            even, others = self._once(block, call, passes=passes)
+        return worst(use, even, max(others - gradients, 0))
+
+    def _once(self, block: nn.Module, call: Call, *, passes: bool) -> tuple[Use, int]:
+        """Return what one run takes, and the bytes of the gradients that it has found."""
         self.memory.restart()
         start = self.memory.live
         anchor = wanted(torch.zeros((), requires_grad=True))
@@ -112,8 +124,8 @@ class BlockRunner:
         with torch.enable_grad():
             losses = self._forward(block, call, anchor if passes else None)
         size = tensor_bytes(block_input(call.args, call.kwargs))
-        use = backward(self.memory, losses, leaves, self.memory.peak - start, start)
-        return dataclasses.replace(use, input=size if self._held_input else 0)
+        use, gradients = backward(self.memory, losses, leaves, self.memory.peak - start, start)
+        return dataclasses.replace(use, input=size if self._held_input else 0), gradients
 
     def _forward(self, block: nn.Module, call: Call, anchor: Tensor | None) -> list[Tensor]:
         """Return a scalar for the output, and one for what later blocks make of each argument."""
@@ -147,14 +159,18 @@ def wanted(anchor: Tensor) -> Tensor:
 
 def backward(
     memory: LiveBytes, losses: Sequence[Tensor], leaves: Sequence[Any], forward: int, start: int
-) -> Use:
-    """Run the backward of ``losses``; return what it takes beyond the ``start`` bytes."""
+) -> tuple[Use, int]:
+    """Run the backward of ``losses``; return what it takes beyond the ``start`` bytes.
+
+    Also return the bytes of the gradients.
+    """
     held = memory.live - start
     memory.restart()
     losses = [loss for loss in losses if loss.requires_grad]
     if not losses or not leaves:
-        return Use(forward, 0, 0, 0)
+        return Use(forward, 0, 0, 0), 0
     with no_autocast():
         ones = [torch.ones_like(loss) for loss in losses]
-        torch.autograd.grad(losses, leaves, ones, allow_unused=True)
-    return Use(forward, held, memory.peak - start, memory.flops)
+        found = torch.autograd.grad(losses, leaves, ones, allow_unused=True)
+    size = sum(tensor_bytes(gradient) for gradient in found if gradient is not None)
+    return Use(forward, held, memory.peak - start, memory.flops), size
