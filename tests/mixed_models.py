@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from listed_models import LANGUAGE, VISION, WIDTH, adapted
+from listed_models import LANGUAGE, WIDTH, adapted
 from tiny_models import TinyModel
 from torch import Tensor, nn
 from torch.nn import functional
@@ -23,13 +23,13 @@ def tokens(rows: int = ROWS, length: int = LENGTH, seed: int = 0) -> dict[str, T
     return {"input_ids": ids, "labels": ids, "attention_mask": torch.ones_like(ids)}
 
 
-def language_model(name: str, targets: str = LINEAR, **options: Any) -> TinyModel:
+def language_model(
+    name: str, targets: str = LINEAR, *, config: str = "Config", **options: Any
+) -> TinyModel:
     """A causal language model of transformers."""
     transformers = pytest.importorskip("transformers")
-    if not hasattr(transformers, f"{name}Config"):
-        pytest.skip(f"this transformers has no {name}")
     torch.manual_seed(0)
-    config = getattr(transformers, f"{name}Config")(**{**TEXT, **options})
+    config = getattr(transformers, f"{name}{config}")(**{**TEXT, **options})
     model = getattr(transformers, f"{name}ForCausalLM")(config)
     spread_routers(model)
     return adapted(model, targets, tokens())
@@ -58,7 +58,7 @@ def qwen_moe(name: str) -> TinyModel:
 def jamba() -> TinyModel:
     return language_model(
         "Jamba", num_experts=2, num_experts_per_tok=1, attn_layer_period=2, attn_layer_offset=1,
-        expert_layer_period=2, expert_layer_offset=1, mamba_d_state=4, use_mamba_kernels=False,
+        expert_layer_period=2, expert_layer_offset=1, mamba_d_state=4,
     )  # fmt: skip
 
 
@@ -71,7 +71,9 @@ def recurrent_gemma() -> TinyModel:
 
 def gemma(name: str, **options: Any) -> TinyModel:
     kinds = ["sliding_attention", "full_attention"] * 2
-    return language_model(name, layer_types=kinds, sliding_window=6, head_dim=8, **options)
+    return language_model(
+        name, config="TextConfig", layer_types=kinds, sliding_window=6, head_dim=8, **options
+    )
 
 
 def gemma3n() -> TinyModel:
@@ -206,7 +208,7 @@ MIXED: dict[str, Callable[[], TinyModel]] = {
     "mixtures": mixtures,
     "jamba": jamba,
     "recurrent_gemma": recurrent_gemma,
-    "gemma3": lambda: gemma("Gemma3", model_type="gemma3_text"),
+    "gemma3": lambda: gemma("Gemma3"),
     "gemma3n": gemma3n,
     "mllama": mllama,
     "swin": swin,

