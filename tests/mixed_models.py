@@ -169,14 +169,15 @@ class Mixture(nn.Module):
             rows, places = torch.where(chosen == number)
             if len(rows):
                 places = places if self.count > 1 else torch.full_like(places, number)
-                y = y.index_add(0, rows, expert(x[rows]) * weights[rows, places, None])
+                made = expert(x[rows]) * weights[rows, places, None]
+                y = y.index_add(0, rows, made.to(y.dtype))
         return x + y
 
 
 class Mixtures(nn.Module):
     """A stem, blocks in pairs (a list of lists), and a loss."""
 
-    def __init__(self, experts: int = 8, count: int = 2) -> None:
+    def __init__(self, experts: int = 4, count: int = 2) -> None:
         super().__init__()
         torch.manual_seed(0)
         self.stem = nn.Embedding(TOKENS, WIDTH)

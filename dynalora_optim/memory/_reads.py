@@ -23,8 +23,9 @@ def answer(func: Any, args: Any, *, padded: bool = False) -> object:
     With ``padded`` the answer is False where a truth value is read.
     """
     dtype = args[0].dtype if func is READ_SCALAR else torch.bool
-    is_true = not (padded and dtype == torch.bool)
-    return torch.full((), is_true, dtype=dtype, device="cpu").item()
+    if dtype == torch.bool:
+        return not padded
+    return 1.0 if dtype.is_floating_point else 1
 
 
 class ReadsMade(TorchDispatchMode):  # type: ignore[no-untyped-call]
