@@ -62,13 +62,6 @@ def jamba() -> TinyModel:
     )  # fmt: skip
 
 
-def recurrent_gemma() -> TinyModel:
-    return language_model(
-        "RecurrentGemma", r".*layers.*\.(q_proj|v_proj|linear_x|linear_out)", lru_width=WIDTH,
-        attention_window_size=6, block_types=["recurrent", "recurrent", "attention"],
-    )  # fmt: skip
-
-
 def gemma(name: str, **options: Any) -> TinyModel:
     kinds = ["sliding_attention", "full_attention"] * 2
     return language_model(
@@ -208,7 +201,6 @@ MIXED: dict[str, Callable[[], TinyModel]] = {
     "qwen3_moe": lambda: qwen_moe("Qwen3Moe"),
     "mixtures": mixtures,
     "jamba": jamba,
-    "recurrent_gemma": recurrent_gemma,
     "gemma3": lambda: gemma("Gemma3"),
     "gemma3n": gemma3n,
     "mllama": mllama,
