@@ -279,9 +279,7 @@ def test_with_topk_each_set_keeps_to_compute_itself():
 def test_a_block_that_never_fits_beside_one_that_always_trains_is_refused():
     costs, scores = alike(4, 60, pinned=(1,)), (1.0, 1.0, 2.0, 1.0)
     budget = Budget(0.6, base="stochastic")
-    with pytest.raises(
-        ValueError, match="cannot hold a step that trains block 3"
-    ) as error:
+    with pytest.raises(ValueError, match="cannot hold a step that trains block 3") as error:
         budget.probabilities(context(costs, scores))
     assert re.search(r"cannot hold a step .* pass at least memory", refused(budget, costs) or "")
     least = int(re.search(r"or (\d+) bytes", str(error.value))[1])

@@ -30,8 +30,9 @@ def sharded(tiny: TinyModel, units: str) -> TinyModel:
         for block in model_blocks(model, must=True):
             fully_shard(block.module)
     if units == "outside too":  # embeddings, norms and the head, each by itself
-        for module in outside(model, model_blocks(model, must=True)):
-            if any(True for _ in module.parameters(recurse=False)):
+        # The innermost first: a unit takes all parameters in it that no unit has yet.
+        for module in reversed([*outside(model, model_blocks(model, must=True))]):
+            if module is not model and any(True for _ in module.parameters(recurse=False)):
                 fully_shard(module)
     fully_shard(model)
     return tiny

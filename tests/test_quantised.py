@@ -145,14 +145,7 @@ def test_ours_and_pefts_take_the_same_step(kind):
         torch.testing.assert_close(ours[1][name], gradient, rtol=1e-2, atol=1e-4)
 
 
-ESCAPES = pytest.mark.xfail(
-    reason="bitsandbytes' int8 keeps its input where a checkpoint does not see it"
-)
-
-
-@pytest.mark.parametrize(
-    "kind", [pytest.param(k, marks=ESCAPES if k == "int8" else ()) for k in KINDS]
-)
+@every_kind
 @pytest.mark.parametrize("by", ["ours", "peft"])
 def test_a_budget_holds_over_quantised_weights_which_stay_as_they_are(kind, by):
     model = adapted(kind, by)

@@ -38,8 +38,8 @@ def too_small(amount: str, costs: Costs, least: int, what: str) -> str:
     whole = costs.whole_peak
     return (
         f"{refusal}memory={math.ceil(least / whole * 1000) / 1000} or "
-        f"{least} bytes ({least / _GIB:.2f} GiB). All modules together take "
-        f"{whole / _GIB:.2f} GiB.{causes(costs, least)}"
+        f"{least} bytes ({least / _GIB:.2f} GiB) for a batch of {costs.batch} elements. "
+        f"All modules together take {whole / _GIB:.2f} GiB.{causes(costs, least)}"
     )
 
 

@@ -9,6 +9,7 @@ from torch import nn
 
 _ENOUGH = 0.3  # the share of the list with the most trained tensors, for it to be much
 _List = (nn.ModuleList, nn.Sequential)
+_Uncalled = (nn.ModuleList, nn.ModuleDict)
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,8 @@ def find_blocks(model: nn.Module, members: Collection[nn.Module] = ()) -> list[B
     class that is not inside another one (so that the experts of a block are not blocks), and in
     which much trains (tensors are counted) or one of the ``members`` lies. So an encoder and a
     decoder, or a tower for images and one for text, are two lists. They come in the order of the
-    model's definition, which need not be the order in which they run.
+    model's definition, which need not be the order in which they run. Of a list of lists, whose
+    items are never called, the inner lists count.
 
     Raises:
         ValueError: A list holds one module twice.
@@ -98,7 +100,8 @@ def model_blocks(
 
 def _repeats(module: nn.ModuleList | nn.Sequential) -> bool:
     has_parameters = any(True for _ in module.parameters())
-    return len(module) > 1 and len({*map(type, module)}) == 1 and has_parameters
+    are_called = not any(isinstance(item, _Uncalled) for item in module)
+    return len(module) > 1 and len({*map(type, module)}) == 1 and has_parameters and are_called
 
 
 def _trained(module: nn.Module) -> int:

@@ -74,6 +74,7 @@ class BlockList:
         read: The last block whose output anything else reads, the loss or a later list. Blocks
             above it never get a gradient.
         costs: The costs of its blocks, each by itself.
+        stays: The bytes that the backward of each block leaves alive; see `Run`.
         base: The bytes that stay alive beside the blocks in their forward.
         back: The bytes that stay alive beside the blocks in their backward.
         entry: The part of ``base`` that is the input of the first block.
@@ -87,6 +88,7 @@ class BlockList:
         self.read = blocks.start - 1
         self.anchors: list[Tensor] = []
         self.costs: list[BlockCost] = []
+        self.stays: list[int] = []
         self.base = self.back = self.entry = 0
         self.then = _NO_USE
 
@@ -182,7 +184,26 @@ def finished(lists: Sequence[BlockList], count: int) -> tuple[BlockCost, ...]:
     for number, found in enumerate(lists):
         following = lists[number + 1] if number + 1 < len(lists) else None
         costs[found.blocks.start : found.blocks.stop] = found.finished(lists[0], following)
-    return tuple(costs)
+    return tuple(_beside_what_stays(lists, costs))
+
+
+def after_all(lists: Sequence[BlockList], prefix: Use | None) -> Use | None:
+    """Return the costs of what comes before the blocks, whose backward is the last one."""
+    return prefix and _later(prefix, sum(sum(found.stays) for found in lists))
+
+
+def _beside_what_stays(lists: Sequence[BlockList], costs: Sequence[BlockCost]) -> list[BlockCost]:
+    """Return the ``costs`` with what the backward of blocks above each has left alive."""
+    left = {p: stays for one in lists for p, stays in zip(one.blocks, one.stays, strict=True)}
+    above, found = 0, []
+    for position in reversed(range(len(costs))):
+        found.append(_changed(costs[position], partial(_later, left=above)))
+        above += left.get(position, 0)
+    return found[::-1]
+
+
+def _later(use: Use, left: int) -> Use:
+    return replace(use, backward=use.backward + left)
 
 
 def _shifted(use: Use, forward: int, backward: int) -> Use:

@@ -18,6 +18,7 @@ from dynalora_optim.groups._layout import blocks_of
 from dynalora_optim.groups._module_group import ModuleGroup
 from dynalora_optim.memory._replica import Replica
 from dynalora_optim.memory._routes import Batch, Routes
+from dynalora_optim.memory._shapes import is_padded, shape_of
 from dynalora_optim.memory._sharding import Sharding
 from dynalora_optim.switching._module_switch import ModuleSwitch
 from dynalora_optim.switching._recompute import checkpoints_itself, is_compiled, is_reentrant
@@ -110,7 +111,8 @@ class BlockMeter:
         blocks, groups = list(map(replica.block, self.blocks)), list(map(replica.group, groups))
         switch = ModuleSwitch(blocks, holds=self._holds)
         routes = Routes(replica.model, blocks, groups, switch)
-        with self._uncompiled(), replica.running() as fake:
+        padded = is_padded(shape_of(args, kwargs))
+        with self._uncompiled(), replica.running(padded=padded) as fake:
             costs = routes.measure(Batch(*fake((args, kwargs))), known)
         self._check_prefix(groups, routes.prefix_parameters)
         in_order = [blocks[place] for place in costs.positions]

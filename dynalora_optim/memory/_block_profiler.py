@@ -22,18 +22,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from dynalora_optim._base import trees
 from dynalora_optim._base.live_bytes import tensor_bytes
-from dynalora_optim._base.trees import (
-    elements,
-    first_tensor,
-    leaves,
-    replaced,
-    tensors,
-    trainable_leaves,
-)
+from dynalora_optim._base.trees import elements, first_tensor, leaves, tensors, trainable_leaves
 from dynalora_optim.allocation._costs import Costs, Use
 from dynalora_optim.groups._blocks import outside
-from dynalora_optim.memory._block_list import BlockList, Layout, anchors_of, finished
+from dynalora_optim.memory._block_list import BlockList, Layout, after_all, anchors_of, finished
 from dynalora_optim.memory._block_run import BlockRunner
 from dynalora_optim.memory._graph_parts import GraphParts, now, try_backward
 from dynalora_optim.memory._stand_ins import (
@@ -107,6 +101,7 @@ class Profiler:
             for handle in self._hooks():
                 stack.callback(handle.remove)
             stack.enter_context(self._memory)
+            stack.enter_context(self._runner.routing)
             output = [self._model(*args, **kwargs)]
             if self._waiting:
                 raise ValueError(self._out_of_order(self._waiting[0]))
@@ -121,7 +116,7 @@ class Profiler:
             backward_base=first.back + _SCALARS,
             entry=first.entry,
             head_gradients=sum(map(tensor_bytes, self._head_parameters())),
-            prefix=self._prefix,
+            prefix=after_all(self._lists, self._prefix),
             batch=elements(args, kwargs),
             before=self._before_blocks,
             prefix_gradients=sum(map(tensor_bytes, self.prefix_parameters)),
@@ -155,6 +150,7 @@ class Profiler:
                 self._see(found, position, others)
             self._kept += others
             self._memory.restart()
+            self._runner.routing.choices = 0
             self._start = self._memory.live - tensor_bytes(x)
 
         return hook
@@ -167,7 +163,7 @@ class Profiler:
                 return None
             y = first_tensor(output)
             with torch.enable_grad():
-                return replaced(output, y, enter(found.new_anchor().to(y), y))
+                return trees.replaced(output, y, enter(found.new_anchor().to(y), y))
 
         return hook
 
@@ -180,9 +176,10 @@ class Profiler:
             with outside_checkpoint(module):
                 call = found.call(position, args, kwargs, is_reached=bool(self._prefix))
                 # Whoever records the outputs of the running forward does not record these.
-                cost = Context().run(self._runner.cost, module, groups, call, below)
+                cost, stays = Context().run(self._runner.cost, module, groups, call, below)
             self._is_measuring = False
             found.costs.append(cost)
+            found.stays.append(stays)
             self._waiting.pop(0)
             if position == found.blocks[-1]:
                 self._leave_list(found)

@@ -16,9 +16,29 @@ from dynalora_optim._base.live_bytes import LiveBytes, tensor_bytes
 from dynalora_optim._base.trees import first_tensor, replaced
 from dynalora_optim.allocation._costs import BlockCost, BlockUses, Use
 from dynalora_optim.groups._module_group import ModuleGroup
+from dynalora_optim.memory._routing import Routing, worst
 from dynalora_optim.memory._stand_ins import block_input, enter, leave, no_autocast
 from dynalora_optim.switching._module_switch import ModuleSwitch
 from dynalora_optim.switching._recompute import Recomputer
+
+_SCALARS = 1024  # bytes of scalars, which a measurement leaves too
+
+
+@dataclass(frozen=True)
+class Run:
+    """What one run of a block takes.
+
+    Attributes:
+        use: The memory and the FLOPs.
+        gradients: The bytes of the gradients that were found.
+        stays: The bytes that the backward leaves alive until the graph is dropped, which is after
+            the backward of all blocks: a function written in Python may keep tensors in attributes
+            of its own, where torch does not free them (bitsandbytes' 8-bit layers do).
+    """
+
+    use: Use
+    gradients: int = 0
+    stays: int = 0
 
 
 @dataclass(frozen=True)
@@ -51,7 +71,8 @@ class BlockRunner:
         self._switch = switch
         self._recomputer = Recomputer()
         self._recompute = partial(self._recomputer.recompute, among=switch.held)
-        self._alike: dict[str, BlockCost] = {}
+        self.routing = Routing()
+        self._alike: dict[str, tuple[BlockCost, int]] = {}
 
     def begin(self) -> None:
         """Recompute no block, also none that the user has checkpointed."""
@@ -63,10 +84,11 @@ class BlockRunner:
 
     def cost(
         self, block: nn.Module, groups: Sequence[ModuleGroup], call: Call, below: int
-    ) -> BlockCost:
+    ) -> tuple[BlockCost, int]:
         """Return the costs of ``block``, whose forward without a graph has taken ``below`` bytes.
 
-        The numbers of operations since the last restart of the memory tell forwards apart.
+        Also return the bytes that its backward leaves alive until the whole graph is dropped. The
+        numbers of operations since the last restart of the memory tell forwards apart.
         """
         parameters = [(p.shape, p.dtype, p.requires_grad) for p in block.parameters()]
         kinds = [type(module) for module in block.modules()]
@@ -74,10 +96,12 @@ class BlockRunner:
         if call.is_reached:
             shapes = [tensor.shape for tensor in call.shared]
             reached = call.input_passes, shapes, call.is_last or not shapes
+        self._chooses = self.routing.choices > 0
         seen = (kinds, parameters, len(groups), below, call.is_reached, reached)
         key = repr((*seen, self.memory.flops, self.memory.ops))
         if key not in self._alike:
-            self._alike[key] = self._measured(block, groups, call, below)
+            self._stays = 0
+            self._alike[key] = self._measured(block, groups, call, below), self._stays
         return self._alike[key]
 
     def _measured(
@@ -104,6 +128,14 @@ class BlockRunner:
 
     def _run(self, block: nn.Module, call: Call, *, passes: bool) -> Use:
         """Run one block forward and backward; with ``passes`` its input requires a gradient."""
+        found = self._once(block, call, passes=passes)
+        if not self._chooses:
+            return found.use
+        with self.routing.even():
+            even = self._once(block, call, passes=passes)
+        return worst(found.use, even.use, max(even.gradients - found.gradients, 0))
+
+    def _once(self, block: nn.Module, call: Call, *, passes: bool) -> Run:
         self.memory.restart()
         start = self.memory.live
         anchor = wanted(torch.zeros((), requires_grad=True))
@@ -112,8 +144,10 @@ class BlockRunner:
         with torch.enable_grad():
             losses = self._forward(block, call, anchor if passes else None)
         size = tensor_bytes(block_input(call.args, call.kwargs))
-        use = backward(self.memory, losses, leaves, self.memory.peak - start, start)
-        return dataclasses.replace(use, input=size if self._held_input else 0)
+        run = backward(self.memory, losses, leaves, self.memory.peak - start, start)
+        self._stays = max(self._stays, run.stays)
+        use = dataclasses.replace(run.use, input=size if self._held_input else 0)
+        return dataclasses.replace(run, use=use)
 
     def _forward(self, block: nn.Module, call: Call, anchor: Tensor | None) -> list[Tensor]:
         """Return a scalar for the output, and one for what later blocks make of each argument."""
@@ -147,14 +181,17 @@ def wanted(anchor: Tensor) -> Tensor:
 
 def backward(
     memory: LiveBytes, losses: Sequence[Tensor], leaves: Sequence[Any], forward: int, start: int
-) -> Use:
+) -> Run:
     """Run the backward of ``losses``; return what it takes beyond the ``start`` bytes."""
     held = memory.live - start
     memory.restart()
     losses = [loss for loss in losses if loss.requires_grad]
     if not losses or not leaves:
-        return Use(forward, 0, 0, 0)
+        return Run(Use(forward, 0, 0, 0))
     with no_autocast():
         ones = [torch.ones_like(loss) for loss in losses]
-        torch.autograd.grad(losses, leaves, ones, allow_unused=True)
-    return Use(forward, held, memory.peak - start, memory.flops)
+        found = torch.autograd.grad(losses, leaves, ones, allow_unused=True)
+    gradients = sum(tensor_bytes(gradient) for gradient in found if gradient is not None)
+    use = Use(forward, held, memory.peak - start, memory.flops)
+    stays = memory.live - start - gradients  # the graph is alive: it has not freed these
+    return Run(use, gradients, stays if stays > _SCALARS else 0)

@@ -17,16 +17,27 @@ def is_read(func: Any) -> bool:
     return func in _READS
 
 
-def answer(func: Any, args: Any) -> object:
-    """Return 1 (or True) for a read of ``args[0]``: of a mask it means that nothing is padded."""
+def answer(func: Any, args: Any, *, padded: bool = False) -> object:
+    """Return 1 (or True) for a read of ``args[0]``: of a mask it means that nothing is padded.
+
+    With ``padded`` the answer is False where a truth value is read.
+    """
     dtype = args[0].dtype if func is READ_SCALAR else torch.bool
-    return torch.ones((), dtype=dtype, device="cpu").item()
+    if dtype == torch.bool:
+        return not padded
+    return 1.0 if dtype.is_floating_point else 1
 
 
-class ReadsOnes(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """A context in which code that reads a value of a tensor gets 1, or True."""
+class ReadsMade(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """A context in which code that reads a value of a tensor gets an `answer`."""
+
+    def __init__(self, *, padded: bool) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._padded = padded
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> object:
-        return answer(func, args) if is_read(func) else func(*args, **(kwargs or {}))
+        if is_read(func):
+            return answer(func, args, padded=self._padded)
+        return func(*args, **(kwargs or {}))

@@ -28,7 +28,7 @@ from dynalora_optim._base.torch_private_fsdp import (
 from dynalora_optim._base.trees import tensors
 from dynalora_optim.groups._blocks import Block
 from dynalora_optim.groups._module_group import ModuleGroup
-from dynalora_optim.memory._reads import ReadsOnes
+from dynalora_optim.memory._reads import ReadsMade
 from dynalora_optim.switching._detach import ActiveCopies, drop_copied_hooks
 
 
@@ -70,8 +70,11 @@ class Replica:
         return replace(group, modules=tuple(map(self.of, group.modules)), slots=slots)
 
     @contextmanager
-    def running(self) -> Iterator[Callable[[Any], Any]]:
+    def running(self, *, padded: bool) -> Iterator[Callable[[Any], Any]]:
         """Enter a context in which the copy can be run, and yield a function for its arguments.
+
+        Args:
+            padded: Whether code that looks into a mask finds that it hides something.
 
         Raises:
             ValueError: The model cannot be run without data; it replaces the error of torch.
@@ -80,7 +83,7 @@ class Replica:
             stack.enter_context(_explained(self.model))
             stack.enter_context(uncounted())
             stack.enter_context(self._fake)
-            stack.enter_context(ReadsOnes())  # type: ignore[no-untyped-call]
+            stack.enter_context(ReadsMade(padded=padded))
             yield self._call
 
     def _call(self, arguments: Any) -> Any:

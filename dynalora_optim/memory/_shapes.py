@@ -1,4 +1,8 @@
-"""The costs of batches of several shapes, and which of them hold for another batch."""
+"""The costs of batches of several shapes, and which of them hold for another batch.
+
+The values of a batch matter in one way: attention without padding needs no mask. So whether a mask
+hides anything is a size of this mask, its last one: 1 is more than 0.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +18,8 @@ from dynalora_optim.allocation._costs import Costs
 from dynalora_optim.allocation._joined import joined
 from dynalora_optim.allocation._saved_costs import restored_costs, saved_costs
 
-# For each leaf of a call's arguments: its place, its kind, and its sizes if it is a tensor.
+# For each leaf of a call's arguments: its place, its kind, and its sizes if it is a tensor. The
+# last of these is 1 if it is a mask that hides something.
 Shape: TypeAlias = "tuple[tuple[str, str, tuple[int, ...]], ...]"
 
 _KEPT = 32  # shapes whose costs are kept
@@ -34,7 +39,8 @@ def shape_of(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Shape:
 
 def _leaves(path: str, tree: Any) -> Iterator[tuple[str, str, tuple[int, ...]]]:
     if isinstance(tree, Tensor):
-        yield path, f"{tree.dtype}{'+' * tree.requires_grad}", tuple(tree.shape)
+        kind = f"{tree.dtype}{'+' * tree.requires_grad}"
+        yield path, kind, (*tree.shape, int(_hides(path, tree)))
     elif isinstance(tree, Mapping):
         for key in sorted(tree, key=str):
             yield from _leaves(f"{path}.{key}", tree[key])
@@ -44,6 +50,22 @@ def _leaves(path: str, tree: Any) -> Iterator[tuple[str, str, tuple[int, ...]]]:
     else:  # a flag may change what is computed; a number, such as the count of items, does not
         is_flag = tree is None or isinstance(tree, (bool, str))
         yield path, repr(tree) if is_flag else type(tree).__name__, ()
+
+
+def _hides(path: str, tensor: Tensor) -> bool:
+    """Return whether ``tensor`` is a mask with a zero in it; without a name, any of numbers may be.
+
+    It waits for the device, as models do that look into their mask.
+    """
+    name = path.rpartition(".")[2]
+    if "mask" not in name and (tensor.is_floating_point() or not name.isdigit()):
+        return False
+    return not tensor.is_meta and not bool(tensor.all())
+
+
+def is_padded(shape: Shape) -> bool:
+    """Return whether a mask of this call hides something."""
+    return any(sizes[-1] for _, _, sizes in shape if sizes)
 
 
 def covers(large: Shape, small: Shape) -> bool:
@@ -82,8 +104,10 @@ class MeasuredShapes:
         that its own costs are worth a measurement: with them less is recomputed.
         """
         self.forwards += 1
-        known = [costs for other, costs in self.entries if covers(other, shape)]
-        found = min(known, key=lambda costs: costs.batch, default=None)
+        known = [
+            (costs.batch, other, costs) for other, costs in self.entries if covers(other, shape)
+        ]
+        _, _, found = min(known, key=lambda entry: entry[:2], default=(0, (), None))
         is_loose = found is not None and found.batch >= _LOOSE * elements > 0 and self.recomputes
         if is_loose and self._extra < _FREE + self.forwards // _PER:
             self._extra += 1

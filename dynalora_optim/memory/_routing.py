@@ -1,0 +1,95 @@
+"""Measuring a mixture of experts in the routing that takes the most memory.
+
+What an expert takes grows with the tokens that it gets, and the tokens of a later batch may be
+divided in another way. Over all experts the sum of tokens is constant, but not the temporary
+tensors of the one that runs. So blocks are measured with all tokens at the same few experts. If
+more experts get tokens, a block holds more of what each of them takes in any case, such as weights
+that autocast has cast; so it is measured with even numbers of tokens, too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dynalora_optim._base.live_bytes import uncounted
+from dynalora_optim._base.torch_private import TorchDispatchMode
+from dynalora_optim.allocation._costs import Use
+
+_ATEN = torch.ops.aten
+_CHOICES = (_ATEN.topk.default, _ATEN.argmax.default)
+
+
+class Routing(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """A context in which whatever chooses among scores chooses the first ones, or all in turn.
+
+    Attributes:
+        choices: How often something was chosen since this was set to 0.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.choices = 0
+        self._is_even = False
+
+    @contextmanager
+    def even(self) -> Iterator[None]:
+        """Enter a context in which all are chosen in turn."""
+        self._is_even = True
+        try:
+            yield
+        finally:
+            self._is_even = False
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> object:
+        result = func(*args, **(kwargs or {}))
+        if func in _CHOICES:
+            self.choices += 1
+            with uncounted():
+                self._choose(func, args, result)
+        return result
+
+    def _choose(self, func: Any, args: Any, result: Any) -> None:
+        """Write other positions into those that ``func`` has found."""
+        scores: Tensor = args[0]
+        if func is _ATEN.topk.default:
+            dim = args[2] if len(args) > 2 else -1
+            found, count = result[1].movedim(dim, -1), args[1]
+        else:  # without a dim it is a position in the whole tensor
+            dim = args[1] if len(args) > 1 else None
+            if dim is None:
+                return
+            keeps = len(args) > 2 and args[2]
+            found, count = (result.movedim(dim, -1) if keeps else result.unsqueeze(-1)), 1
+        if scores.ndim == 0:
+            return
+        rows = found.numel() // count if count else 0
+        first = torch.arange(rows, device=found.device) * (count * self._is_even)
+        chosen = first[:, None] + torch.arange(count, device=found.device)
+        found.copy_((chosen % scores.shape[dim]).view(found.shape))
+
+
+def worst(few: Use, even: Use, gradients: int) -> Use:
+    """Return what any division of tokens takes at the most.
+
+    Args:
+        few: What is taken if a few experts get all tokens.
+        even: What is taken if all experts get some.
+        gradients: The bytes of gradients that come only with ``even``.
+    """
+    more = max(even.held - few.held, 0)
+    return replace(
+        few,
+        forward=max(even.forward, few.forward + more),
+        held=few.held + more,
+        backward=max(even.backward, few.backward + more + gradients),
+        flops=max(few.flops, even.flops),
+        input=max(few.input, even.input),
+    )
