@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import statistics
+import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from _measure import markdown
-from _quality_tables import BLOCK_PAIRS, FOLDER, Sweep, mean_and_less, pairs_table, rates, stored
+from _quality_tables import BLOCK_PAIRS, FOLDER, mean_and_less, stored
 from _stored import Row, read
+
+sys.path.insert(0, str(Path(__file__).resolve().parent / "quality"))
+from _compare import Sweep
+from report import pairs_table, rates
 
 COSTS = FOLDER / "costs.jsonl"
 

@@ -10,6 +10,7 @@ from dynalora_optim.allocation._allocation_state import AllocationState
 from dynalora_optim.allocation._choice import Choice
 from dynalora_optim.allocation._costs import Costs, Plan
 from dynalora_optim.allocation._counters import GroupCounters
+from dynalora_optim.allocation._cover import alone
 from dynalora_optim.allocation._record import Reallocation
 from dynalora_optim.allocation._search import least_peak_of_one
 from dynalora_optim.groups._layout import BlockLayout
@@ -116,7 +117,7 @@ class Allocation(AllocationState):
 
     def _try_out(self, costs: Costs) -> None:
         # Of equal ones the last: the backward pass ends there first.
-        least = min(reversed(costs.alone()), key=partial(least_peak_of_one, costs))
+        least = min(reversed(alone(costs)), key=partial(least_peak_of_one, costs))
         active = costs.blocks_of([]) | {least}
         chosen = [g for g, block in enumerate(costs.group_blocks) if block in {None, *active}]
         self._spending.fitting(chosen)

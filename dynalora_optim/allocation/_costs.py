@@ -127,8 +127,7 @@ class Costs:
     @property
     def choosable(self) -> frozenset[int]:
         """The blocks that hold groups; those in which something can train if no block does."""
-        holding = frozenset(block for block in self.group_blocks if block is not None)
-        return holding or self.trainable
+        return frozenset(b for b in self.group_blocks if b is not None) or self.trainable
 
     def lowest_blocks(self) -> list[int]:
         """Return the possible lowest blocks: none is above a block that always trains.
@@ -137,23 +136,17 @@ class Costs:
         If what comes before the blocks of a route trains, the gradient reaches the first of them in
         any case; this one then stands for the route, whether it trains or not.
         """
-        highest = min(self.reached, max(self.choosable), len(self.blocks) - 1)
-        last = self.routes[-1] if self.routes else self  # no route goes on behind one with a prefix
-        first = last.first if last.prefix else len(self.blocks)
-        found = [block for block in sorted(self.trainable) if block < first and block <= highest]
-        return found + [first] * (first <= highest)
+        highest = min(self.reached, max(self.choosable))
+        found = [block for block in sorted(self.trainable) if block <= highest]
+        is_first = highest == self.reached and highest not in self.trainable  # of the last route
+        return found + [highest] * is_first
 
     @property
     def reached(self) -> int:
         """The block to which the gradient goes down in any case; their number if there is none."""
         last = self.routes[-1] if self.routes else self
-        below = {last.first} if last.prefix else set()
-        return min(below | self.pinned, default=len(self.blocks))
-
-    def alone(self) -> list[int]:
-        """Return the blocks of which each can train without others, but those that always do."""
-        lowest = self.lowest_blocks()
-        return sorted(b for b in self.choosable if b in lowest or b >= self.reached)
+        always = self.pinned | ({last.first} if last.prefix else set())
+        return min(always, default=len(self.blocks))
 
     def role(self, block: int, lowest: int, *, active: bool) -> BlockUses:
         """Return the costs of ``block`` when the backward pass ends at ``lowest``."""
@@ -229,11 +222,8 @@ class Costs:
         """Return the most bytes alive after the blocks' forward, besides what the blocks hold."""
         alone = self.output_alone if self.loop.keeps_output else 0
         left = base + self.head.held + self.output_alone
-        alive = (
-            left
-            if self.outside or not self.routes
-            else left - base + self.backward_base + self.loop.stale
-        )
+        stays = self.outside or not self.routes
+        alive = left if stays else left - base + self.backward_base + self.loop.stale
         moments = [
             base + self.head.forward,
             alive + self.outside,
@@ -284,8 +274,7 @@ class Costs:
 
     def recomputed(self, plan: Plan) -> int:
         """Return the FLOPs of the recomputation alone."""
-        kept = Plan(plan.active)
-        return self.flops(plan) - self.flops(kept)
+        return self.flops(plan) - self.flops(Plan(plan.active))
 
     def gradients(self, plan: Plan) -> int:
         """Return the bytes of the gradients of the blocks that train."""

@@ -20,6 +20,12 @@ def holding(costs: Costs) -> frozenset[int]:
     return costs.blocks_of(range(len(costs.group_blocks))) - costs.pinned
 
 
+def alone(costs: Costs) -> list[int]:
+    """Return the blocks of which each can train without others, but those that always do."""
+    lowest = costs.lowest_blocks()
+    return sorted(b for b in costs.choosable if b in lowest or b >= costs.reached)
+
+
 def shares(costs: Costs, plans: Sequence[Plan]) -> list[float]:
     """Return the FLOPs of each plan as a share of those with all modules active."""
     return [costs.flops(plan) / costs.flops(costs.all_active) for plan in plans]
@@ -75,7 +81,7 @@ def fewest_plans(costs: Costs, limit: int) -> list[Plan]:
     If none of these fits, because blocks that train hold less than others, return any that fit.
     """
     nothing = [0.0] * len(costs.blocks)
-    fewest = [cheapest_plan(costs, costs.pinned | {block}, limit) for block in costs.alone()]
+    fewest = [cheapest_plan(costs, costs.pinned | {block}, limit) for block in alone(costs)]
     if not any(fewest):
         fewest = [best_plan(costs, nothing, limit, lowest) for lowest in costs.lowest_blocks()]
     return [plan for plan in fewest if plan]
