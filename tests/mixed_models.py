@@ -55,61 +55,11 @@ def qwen_moe(name: str) -> TinyModel:
     )  # fmt: skip
 
 
-def jamba() -> TinyModel:
-    return language_model(
-        "Jamba", num_experts=2, num_experts_per_tok=1, attn_layer_period=2, attn_layer_offset=1,
-        expert_layer_period=2, expert_layer_offset=1, mamba_d_state=4,
-    )  # fmt: skip
-
-
 def gemma(name: str, **options: Any) -> TinyModel:
     kinds = ["sliding_attention", "full_attention"] * 2
     return language_model(
         name, config="TextConfig", layer_types=kinds, sliding_window=6, head_dim=8, **options
     )
-
-
-def gemma3n() -> TinyModel:
-    return gemma(
-        "Gemma3n", intermediate_size=2 * WIDTH, vocab_size_per_layer_input=128,
-        hidden_size_per_layer_input=8, laurel_rank=4, num_kv_shared_layers=0,
-        activation_sparsity_pattern=0.0,
-    )  # fmt: skip
-
-
-def mllama() -> TinyModel:
-    """Layers that attend to a picture among those that attend to text."""
-    transformers = pytest.importorskip("transformers")
-    torch.manual_seed(0)
-    config = transformers.MllamaConfig(
-        text_config={
-            **TEXT, "cross_attention_layers": [1, 3],
-            "rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0},
-        },
-        vision_config={
-            "hidden_size": WIDTH, "num_hidden_layers": 2, "num_global_layers": 1,
-            "attention_heads": 4, "intermediate_size": 2 * WIDTH, "vision_output_dim": 2 * WIDTH,
-            "image_size": 16, "patch_size": 4, "max_num_tiles": 1,
-            "intermediate_layers_indices": [0], "supported_aspect_ratios": [[1, 1]],
-        },
-        image_token_index=127,
-    )  # fmt: skip
-    model = transformers.MllamaForConditionalGeneration(config)
-    for name, parameter in model.named_parameters():
-        if name.endswith("_gate"):
-            nn.init.ones_(parameter)
-    batch = tokens()
-    batch["input_ids"][:, 0] = 127
-    return adapted(model, r".*language_model.*\.(q|v)_proj", batch | picture(ROWS, LENGTH))
-
-
-def picture(rows: int, length: int) -> dict[str, Tensor]:
-    return {
-        "pixel_values": torch.randn(rows, 1, 1, 3, 16, 16, generator=torch.Generator()),
-        "aspect_ratio_ids": torch.ones(rows, 1, dtype=torch.long),
-        "aspect_ratio_mask": torch.ones(rows, 1, 1, dtype=torch.long),
-        "cross_attention_mask": torch.ones(rows, length, 1, 1, dtype=torch.long),
-    }
 
 
 def swin() -> TinyModel:
@@ -123,15 +73,6 @@ def swin() -> TinyModel:
     model = transformers.SwinForImageClassification(config)
     batch = {"pixel_values": torch.randn(ROWS, 3, 32, 32), "labels": torch.arange(ROWS) % 3}
     return adapted(model, r".*\.(query|q_proj|value|v_proj)", batch)
-
-
-def of_timm(name: str, **options: Any) -> TinyModel:
-    timm = pytest.importorskip("timm", reason="timm is not a requirement of these tests")
-    torch.manual_seed(0)
-    model = timm.create_model(name, img_size=32, num_classes=3, **options)
-    tiny = adapted(model, r".*\.qkv", {"x": torch.randn(ROWS, 3, 32, 32)}, ["head"])
-    tiny.loss = lambda: model(**tiny.batch).square().mean()  # type: ignore[method-assign]
-    return tiny
 
 
 class Expert(nn.Module):
@@ -200,15 +141,6 @@ MIXED: dict[str, Callable[[], TinyModel]] = {
     "qwen2_moe": lambda: qwen_moe("Qwen2Moe"),
     "qwen3_moe": lambda: qwen_moe("Qwen3Moe"),
     "mixtures": mixtures,
-    "jamba": jamba,
     "gemma3": lambda: gemma("Gemma3"),
-    "gemma3n": gemma3n,
-    "mllama": mllama,
     "swin": swin,
-    "timm_vit": lambda: of_timm(
-        "vit_tiny_patch16_224", patch_size=8, embed_dim=WIDTH, num_heads=4, depth=4
-    ),
-    "timm_swin": lambda: of_timm(
-        "swin_tiny_patch4_window7_224", embed_dim=16, depths=(2, 2), num_heads=(2, 4), window_size=4
-    ),
 }
