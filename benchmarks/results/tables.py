@@ -22,6 +22,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import _budget_tables as budget
 import _full_tables as full
 import _memory_tables as memory
 import _overhead_tables as overhead
@@ -79,6 +80,12 @@ TABLES: dict[str, Table] = {
     "quality_mpnet": quality.mpnet,
     "quality_few": quality.few,
     "quality_few_pairs": quality.few_pairs,
+    "quality_blocks": budget.blocks,
+    "quality_blocks_rates": budget.blocks_rates,
+    "quality_blocks_pairs": budget.blocks_pairs,
+    "quality_costs": budget.costs,
+    "quality_equal": budget.equal,
+    "quality_equal_rates": budget.equal_rates,
     "quickstart": _quickstart(quickstart.described_methods_table),
     "quickstart_readme": _quickstart(quickstart.methods_table),
     "quickstart_seeds": _seeds,
