@@ -59,8 +59,8 @@ def chunk_loss(
 
     Raises:
         TypeError: There is no causal language model in ``model``, or more than one head.
-        ValueError: An option has a value that is not allowed, the model has this already, or
-            ``liger`` without a GPU. The first forward raises it if the model is not on the GPU.
+        ValueError: An option is wrong, the model has this already, or ``liger`` without a GPU. The
+            first forward raises it if the model is not on the GPU.
         ImportError: ``liger`` without the packages liger_kernel and triton.
 
     Example:
@@ -72,11 +72,10 @@ def chunk_loss(
         raise ValueError(f"label_smoothing={label_smoothing!r} must be in [0, 1]; pass 0 for none.")
     causal = causal_model(model)
     if isinstance(causal.forward, ChunkedLossHandle):
-        raise ValueError(
-            f"{type(causal).__name__} has its loss in chunks already; close() the first handle."
-        )
-    kernel = liger_kernel(wanted=liger)
-    return ChunkedLossHandle(causal, ChunkedCrossEntropy(chunk, label_smoothing, kernel))
+        kind = type(causal).__name__
+        raise ValueError(f"{kind} has its loss in chunks already; close() the first handle.")
+    loss = ChunkedCrossEntropy(chunk, label_smoothing, liger_kernel(wanted=liger))
+    return ChunkedLossHandle(causal, loss)
 
 
 class ChunkedLossHandle:
