@@ -190,7 +190,7 @@ def test_the_benchmark_in_small(tmp_path, capsys):
     bars = _memory_tables.found_bars(rows)
     for bar in bars:
         assert f"\n| {bar.name} | " in printed
-    assert len(bars) == 23
+    assert len(bars) == 24
     assert (tmp_path / "memory_roberta.png").stat().st_size > 10_000
     for share, compute in shape.budgets:
         assert results[_rows.budget_name(share, compute)].peak <= share

@@ -169,7 +169,7 @@ def test_the_least_total_of_a_bound_is_enough_for_the_block_that_takes_the_most(
 
 
 def test_a_refusal_names_the_parts_and_what_lowers_them_and_changes_nothing():
-    run = Run()
+    run = Run(rows=2)
     run.build(20_000)
     before = weights(run.model)
     with pytest.raises(ValueError, match=r"Budget\(total=20000\) cannot hold") as refused:
@@ -210,7 +210,8 @@ def test_existing_state_of_what_never_trains_counts():
         with pytest.raises(ValueError, match="pass at least total=") as refused:
             plain.model(tokens(0, ROWS))
         least = named(refused.value)
-        assert least > Run(wrapper={"pause": "drop"}).least() - 2000
+        # Beside embeddings that train, the largest block must fit too: 3104 bytes more.
+        assert least > Run(wrapper={"pause": "drop"}).least() - 3104 - 2000
         optimizer.close()
     assert least < fresh
 
