@@ -13,7 +13,7 @@ from _stored import Row, read
 
 sys.path.insert(0, str(Path(__file__).resolve().parent / "quality"))
 from _compare import Sweep
-from report import pairs_table, rates
+from report import pairs_table, qualities, rates
 
 COSTS = FOLDER / "costs.jsonl"
 
@@ -29,14 +29,14 @@ def blocks() -> str:
 
 def _block_row(sweep: Sweep, name: str) -> list[str]:
     cells = [sweep.cells[name, task] for task in sweep.tasks]
-    shown = [f"{100 * cell.mean:.1f} ± {100 * cell.deviation:.1f}" for cell in cells]
     active = statistics.fmean(cell.average("active_parameters") for cell in cells)
     sizes = [
         sweep.ratio(name, "lora", size, sweep.tasks)
         for size in ("peak_bytes", "whole_active", "whole")
     ]
     mean, less = mean_and_less(sweep, name)
-    return [name, *shown, mean, f"{active:,.0f}", *(f"{size:.2f}" for size in sizes), less]
+    measured = [f"{active:,.0f}", *(f"{size:.2f}" for size in sizes)]
+    return [name, *qualities(sweep, name), mean, *measured, less]
 
 
 def blocks_rates() -> str:
@@ -75,9 +75,8 @@ def equal() -> str:
     for name in sweep.methods:
         plain, _, longer = name.partition("@longer=")
         times = float(longer or 1)
-        qualities = [f"{100 * sweep.cells[name, task].mean:.1f}" for task in sweep.tasks]
-        shares = [f"{times * share:.2f}" for share in cost[plain]]
-        lines.append([plain, f"{times:.2f}", *shares, *qualities, *mean_and_less(sweep, name)])
+        shares = [f"{times * share:.2f}" for share in (1, *cost[plain])]
+        lines.append([plain, *shares, *qualities(sweep, name), *mean_and_less(sweep, name)])
     head = ["method", "steps", "FLOPs", "CPU time", *sweep.tasks, "mean", "minus lora"]
     return markdown(head, lines)
 

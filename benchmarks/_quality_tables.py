@@ -117,9 +117,8 @@ def _few() -> list[Result]:
 
 def _blocks() -> list[Result]:
     """Return the runs with full parameters, with the whole training memory of each."""
-    runs = [*finished(FOLDER / "runs.jsonl"), *finished(FOLDER / "blocks" / "runs.jsonl")]
-    kept = [run for name in BLOCKS for run in runs if run["settings"]["method"] == name]
-    return [run | _whole(run) for run in kept]
+    runs = [*_lines(FOLDER, BLOCKS[:2]), *_lines(FOLDER / "blocks", BLOCKS[2:])]
+    return [run | _whole(run) for run in runs]
 
 
 def _whole(run: Result) -> dict[str, int]:
@@ -133,13 +132,7 @@ def _whole(run: Result) -> dict[str, int]:
 
 def _equal() -> list[Result]:
     """Return the runs that end at the same compute, and those of LoRA, all in one sweep."""
-    runs = [*finished(FOLDER / "runs.jsonl"), *finished(FOLDER / "equal" / "runs.jsonl")]
-    wanted = ["lora", *dict.fromkeys(run["settings"]["method"] for run in runs if _longer(run))]
-    return [run for name in wanted for run in runs if run["settings"]["method"] == name]
-
-
-def _longer(run: Result) -> bool:
-    return "@longer=" in run["settings"]["method"]
+    return [*_lines(FOLDER, ["lora"]), *finished(FOLDER / "equal" / "runs.jsonl")]
 
 
 def _short_figures() -> list[Result]:

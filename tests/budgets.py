@@ -9,11 +9,14 @@ from typing import Any
 import torch
 from tiny_models import ROOMY, Sizes, TinyModel, build, randomize_trainable
 from torch import Tensor
+from torch.torch_version import TorchVersion
 
 from dynalora_adapters import LoRAConfig, inject
 from dynalora_optim import Budget, DynamicAllocationOptimizer, LiveBytes
+from dynalora_optim._base.packages import installed
 from dynalora_optim.allocation._costs import Costs, Plan
 
+TRANSFORMERS = TorchVersion(installed("transformers").replace("not installed", "0"))
 MODELS = ("bert", "roberta", "mpnet", "gpt2", "llama", "vit", "encoder")
 ALL_LINEAR = {  # every linear layer of a block, grouped-query projections among them
     "llama": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]

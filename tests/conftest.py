@@ -14,7 +14,6 @@ from hypothesis import HealthCheck, settings
 
 settings.register_profile("dev", max_examples=25, deadline=None)
 settings.register_profile("deep", max_examples=1000, deadline=None)
-settings.register_profile("soak", max_examples=10_000, deadline=None)
 settings.register_profile(
     "ci",
     max_examples=50,

@@ -7,21 +7,29 @@ from dataclasses import replace
 
 import pytest
 import torch
-from budgets import MODELS, adapted, clear, costs_of, measured, on_budget, shape, some_plans
+from budgets import (
+    MODELS,
+    TRANSFORMERS,
+    adapted,
+    clear,
+    costs_of,
+    measured,
+    on_budget,
+    shape,
+    some_plans,
+)
 from tiny_models import ROOMY, TINY, snapshot
 from tiny_models import same as same_model
 from torch import nn
-from torch.torch_version import TorchVersion
 from toy import ToyModel, batch, names, wrapped
 
 from dynalora_optim import Budget, LiveBytes
 from dynalora_optim._base.live_bytes import tensor_bytes
-from dynalora_optim._base.packages import installed
 from dynalora_optim.allocation._costs import Plan
 
 FLOAT = 4
 HIDDEN = ROOMY.rows * ROOMY.length * ROOMY.width * FLOAT  # a block's input
-OLD = TorchVersion(installed("transformers").replace("not installed", "0")) < "5.17"
+OLD = TRANSFORMERS < "5.17"
 SLACK = 6 * 1024  # the profiler's own 1024, and rotary tables and masks that die within a step
 
 

@@ -26,10 +26,11 @@ from sweep import names
 from dynalora_optim._costing import StepCosting
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from _promise_tables import EARLY, measuring_lines
+from _measure import markdown
 from _stored import run_of, write
 
 METHODS = "budget-0.40,budget-0.75"
+EARLY = 100  # steps in which most shapes are new
 
 
 @contextmanager
@@ -77,6 +78,22 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """Return a table of the rows."""
+    head = [
+        *("method", "steps", "different lengths", "measured", f"after {EARLY} steps"),
+        *("first, in steps", "the others, share of the time"),
+    ]
+    return markdown(head, [_line(row) for row in rows])
+
+
+def _line(row: dict[str, Any]) -> list[str]:
+    step = (row["seconds"] - row["first_seconds"] - row["other_seconds"]) / row["steps"]
+    counts = [str(row[key]) for key in ("steps", "lengths", "measured", "measured_late")]
+    others = row["other_seconds"] / row["seconds"]
+    return [row["row"], *counts, f"{row['first_seconds'] / step:.1f}", f"{others:.2%}"]
+
+
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line."""
     parser = parser_of(__doc__)
@@ -98,7 +115,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         rows = [measure(name, options) for name in options.methods]
     except (OSError, ValueError) as error:
         sys.exit(f"measuring: {error}")
-    print(measuring_lines(rows))
+    print(table(rows))
     if options.output:
         write(options.output, "measuring", rows, run_of(__file__, arguments))
     return 0

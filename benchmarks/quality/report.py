@@ -41,7 +41,7 @@ def _row(sweep: Sweep, name: str, reference: str) -> list[str]:
     shared = sweep.shared(name, reference)
     partial = "" if len(shared) == len(sweep.tasks) else "†"
     cells = [sweep.cells[name, task] for task in sweep.shared(name)]
-    row = [name, *_qualities(sweep, name)]
+    row = [name, *qualities(sweep, name)]
     row.append(f"{100 * sweep.average(name, shared):.1f}{partial}" if shared else "-")
     row.append(f"{statistics.fmean(cell.average('active_parameters') for cell in cells):,.0f}")
     for size in ("peak_bytes", "saved_bytes"):
@@ -51,7 +51,8 @@ def _row(sweep: Sweep, name: str, reference: str) -> list[str]:
     return row
 
 
-def _qualities(sweep: Sweep, name: str) -> Iterator[str]:
+def qualities(sweep: Sweep, name: str) -> Iterator[str]:
+    """Yield the mean over the seeds on each task, and the deviation, as text."""
     for task in sweep.tasks:
         cell = sweep.cells.get((name, task))
         spread = f" ± {100 * cell.deviation:.1f}" if cell and len(cell.runs) > 1 else ""

@@ -13,7 +13,7 @@ there are two cases:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -167,11 +167,6 @@ def packet_of(operation: Any) -> Any:
     If torch lacks ``_overloadpacket``: the operation itself; its FLOPs are then not counted.
     """
     return getattr(operation, "_overloadpacket", operation)
-
-
-def tree_leaves(tree: Any) -> Iterable[Any]:
-    """Return the leaves of nested containers, of every container type that torch knows."""
-    return _pytree("tree_iter")(tree)  # type: ignore[no-any-return]
 
 
 def tree_map(function: Callable[[Any], Any], tree: Any) -> Any:

@@ -22,9 +22,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from dynalora_optim._base import trees
 from dynalora_optim._base.live_bytes import tensor_bytes
-from dynalora_optim._base.trees import elements, first_tensor, leaves, tensors, trainable_leaves
+from dynalora_optim._base.trees import (
+    elements,
+    first_tensor,
+    leaves,
+    replaced,
+    tensors,
+    trainable_leaves,
+)
 from dynalora_optim.allocation._costs import Costs, Use
 from dynalora_optim.groups._blocks import outside
 from dynalora_optim.memory._block_list import BlockList, Layout, after_all, anchors_of, finished
@@ -163,7 +169,7 @@ class Profiler:
                 return None
             y = first_tensor(output)
             with torch.enable_grad():
-                return trees.replaced(output, y, enter(found.new_anchor().to(y), y))
+                return replaced(output, y, enter(found.new_anchor().to(y), y))
 
         return hook
 
@@ -203,8 +209,7 @@ class Profiler:
     def _measure_prefix(self, x: Tensor, others: Sequence[Tensor]) -> None:
         """Measure the part before the blocks if it trains."""
         trained = [t for t in (x, *others) if trainable_leaves(t)]
-        own = {id(p): p for tensor in trained for p in trainable_leaves(tensor)}
-        self.prefix_parameters = list(own.values())
+        self.prefix_parameters = [*dict.fromkeys(p for t in trained for p in trainable_leaves(t))]
         if trained:
             held = self._memory.live - tensor_bytes(x)
             peak, flops = try_backward(self._memory, trained, self.prefix_parameters)

@@ -72,6 +72,8 @@ class BlockRunner:
         self._recomputer = Recomputer()
         self._recompute = partial(self._recomputer.recompute, among=switch.held)
         self.routing = Routing()
+        self._chooses = False  # whether the block that is measured chooses among experts
+        self._stays = 0  # the most that a run of this block has left alive
         self._alike: dict[str, tuple[BlockCost, int]] = {}
 
     def begin(self) -> None:
