@@ -209,6 +209,22 @@ def test_the_least_peak_of_given_blocks_is_that_of_brute_force(costs, data):
     assert least_peak(costs, min(plan.active), plan.active) == least
 
 
+def test_a_later_list_in_which_nothing_can_train_runs_without_a_graph():
+    """What its blocks take then counts, although they would take less with a graph."""
+    costs = layered(4)
+    large = tuple(replace(block, below=1000) for block in costs.blocks)
+    later = replace(costs, blocks=large, first=2, group_blocks=())
+    costs = replace(costs, blocks=large, group_blocks=(0, 1), own=((2, 4),), routes=(later,))
+    active = frozenset({0})
+    least = min(map(costs.peak, every_plan(costs, active)))
+    assert least_peak(costs, 0, active) == least > 1000
+    assert cheapest_plan(costs, active, least - 1) is None
+    assert best_plan(costs, [1.0] * 4, least - 1, 0) is None
+    plan = best_plan(costs, [1.0] * 4, 2 * least, 0)
+    assert plan
+    assert plan.active <= costs.trainable
+
+
 @given(costs=any_costs(), scores=worths, memory=st.integers(40, 400))
 def test_topk_takes_the_most_important_modules_that_fit(costs, scores, memory):
     blocks = [block for block in costs.group_blocks if block is not None]

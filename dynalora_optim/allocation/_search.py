@@ -216,7 +216,9 @@ def _own(problem: Problem, base: int, partials: list[Partial], blocks: range) ->
     """
     ended = partials
     for block in reversed(blocks):
-        lowest = _longer(problem, base, partials, block, ways_of(problem, block, block))
+        can_train = True in problem.choices[block]
+        ways = ways_of(problem, block, block) if can_train else []
+        lowest = _longer(problem, base, partials, block, ways)
         partials = _fewer(problem, _longer(problem, base, partials, block, ways_of(problem, block)))
         below = Use(problem.costs.blocks[block].below, 0, NEVER, 0)
         idle = [(below, 0, 0.0, IDLE)] if False in problem.choices[block] else []
