@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -24,6 +25,7 @@ from gpu.summary import write
 
 ROOT = Path(__file__).parents[2]
 PATIENCE = 4  # factor for the time limits of a dry run, which may run on a busy machine
+FOR_GPUS = re.compile(r"pytest\.mark\.cuda|\bdevice\):")  # a mark, or a fixture that has it
 GRACE = 5.0  # seconds between the end that a part plans and its time limit
 
 
@@ -49,24 +51,25 @@ PARTS = (
 )
 
 
-def command_of(part: Part, folder: Path, seconds: float, *, dry_run: bool) -> list[str]:
+def command_of(part: Part, folder: Path, seconds: float, passed_on: Sequence[str]) -> list[str]:
     """Return the command that runs a part."""
     if part.name == "tests":
         return tests_command()
-    arguments = [part.name, str(folder), "--seconds", f"{seconds - GRACE:.0f}"]
-    return [sys.executable, "-m", "gpu.part", *arguments, *["--dry-run"] * dry_run]
+    arguments = [part.name, str(folder), "--seconds", f"{seconds - GRACE:.0f}", *passed_on]
+    return [sys.executable, "-m", "gpu.part", *arguments]
 
 
 def tests_command() -> list[str]:
     """Return the command that runs the tests for GPUs, with only our pytest plugin."""
-    found = ROOT.glob("tests/test_cuda_*.py")
-    files = sorted((str(path.relative_to(ROOT)) for path in found), reverse=True)  # compile last
+    found = [path for path in ROOT.glob("tests/test_*.py") if FOR_GPUS.search(path.read_text())]
+    files = sorted((str(path.relative_to(ROOT)) for path in found), reverse=True)
+    files.sort(key=lambda name: "compile" in name)  # last
     plugins = ["-p", "gpu.pytest_rows", "-p", "no:cacheprovider"]
     return [sys.executable, "-m", "pytest", "-q", "--no-header", "-m", "cuda", *plugins, *files]
 
 
 def run_part(
-    part: Part, folder: Path, *, seconds: float, dry_run: bool, lines: Lines
+    part: Part, folder: Path, *, seconds: float, passed_on: Sequence[str], lines: Lines
 ) -> subprocess.Popen[bytes] | None:
     """Run a part with a time limit. If the part as a whole fails, a row says why."""
     print(f"\n== {part.name}: at most {seconds:.0f} s", flush=True)
@@ -76,7 +79,7 @@ def run_part(
     environment = {**os.environ, "DYNALORA_GPU_FOLDER": str(folder)}
     if part.name == "tests":
         environment["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
-    command = command_of(part, folder, seconds, dry_run=dry_run)
+    command = command_of(part, folder, seconds, passed_on)
     start = time.monotonic()
     process = subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True)
     try:
@@ -100,6 +103,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--parts", nargs="*", default=[part.name for part in PARTS], help="run only these parts"
     )
+    parser.add_argument("--rows", default="", help="run only rows with this in their names (regex)")
     options = parser.parse_args(arguments)
     folder = options.folder.resolve()
     folder.mkdir(parents=True, exist_ok=True)
@@ -114,13 +118,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.dry_run:
         os.environ |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     print(json.dumps(known, indent=1), flush=True)
+    passed_on = ["--rows", options.rows, *["--dry-run"] * options.dry_run]
     end = time.monotonic()
     for part in PARTS:
         end += part.seconds * (PATIENCE if options.dry_run else 1)
         if part.name in options.parts:
             lines = Lines(folder, part.name, known)
             left = end - time.monotonic()
-            run_part(part, folder, seconds=left, dry_run=options.dry_run, lines=lines)
+            run_part(part, folder, seconds=left, passed_on=passed_on, lines=lines)
     write(folder)
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import logging
+import re
 import sys
 import time
 import warnings
@@ -30,17 +31,17 @@ MODULES = {
 LEAST = 3.0  # seconds; with less time left, no row is started
 
 
-def rows_of(part: str, *, dry_run: bool) -> list[Row]:
-    """Return the rows of a part, in their order."""
+def rows_of(part: str, *, dry_run: bool, pattern: str = "") -> list[Row]:
+    """Return the rows of a part whose names have the pattern in them, in their order."""
     found: list[Row] = importlib.import_module(MODULES[part]).rows(dry_run=dry_run)
-    return found
+    return [row for row in found if re.search(pattern, row.name)]
 
 
-def run(part: str, folder: Path, *, seconds: float, dry_run: bool) -> None:
+def run(part: str, folder: Path, *, seconds: float, dry_run: bool, pattern: str = "") -> None:
     """Measure the rows until the time is over. The other rows are written as skipped."""
     end = time.monotonic() + seconds
     lines = Lines(folder, part, given_facts())
-    for row in rows_of(part, dry_run=dry_run):
+    for row in rows_of(part, dry_run=dry_run, pattern=pattern):
         left = end - time.monotonic()
         if left < LEAST:
             lines.add(row.name, "skipped", reason=f"no time is left of the part's {seconds:.0f} s")
@@ -66,6 +67,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--seconds", type=float, default=480.0)
     parser.add_argument("--dry-run", action="store_true")
+    parser.add_argument("--rows", default="")
     parser.add_argument("--row", help=argparse.SUPPRESS)
     parser.add_argument("--answer-to", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -73,7 +75,8 @@ def main() -> None:
     if options.dry_run:
         torch.set_num_threads(1)
     if options.row is None:
-        run(options.part, options.folder, seconds=options.seconds, dry_run=options.dry_run)
+        limits = {"seconds": options.seconds, "dry_run": options.dry_run}
+        run(options.part, options.folder, **limits, pattern=options.rows)
         return
     rows = {row.name: row for row in rows_of(options.part, dry_run=options.dry_run)}
     if options.answer_to is None:
