@@ -14,7 +14,7 @@ from torch.nn import functional as F  # noqa: N812
 from dynalora_adapters._bases import adapter_dtype, is_dense, is_plain_and_frozen, linear_shape
 from dynalora_adapters._checks import positive_int, positive_number, probability_below_one
 from dynalora_adapters._gate import gated, needs_gate, new_gate, set_gate
-from dynalora_adapters._lora_function import add_lora, lora_linear
+from dynalora_adapters._lora_function import add_lora, lora_linear, product_dtype
 from dynalora_adapters._quantised import is_quantised
 from dynalora_adapters._state_names import names_in_base, with_base, without_base
 from dynalora_adapters._torch_private import runs_eagerly
@@ -243,20 +243,21 @@ class LoRALinear(AdapterLinear):
             (..., out), in the dtype of the base's output.
         """
         A, B = self.adapter_param("lora_A"), self.adapter_param("lora_B")
-        if args or kwargs or self.merged or not self._takes_one_step(x, A, B):
+        base, weight = self.base_layer, self.weight
+        if args or kwargs or self.merged or not self._takes_one_step(x, A, B, weight):
             return super().forward(x, *args, **kwargs)
-        if is_quantised(self.weight):
-            return add_lora(self.base_layer(x), x, A, B, scaling=self.scaling)
-        W = self.weight.t() if self.shape.transposed else self.weight
-        return lora_linear(self.base_layer, W, x, A, B, scaling=self.scaling)
+        if is_quantised(weight):
+            return add_lora(base(x), x, A, B, scaling=self.scaling)
+        W = weight.t() if self.shape.transposed else weight
+        return lora_linear(base, W, x, A, B, scaling=self.scaling)
 
-    def _takes_one_step(self, x: Tensor, A: Tensor, B: Tensor) -> bool:
+    def _takes_one_step(self, x: Tensor, A: Tensor, B: Tensor, weight: Tensor) -> bool:
         """Whether to use ``lora_linear``; the same in a forward and in its recomputation."""
         if torch.compiler.is_compiling():
             return False
-        return self._one_step.once(lambda: self._serves_one_step(x, A, B))
+        return self._one_step.once(lambda: self._serves_one_step(x, A, B, weight))
 
-    def _serves_one_step(self, x: Tensor, A: Tensor, B: Tensor) -> bool:
+    def _serves_one_step(self, x: Tensor, A: Tensor, B: Tensor, weight: Tensor) -> bool:
         """Whether ``lora_linear`` computes the same as base plus ``delta``."""
         return (
             runs_eagerly()
@@ -266,15 +267,17 @@ class LoRALinear(AdapterLinear):
             and is_dense(A)
             and is_dense(B)
             and (A.requires_grad or not B.requires_grad)
-            and (is_quantised(self.weight) or is_plain_and_frozen(self.base_layer))
+            and (is_quantised(weight) or is_plain_and_frozen(self.base_layer))
             # The sum must have the base's dtype, not the adapter's.
-            and A.dtype in (self.weight.dtype, adapter_dtype(self.weight))
+            and A.dtype in (weight.dtype, adapter_dtype(weight))
         )
 
     def delta(self, x: Tensor) -> Tensor:
         """Return scaling B A dropout(x), (..., out), computed in the same order as in peft."""
         A, B = self.adapter_param("lora_A"), self.adapter_param("lora_B")
-        return F.linear(F.linear(self.dropout(x.to(A.dtype)), A), B) * self.scaling
+        dtype = product_dtype(x, A)
+        kept = self.dropout(x.to(dtype))
+        return F.linear(F.linear(kept, A.to(dtype)), B.to(dtype)) * self.scaling
 
     def resize_outputs(self, size: int) -> None:
         """Cut rows of B, or add rows of zeros: new outputs are those of the base."""

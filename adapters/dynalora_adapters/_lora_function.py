@@ -9,7 +9,6 @@ it can be computed again from what autograd keeps anyway.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -19,7 +18,7 @@ from torch.nn import functional as F  # noqa: N812
 from dynalora_adapters._torch_private import unsafe_view
 from dynalora_adapters._torch_private_recipes import recipe_of
 
-_LARGEST_COPY = 2**26  # bytes
+_KEEPS_SUMS = "dtype" in torch.ops.aten.mm.overloads()  # from torch 2.8 on
 
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
 
@@ -33,7 +32,8 @@ def lora_linear(
         base: Computes x W^T + b, and returns a new tensor that nothing else refers to.
         W: (out, in), without gradient.
         x: (..., in).
-        A: (rank, in), in the dtype of W or a wider one. It needs a gradient if B does.
+        A: (rank, in), in the dtype of W or a wider one. It needs a gradient if B does. If x is in
+            half precision, the products are too, as under autocast; the gradients have A's dtype.
         B: (out, rank), like A.
         scaling: The factor of B A.
 
@@ -65,7 +65,7 @@ class LoRAFunction(torch.autograd.Function):
         W, base, scaling = frozen
         x_needed, A_needed, B_needed = ctx.needs_input_grad[:3]
         low = _autocast_dtype(x)
-        dtype = low or A.dtype
+        dtype = low or product_dtype(x, A)
         ctx.hides_nothing = True  # unlike a reentrant checkpoint, it reaches its inputs only
         ctx.constants = scaling, dtype, x.shape, x.dtype, x.device.type
         seen = _cast(x, low or x.dtype)  # one cast, which the base and the adapter share
@@ -75,16 +75,15 @@ class LoRAFunction(torch.autograd.Function):
         made = out
         if made is None:
             made = base(rows if x.dim() == 3 and seen.is_contiguous() else seen)
-        h, total = _sum(
-            *(rows, _rows(made), _cast(A, dtype), _cast(B, dtype)), s=scaling, in_place=out is None
-        )
+        s, fold = _scaling(scaling, A.dtype, dtype)
+        h = F.linear(_cast(rows, dtype), _narrowed(A, dtype, fold))
+        total = _add(_rows(made), h, _cast(B, dtype).t(), s=s, in_place=out is None)
         recipe = recipe_of(x) if A_needed else None
         ctx.again = recipe and recipe.function
         kept_x = recipe.operands if recipe else [x if A_needed else None]
         ctx.save_for_backward(A, B, W if x_needed else None, h if B_needed else None, *kept_x)
         # "Unsafe": autograd refuses in-place changes of an ordinary view that is made in here.
-        shape = (*x.shape[:-1], len(B))
-        return unsafe_view(total, shape)
+        return unsafe_view(total, (*x.shape[:-1], total.shape[-1]))
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
@@ -96,93 +95,77 @@ class LoRAFunction(torch.autograd.Function):
             return *_gradients(ctx, g), of_out, None, None, None
 
 
-def _sum(
-    x: Tensor, out: Tensor, a: Tensor, b: Tensor, *, s: float, in_place: bool
-) -> tuple[Tensor, Tensor]:
-    """Return h = x a^T and out + s h b^T, in the dtypes of a and of ``out``."""
-    pieces = _pieces(len(x), [x.dtype, out.dtype], a, b)
-    if len(pieces) == 1:
-        h, wide = F.linear(_cast(x, a.dtype), a), _cast(out, a.dtype)
-        add = wide.addmm_ if in_place or wide is not out else wide.addmm
-        return h, _cast(add(h, b.t(), alpha=s), out.dtype)
-    h, total = (
-        x.new_empty(len(x), len(a), dtype=a.dtype),
-        out if in_place else out.new_empty(out.shape),
-    )
-    for piece in pieces:
-        h[piece], total[piece] = _sum(x[piece], out[piece], a, b, s=s, in_place=False)
-    return h, total
+def product_dtype(x: Tensor, A: Tensor) -> torch.dtype:
+    """Return the dtype of the products with A and B: that of x in half precision, else A's.
+
+    Weights in float32 that compute in half precision are what autocast does as well. Copies of x
+    and of the output in float32 would take longer than the products themselves.
+    """
+    return x.dtype if x.dtype in (torch.bfloat16, torch.float16) else A.dtype
+
+
+def _scaling(scaling: float, dtype: torch.dtype, low: torch.dtype) -> tuple[float, float]:
+    """Return two factors: one for the products, and one for a weight as it is narrowed.
+
+    One of them is 1. A product into a wider dtype cannot scale.
+    """
+    return (scaling, 1.0) if dtype == low else (1.0, scaling)
+
+
+def _narrowed(weight: Tensor, dtype: torch.dtype, factor: float) -> Tensor:
+    """Return ``factor * weight`` in another dtype, rounded once; ``weight`` if nothing changes."""
+    if weight.dtype == dtype and factor == 1:
+        return weight
+    if factor == 1 or torch.is_grad_enabled():
+        return (weight * factor).to(dtype)
+    return torch.mul(weight, factor, out=torch.empty_like(weight, dtype=dtype))
+
+
+def _add(out: Tensor, h: Tensor, bt: Tensor, *, s: float, in_place: bool) -> Tensor:
+    """Return out + s h bt in the dtype of ``out``, rounded to it once."""
+    if out.dtype == h.dtype:
+        return out.addmm_(h, bt, alpha=s) if in_place else out.addmm(h, bt, alpha=s)
+    wide = torch.promote_types(out.dtype, h.dtype)
+    return _cast(_cast(out, wide).addmm(_cast(h, wide), _cast(bt, wide), alpha=s), out.dtype)
 
 
 def _gradients(ctx: Any, g: Tensor) -> Gradients:
-    """Differentiate out = x W^T + s h B^T with h = x A^T, row by row."""
+    """Differentiate out = x W^T + s h B^T with h = x A^T."""
     A, B, W, h, *kept_x = ctx.saved_tensors
     x = ctx.again(*kept_x) if ctx.again else kept_x[0]
-    s, dtype, x_shape, x_dtype, _ = ctx.constants
-    a, b, g = _cast(A, dtype), _cast(B, dtype), _rows(g)
-    rows = None if x is None else _rows(x)
-    needed = ctx.needs_input_grad[:3]
-    pieces = _pieces(len(g), [g.dtype, x_dtype], a, b)
-    if len(pieces) == 1 or torch.is_grad_enabled():
-        gx, gA, gB = _of_rows(needed, g, (rows, h), (a, b, W), s=s)
-        gx = None if gx is None else _cast(gx, x_dtype)
-    else:
-        gx = g.new_empty(len(g), a.shape[1], dtype=x_dtype) if needed[0] else None
-        gA = gB = None
-        for piece in pieces:
-            kept = [None if t is None else t[piece] for t in (rows, h)]
-            part, *more = _of_rows(needed, g[piece], kept, (a, b, W), s=s)
-            if gx is not None and part is not None:
-                gx[piece] = part
-            gA, gB = map(_added, (gA, gB), more)
-    return (
-        None if gx is None else _shaped(gx, x_shape),
-        None if gA is None else _cast(gA, A.dtype),
-        None if gB is None else _cast(gB, B.dtype),
-    )
-
-
-def _of_rows(
-    needed: tuple[bool, bool, bool],
-    g: Tensor,
-    kept: Sequence[Any],
-    frozen: tuple[Tensor, Tensor, Tensor | None],
-    *,
-    s: float,
-) -> Gradients:
-    """Return the gradients of these rows of x, and what they add to those of a and b."""
-    (x, h), (a, b, W) = kept, frozen
-    dtype, wide = a.dtype, _cast(g, a.dtype)
-    gx = ga = gb = None
-    if needed[2]:
-        if torch.is_grad_enabled():  # so that gb can be differentiated by x and a
-            h = F.linear(_cast(x, dtype), a)
-        gb = _scaled_product(s, wide.t(), h, like=b)
-    gh = wide @ b  # the gradient of h divided by s; the next products multiply by s
-    if needed[1]:
-        ga = _scaled_product(s, gh.t(), _cast(x, dtype), like=a)
-    if needed[0]:
+    scaling, dtype, x_shape, x_dtype, _ = ctx.constants
+    s, fold = _scaling(scaling, A.dtype, dtype)
+    g = _rows(g)
+    low = _cast(g, dtype)
+    x_needed, A_needed, B_needed = ctx.needs_input_grad[:3]
+    gx = gA = gB = None
+    if B_needed:
+        if torch.is_grad_enabled():  # so that gB can be differentiated by x and A
+            h = F.linear(_cast(_rows(x), dtype), _narrowed(A, dtype, fold))
+        gB = _product(low.t(), h, s=s, like=B)
+    gh = low @ _narrowed(B, dtype, fold)  # without s; the next products multiply by s
+    if A_needed:
+        gA = _product(gh.t(), _cast(_rows(x), dtype), s=s, like=A)
+    if x_needed:
+        a = _cast(A, dtype)
         if W is None:  # of the delta alone
-            gx = _scaled_product(s, gh, a, like=a[:1])
+            gx = _product(gh, a, s=s, like=a[:1])
         else:
             gx = _cast(g @ _cast(W, g.dtype), dtype).addmm_(gh, a, alpha=s)
-    return gx, ga, gb
+        gx = _shaped(_cast(gx, x_dtype), x_shape)
+    return gx, gA, gB
 
 
-def _pieces(rows: int, given: list[torch.dtype], a: Tensor, b: Tensor) -> list[slice]:
-    """Divide rows so that a copy of them in the dtype of a wider adapter takes at most 64 MiB."""
-    width = max(a.shape[1], len(b)) * a.element_size()
-    step = max(1, _LARGEST_COPY // width) if any(dtype != a.dtype for dtype in given) else rows
-    return [slice(first, first + step) for first in range(0, rows, step or 1)] or [slice(None)]
+def _product(left: Tensor, right: Tensor, *, s: float, like: Tensor) -> Tensor:
+    """Return s left @ right in the dtype of ``like``, whose shape can be expanded to the result's.
 
-
-def _added(total: Tensor | None, part: Tensor | None) -> Tensor | None:
-    return part if total is None or part is None else total.add_(part)
-
-
-def _scaled_product(s: float, left: Tensor, right: Tensor, *, like: Tensor) -> Tensor:
-    """Return s left @ right in one operation. ``like`` only has a shape that can be expanded."""
-    return torch.addmm(like, left, right, beta=0, alpha=s)
+    A sum over the rows of a batch is not rounded to half precision, if torch can do without.
+    """
+    if left.dtype == like.dtype:
+        return torch.addmm(like, left, right, beta=0, alpha=s)  # one operation
+    if left.is_cuda and _KEEPS_SUMS and not torch.is_grad_enabled():
+        return torch.mm(left, right, out_dtype=like.dtype)
+    return (left @ right).to(like.dtype)
 
 
 def _rows(tensor: Tensor) -> Tensor:

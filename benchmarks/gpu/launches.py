@@ -26,6 +26,7 @@ WRAPPERS: dict[str, Wrap] = {
     "forward measure, 2/3 active": wrapped("forward", active=2 / 3, period=NEVER),
 }
 ROUNDS, WARM_UP, REPEATS = 20, 4, 2
+MANY = 200  # groups; with more, fewer rounds are enough
 CALLS = ("cudaLaunchKernel", "cuLaunchKernel", "cudaMemcpyAsync", "cudaMemsetAsync")
 
 
@@ -53,10 +54,12 @@ def waits(step: Callable[[], object]) -> float:
     return sum("synchronizing" in str(w.message) for w in caught) / REPEATS
 
 
-def host_seconds(steps: dict[str, Step], device: str) -> dict[str, tuple[float, float]]:
+def host_seconds(
+    steps: dict[str, Step], device: str, *, rounds: int = ROUNDS
+) -> dict[str, tuple[float, float]]:
     """Return two median times for each step: until it is launched, and until it is finished."""
     seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in steps}
-    for turn in range(-WARM_UP, ROUNDS):
+    for turn in range(-WARM_UP, rounds):
         for name, step in steps.items():
             synchronize(device)
             start = time.perf_counter()
@@ -78,7 +81,8 @@ def measured(groups: int, wrapper: str, device: str) -> Values:
         "wrapped": chain_step(groups, WRAPPERS[wrapper], device=device),
     }
     values: Values = {}
-    for name, (asked, done) in host_seconds(steps, device).items():
+    rounds = ROUNDS if groups <= MANY else ROUNDS // 3
+    for name, (asked, done) in host_seconds(steps, device, rounds=rounds).items():
         values |= {f"{name}_host_ms": asked * 1e3, f"{name}_step_ms": done * 1e3}
     for name, step in steps.items():
         values[f"{name}_ops"] = dispatched_ops(step, repeats=REPEATS)
