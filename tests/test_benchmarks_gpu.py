@@ -64,7 +64,7 @@ def test_the_rows_of_memory_and_speed_are_those_of_the_gpu(dry_run):
     found = rows_of(folder, "memory_and_speed")
     assert list(found) == [row.name for row in part.rows_of("memory_and_speed", dry_run=False)]
     refused = {row: line["reason"] for row, line in found.items() if line["status"] == "refused"}
-    assert {row for row in found if "Budget(0.1, " in row} <= refused.keys()
+    assert {row for row in found if "Budget(0.15, " in row} <= refused.keys()
     for row, reason in refused.items():
         assert "ours, Budget(" in row
         assert "cannot hold a step" in reason

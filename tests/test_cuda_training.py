@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, AdamW
 from toy import ToyModel, batch, same, weights, wrapped
 
+from dynalora_adapters import LoRALinear
 from dynalora_optim import Backward, DynamicAllocationOptimizer
 from dynalora_optim.update._master_weights import MASTER, stochastically_rounded
 
@@ -147,6 +148,28 @@ def test_bf16_autocast_is_torchs_own(device):
             optimizer.zero_grad()
         ends.append(weights(model))
     assert same(*ends)
+
+
+@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("autocasts", [False, True])
+def test_adapters_in_half_precision_have_gradients_in_float32(half, autocasts, device):
+    """As in float64 from the same numbers; the sum over the rows keeps its digits on a GPU."""
+    torch.manual_seed(0)
+    base = nn.Linear(96, 64).requires_grad_(False).to(device, half)
+    layer = LoRALinear(base, rank=4, alpha=6)
+    nn.init.normal_(layer.lora_B, std=0.5)
+    x = torch.randn(2, 600, 96, device=device, dtype=half, requires_grad=True)
+    seed = torch.randn(2, 600, 64, device=device, dtype=half)
+    with torch.autocast(device, half, enabled=autocasts):
+        out = layer(x)
+    grads = torch.autograd.grad(out, [x, layer.lora_A, layer.lora_B], seed)
+    assert [g.dtype for g in grads] == [half, torch.float32, torch.float32]
+    wide = [t.detach().double().requires_grad_() for t in (x, layer.lora_A, layer.lora_B)]
+    delta = nn.functional.linear(nn.functional.linear(wide[0], wide[1]), wide[2])
+    exact = nn.functional.linear(wide[0], base.weight.double(), base.bias.double()) + 1.5 * delta
+    expected = torch.autograd.grad(exact, wide, seed.double())
+    for mine, right in zip((out, *grads), (exact, *expected), strict=True):
+        assert (mine.double() - right).norm() < 2 * torch.finfo(half).eps * right.norm()
 
 
 # Checkpoints
