@@ -250,15 +250,28 @@ def test_a_backward_under_autocast_keeps_the_precision_of_the_forward() -> None:
 
 @pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
 def test_float32_adapters_over_a_half_precision_base(half: torch.dtype, steps: list[int]) -> None:
+    """The products are in half precision, as under autocast; A, B and their gradients are not."""
     layer = adapted(nn.Linear(48, 32).to(half))
     x = torch.randn(2, 9, 48, dtype=half, requires_grad=True)
     seed = torch.randn(2, 9, 32, dtype=half)
     ours = run(layer, factors(layer), x, seed)
-    assert kept(lambda: layer(x), layer) == [18 * 3 * 4, 18 * 48 * 2]  # x in its own dtype
+    assert kept(lambda: layer(x), layer) == [18 * 3 * 2, 18 * 48 * 2]
+    assert [g.dtype for g in ours] == [half, half, torch.float32, torch.float32]
     expected = run(lambda x: composed(layer, x), factors(layer), x, seed)
     assert len(steps) == 2
-    assert_close(ours[:2], expected[:2], torch.finfo(half).eps)
-    assert_close(ours[2:], expected[2:], 1e-6)
+    assert_close(ours, expected, 4 * torch.finfo(half).eps)
+    with torch.autocast("cpu", half):
+        assert_close(run(layer, factors(layer), x, seed), ours, 0)
+
+
+@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
+def test_half_precision_agrees_with_pefts_products_in_float32(half: torch.dtype) -> None:
+    layer = adapted(nn.Linear(48, 32).to(half))
+    x = torch.randn(2, 9, 48, dtype=half, requires_grad=True)
+    seed, twin = torch.randn(2, 9, 32, dtype=half), pefts(layer)
+    assert twin.lora_A.default.weight.dtype == torch.float32
+    ours, theirs = (run(m, factors(m), x, seed) for m in (layer, twin))
+    assert_close(ours, theirs, 8 * torch.finfo(half).eps)
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
