@@ -38,6 +38,7 @@ import math
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from functools import lru_cache
 
+from dynalora_optim.allocation._boxes import thinned
 from dynalora_optim.allocation._costs import Costs, Plan, Use
 from dynalora_optim.allocation._partials import (
     CHECKPOINTED,
@@ -52,8 +53,6 @@ from dynalora_optim.allocation._partials import (
 )
 
 _MOST = 256  # partial plans that are kept of each block
-_FINEST, _COARSER = 2**-16, 1.5  # the first width of a box, and the factor of each further one
-_VALUE_FIRST = 64  # how much wider a box is in FLOPs where they only decide between equal values
 
 
 def best_plan(
@@ -114,7 +113,8 @@ def _down_to(costs: Costs, lowest: int) -> int:
 
 
 def _all_choices(costs: Costs) -> Choices:
-    trains = (block in costs.trainable for block in range(len(costs.blocks)))
+    trainable = costs.trainable
+    trains = (block in trainable for block in range(len(costs.blocks)))
     both = ((True, False) if possible else (False,) for possible in trains)
     return tuple((True,) if b in costs.pinned else ways for b, ways in enumerate(both))
 
@@ -134,10 +134,9 @@ def _best_plans(problem: Problem, base: int, down_to: int) -> dict[int, Plan]:
     """Return the best plan for each lowest block from ``down_to`` up, if they have this base."""
     costs, plans = problem.costs, {}
     for lowest, partials in _whole(problem, base, down_to):
+        below = _below(costs, base, lowest)
         fit = (
-            p
-            for p in _training(costs, partials)
-            if _elsewhere(costs, base, lowest, p) <= problem.limit
+            p for p in _training(costs, partials) if _elsewhere(costs, below, p) <= problem.limit
         )
         best = min(fit, key=lambda p: (-p[2], p[3], -p[0], p[4]), default=None)
         if best:
@@ -152,9 +151,9 @@ def _least_peaks(costs: Costs, choices: Choices, base: int, down_to: int) -> dic
     problem, peaks = Problem(costs, choices, None, 0), {}
     bottom = costs.prefix.held if costs.prefix else 0
     for lowest, partials in _whole(problem, base, down_to):
+        below = _below(costs, base, lowest)
         peaks[lowest] = min(
-            max(bottom - p[0], _elsewhere(costs, base, lowest, p))
-            for p in _training(costs, partials)
+            max(bottom - p[0], _elsewhere(costs, below, p)) for p in _training(costs, partials)
         )
     return peaks
 
@@ -167,7 +166,16 @@ def _training(costs: Costs, partials: list[Partial]) -> list[Partial]:
     return [partial for partial in partials if partial[-1] & none != none]
 
 
-def _elsewhere(costs: Costs, base: int, lowest: int, partial: Partial) -> int:
+def _below(costs: Costs, base: int, lowest: int) -> int:
+    """Return the most bytes alive in the forward of what is below the lowest block."""
+    bottom = costs.prefix.held if costs.prefix else 0
+    forwards = (block.below for block in costs.blocks[costs.first : lowest])
+    most = max(forwards, default=None)
+    before = costs.before + costs.loop.stale
+    return before if most is None else max(before, base + bottom + most)
+
+
+def _elsewhere(costs: Costs, below: int, partial: Partial) -> int:
     """Return the most bytes alive at the moments that its slack does not stand for.
 
     They are the forward of what is below the lowest block, the backward of what trains before the
@@ -175,15 +183,13 @@ def _elsewhere(costs: Costs, base: int, lowest: int, partial: Partial) -> int:
     """
     trained = partial[1] + costs.prefix_gradients
     standing = trained if costs.loop.standing else 0
-    bottom = costs.prefix.held if costs.prefix else 0
-    below = [base + bottom + block.below for block in costs.blocks[costs.first : lowest]]
-    moments = [moment + standing for moment in (costs.before + costs.loop.stale, *below)]
+    in_blocks = partial[1] - costs.head_gradients
+    most = max(below + standing, trained + costs.update(in_blocks))
     if costs.prefix:
         gradients = standing or partial[1]
-        moments.append(costs.backward_base + costs.prefix.backward + gradients + costs.kept)
-    in_blocks = partial[1] - costs.head_gradients
-    moments.append(trained + costs.update(in_blocks))
-    return costs.loop.carried + costs.loop.resident.of_active(in_blocks) + max(moments)
+        backward = costs.backward_base + costs.prefix.backward
+        most = max(most, backward + gradients + costs.kept)
+    return costs.loop.carried + costs.loop.resident.of_active(in_blocks) + most
 
 
 def _whole(problem: Problem, base: int, down_to: int) -> Iterator[tuple[int, list[Partial]]]:
@@ -227,7 +233,7 @@ def _own(problem: Problem, base: int, partials: list[Partial], blocks: range) ->
 
 
 def _fewer(problem: Problem, partials: Iterable[Partial]) -> list[Partial]:
-    return _thinned(problem, undominated(partials, bounded=problem.flops is not None))
+    return thinned(problem, undominated(partials, bounded=problem.flops is not None), _MOST)
 
 
 def _longer(
@@ -270,30 +276,3 @@ def _plan(costs: Costs, lowest: int, bits: int) -> Plan:
         frozenset(block for block in blocks if not bits >> 2 * block & IDLE),
         frozenset(block for block in blocks if bits >> 2 * block & CHECKPOINTED),
     )
-
-
-def _thinned(problem: Problem, partials: list[Partial]) -> list[Partial]:
-    """Return ``partials``, sorted by slack, or of each box the first, if there are too many."""
-    if len(partials) <= _MOST:
-        return partials
-    per_limit, per_value, per_work = _box(problem)
-    scaled = [(p[1] / per_limit, p[2] / per_value, p[3] / per_work) for p in partials]
-    width = _FINEST
-    while True:
-        found: dict[tuple[int, ...], Partial] = {}
-        for partial, (gradients, value, flops) in zip(partials, scaled, strict=True):
-            box = int(gradients / width), int(value / width), int(flops / width)
-            found.setdefault(box, partial)
-            if len(found) > _MOST:
-                break
-        else:
-            return [*found.values()]
-        width *= _COARSER
-
-
-def _box(problem: Problem) -> tuple[float, float, float]:
-    """Return how much gradients, value and FLOPs a box of width 1 has."""
-    value, work = sum(problem.values or ()), problem.costs.flops(problem.costs.all_active)
-    if value and problem.flops is None:
-        work *= _VALUE_FIRST
-    return max(problem.limit, 1), value or 1.0, work
