@@ -97,8 +97,7 @@ def test_all_active_takes_less_than_peft_and_a_budget_less_than_that(dry_run):
 def test_the_tests_for_a_gpu_are_rows_and_skipped_here(dry_run):
     found = rows_of(dry_run[0], "tests")
     assert len(found) > 60
-    for row, line in found.items():
-        assert "cuda" in row
+    for line in found.values():
         assert (line["status"], line["reason"]) == ("skipped", "Skipped: needs a CUDA device")
 
 
@@ -227,7 +226,7 @@ def test_a_part_that_breaks_or_hangs_is_a_row_of_its_own(monkeypatch, tmp_path):
         (["-c", "import time; time.sleep(60)"], "stopped at its time limit, 6 s"),
     ):
         monkeypatch.setattr(kit, "command_of", lambda *_, c=command, **__: [sys.executable, *c])
-        kit.run_part(kit.PARTS[-1], tmp_path, seconds=6.0, dry_run=True, lines=lines)
+        kit.run_part(kit.PARTS[-1], tmp_path, seconds=6.0, passed_on=[], lines=lines)
         *_, last = _lines.read(tmp_path)
         assert (last["row"], last["status"], last["reason"]) == ("the part", "failed", reason)
 
