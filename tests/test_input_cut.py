@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import logging
+import weakref
 from collections.abc import Iterator
 
 import pytest
@@ -116,6 +118,24 @@ def test_the_peak_falls_with_the_lowest_active_block():
         gradients(model)
     assert peaks == sorted(peaks, reverse=True)
     assert peaks[-1] < 0.6 * peaks[0]
+
+
+def test_looking_for_holders_keeps_no_tensor_of_the_forward():
+    """The frames that are looked through would form cycles, which only a collection frees."""
+    model, batch = audio("Wav2Vec2")
+    alive: list[weakref.ref[Tensor]] = []
+    for block in model.wav2vec2.encoder.layers:
+        block.register_forward_hook(lambda _, args, out: alive.append(weakref.ref(args[0])))
+    optimizer = drive(model, 2)
+    gc.collect()
+    gc.disable()
+    try:
+        model(**batch).loss.backward()
+        assert len(alive) == 4
+        assert not [one for one in alive if one() is not None]
+    finally:
+        gc.enable()
+        optimizer.close()
 
 
 def t5() -> tuple[nn.Module, dict[str, Tensor]]:

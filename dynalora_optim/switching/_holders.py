@@ -58,13 +58,21 @@ def _is_held(tensors: Sequence[Tensor]) -> bool:
     """
     found: list[Any] = list(tensors)
     own: list[Any] = [tensors, found]  # kept, so that no new object gets one of their ids
-    for _ in range(_LEVELS):
-        holders = gc.get_referrers(*found)
-        seen = {id(own), *map(id, own)}
-        found = [h for h in holders if id(h) not in seen and not isinstance(h, _RUNNING)]
-        if not found:
-            return False
-        if not all(isinstance(holder, _CONTAINERS) for holder in found):
-            return True
-        own += [holders, found, *found]
-    return True
+    looked: list[list[Any]] = [own, found]
+    try:
+        for _ in range(_LEVELS):
+            holders = gc.get_referrers(*found)
+            seen = {id(looked), id(own), *map(id, own)}
+            found = [h for h in holders if id(h) not in seen and not isinstance(h, _RUNNING)]
+            looked += [holders, found]
+            if not found:
+                return False
+            if not all(isinstance(holder, _CONTAINERS) for holder in found):
+                return True
+            own += [holders, found, *found]
+        return True
+    finally:
+        # They have the frames of the functions that run now, this one among them: a cycle, which
+        # would keep what these functions refer to until the next garbage collection.
+        for each in looked:
+            each.clear()
