@@ -140,8 +140,24 @@ def encoder_decoder() -> TinyModel:
     return TinyModel("t5", model, {"input_ids": ids, "labels": ids}, [], [])
 
 
+def recurrent_gemma() -> TinyModel:
+    """Without the state that its layers keep of a forward, with the graph of this forward."""
+    transformers = pytest.importorskip("transformers")
+    sizes = {**TEXT, "intermediate_size": 384, "num_hidden_layers": 6}
+    config = transformers.RecurrentGemmaConfig(**sizes, lru_width=64, attention_window_size=16)
+    model = transformers.RecurrentGemmaForCausalLM(config)
+    for module in model.modules():
+        if hasattr(module, "recurrent_states"):
+            module.register_forward_hook(lambda m, *_: setattr(m, "recurrent_states", None))
+    inject(model, LoRAConfig(rank=4, alpha=8, targets="all-linear"))
+    ids = torch.randint(3, 120, (4, 32))
+    model.train()
+    return TinyModel("recurrent_gemma", model, {"input_ids": ids, "labels": ids}, [], [])
+
+
 MODELS: dict[str, Callable[[], TinyModel]] = {
     "llava": llava,
+    "recurrent_gemma": recurrent_gemma,
     "llava_deeper_tower": lambda: llava(deeper_tower=True),
     "decoder_of_t5": encoder_decoder,
     "adapters_in_some_blocks": lambda: net("tensor", layers="[02]"),
