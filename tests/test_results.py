@@ -15,7 +15,10 @@ pytest.importorskip("matplotlib")
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 sys.path[:0] = [str(BENCHMARKS), str(BENCHMARKS / "results")]  # as for a script there
 _full_tables = importlib.import_module("_full_tables")
+_gpu_tables = importlib.import_module("_gpu_tables")
 _quality_tables = importlib.import_module("_quality_tables")
+gpu_lines = importlib.import_module("gpu._lines")
+gpu_part = importlib.import_module("gpu.part")
 _stored = importlib.import_module("_stored")
 tables = importlib.import_module("tables")
 
@@ -80,6 +83,18 @@ def test_each_stored_row_says_how_when_and_where_it_was_measured(path):
         assert "commit" in run or "of commit" in run["recorded"]
         assert {"torch"} <= run["versions"].keys()
         assert {"card", "processor", "cores", "threads"} == run["hardware"].keys()
+
+
+def test_the_rows_of_the_gpu_kit_are_of_one_run_on_a_gpu():
+    rows = list(gpu_lines.read(_gpu_tables.FOLDER))
+    assert {row["part"] for row in rows} == {*gpu_part.MODULES, "tests"}
+    same = ("dry_run", "command", "card", "driver", "torch", "cuda", "packages", "python")
+    assert len({json.dumps([row[name] for name in same]) for row in rows}) == 1
+    for row in rows:
+        assert row.keys() == set(gpu_lines.FIELDS)
+        assert row["status"] in gpu_lines.STATUSES
+    assert rows[0]["dry_run"] is False
+    assert rows[0]["command"] in tables.RESULTS.read_text("utf-8")
 
 
 @pytest.mark.parametrize("folder", ["", "short", "mpnet"])

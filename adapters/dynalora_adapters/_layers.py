@@ -263,9 +263,7 @@ class LoRALinear(AdapterLinear):
             runs_eagerly()
             and getattr(self.delta, "__func__", None) is LoRALinear.delta  # not overridden
             and _keeps_all(self.dropout)
-            and is_dense(x)
-            and is_dense(A)
-            and is_dense(B)
+            and all(map(is_dense, (x, A, B)))
             and (A.requires_grad or not B.requires_grad)
             and (is_quantised(weight) or is_plain_and_frozen(self.base_layer))
             # The sum must have the base's dtype, not the adapter's.
@@ -275,9 +273,8 @@ class LoRALinear(AdapterLinear):
     def delta(self, x: Tensor) -> Tensor:
         """Return scaling B A dropout(x), (..., out), computed in the same order as in peft."""
         A, B = self.adapter_param("lora_A"), self.adapter_param("lora_B")
-        dtype = product_dtype(x, A)
-        kept = self.dropout(x.to(dtype))
-        return F.linear(F.linear(kept, A.to(dtype)), B.to(dtype)) * self.scaling
+        low = product_dtype(x, A)
+        return F.linear(F.linear(self.dropout(x.to(low)), A.to(low)), B.to(low)) * self.scaling
 
     def resize_outputs(self, size: int) -> None:
         """Cut rows of B, or add rows of zeros: new outputs are those of the base."""

@@ -18,7 +18,7 @@ from torch.nn import functional as F  # noqa: N812
 from dynalora_adapters._torch_private import unsafe_view
 from dynalora_adapters._torch_private_recipes import recipe_of
 
-_KEEPS_SUMS = "dtype" in torch.ops.aten.mm.overloads()  # from torch 2.8 on
+_KEEPS_SUMS = hasattr(torch.ops.aten.mm, "dtype")  # from torch 2.8 on
 
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
 

@@ -88,8 +88,11 @@ def run_apart(row: Row, *, seconds: float, again: Sequence[str]) -> Outcome:
     child = fork.Process(target=_in_child, args=(row.work, theirs, again))
     child.start()
     theirs.close()
-    status, reason, values = _answer_of(ours, limit)
-    child.join(2.0)
+    if ours.poll(limit):
+        status, reason, values = _answer_of(ours)
+        child.join(2.0)
+    else:
+        status, reason, values = "failed", f"stopped at its time limit, {limit:.0f} s", {}
     if child.is_alive():
         child.kill()
         child.join()
@@ -98,9 +101,7 @@ def run_apart(row: Row, *, seconds: float, again: Sequence[str]) -> Outcome:
     return Outcome(status, reason, values, time.monotonic() - start)
 
 
-def _answer_of(pipe: Connection, limit: float) -> tuple[str, str, Values]:
-    if not pipe.poll(limit):
-        return "failed", f"stopped at its time limit, {limit:.0f} s", {}
+def _answer_of(pipe: Connection) -> tuple[str, str, Values]:
     try:
         status, reason, values = pipe.recv()
     except EOFError:

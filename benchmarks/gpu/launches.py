@@ -25,41 +25,45 @@ WRAPPERS: dict[str, Wrap] = {
     "forward measure": wrapped("forward", period=NEVER),
     "forward measure, 2/3 active": wrapped("forward", active=2 / 3, period=NEVER),
 }
-ROUNDS, WARM_UP, REPEATS = 20, 4, 2
-MANY = 200  # groups; with more, fewer rounds are enough
+TIMES, FEW_TIMES = (20, 4, 2), (6, 2, 1)  # rounds to time, rounds to warm up, steps to count
+MANY = 200  # groups; with more, a step is long, and fewer steps are enough
 CALLS = ("cudaLaunchKernel", "cuLaunchKernel", "cudaMemcpyAsync", "cudaMemsetAsync")
+# In torch's warning about a wait. Another one says once that these warnings are a prototype.
+WAIT = "called a synchronizing"
 
 
-def launches(step: Callable[[], object]) -> float:
+def launches(step: Callable[[], object], repeats: int) -> float:
     """Return the mean number of kernels, copies and fills that a step launches on the GPU."""
-    for _ in range(2):  # the first call starts the profiler
-        with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as seen:
-            for _ in range(REPEATS):
-                step()
-            torch.cuda.synchronize()
+    activities = [ProfilerActivity.CPU, ProfilerActivity.CUDA]
+    with profile(activities=activities):  # the first call starts the profiler
+        torch.cuda.synchronize()
+    with profile(activities=activities) as seen:
+        for _ in range(repeats):
+            step()
+        torch.cuda.synchronize()
     calls = [event for event in seen.events() or [] if event.name.startswith(CALLS)]
-    return len(calls) / REPEATS
+    return len(calls) / repeats
 
 
-def waits(step: Callable[[], object]) -> float:
+def waits(step: Callable[[], object], repeats: int) -> float:
     """Return how often, on average, a step makes the host wait for the GPU."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         torch.cuda.set_sync_debug_mode("warn")
         try:
-            for _ in range(REPEATS):
+            for _ in range(repeats):
                 step()
         finally:
             torch.cuda.set_sync_debug_mode("default")
-    return sum("synchronizing" in str(w.message) for w in caught) / REPEATS
+    return sum(WAIT in str(w.message) for w in caught) / repeats
 
 
 def host_seconds(
-    steps: dict[str, Step], device: str, *, rounds: int = ROUNDS
+    steps: dict[str, Step], device: str, rounds: int, warm_up: int
 ) -> dict[str, tuple[float, float]]:
     """Return two median times for each step: until it is launched, and until it is finished."""
     seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in steps}
-    for turn in range(-WARM_UP, rounds):
+    for turn in range(-warm_up, rounds):
         for name, step in steps.items():
             synchronize(device)
             start = time.perf_counter()
@@ -81,13 +85,14 @@ def measured(groups: int, wrapper: str, device: str) -> Values:
         "wrapped": chain_step(groups, WRAPPERS[wrapper], device=device),
     }
     values: Values = {}
-    rounds = ROUNDS if groups <= MANY else ROUNDS // 3
-    for name, (asked, done) in host_seconds(steps, device, rounds=rounds).items():
+    rounds, warm_up, repeats = FEW_TIMES if groups > MANY else TIMES
+    for name, (asked, done) in host_seconds(steps, device, rounds, warm_up).items():
         values |= {f"{name}_host_ms": asked * 1e3, f"{name}_step_ms": done * 1e3}
     for name, step in steps.items():
-        values[f"{name}_ops"] = dispatched_ops(step, repeats=REPEATS)
+        values[f"{name}_ops"] = dispatched_ops(step, repeats=repeats)
         if device == "cuda":
-            values |= {f"{name}_launches": launches(step), f"{name}_waits": waits(step)}
+            values[f"{name}_launches"] = launches(step, repeats)
+            values[f"{name}_waits"] = waits(step, repeats)
     kinds = ["host_ms", "step_ms", "ops", *(["launches", "waits"] if device == "cuda" else [])]
     added = {f"added_{kind}": values[f"wrapped_{kind}"] - values[f"plain_{kind}"] for kind in kinds}
     return {**values, **added}

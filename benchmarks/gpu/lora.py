@@ -96,6 +96,9 @@ def of_pefts_peak(shape: Shape, *, memory: float, compute: float) -> Run:
     """Train with our loss in chunks and a budget of ``memory`` times peft's peak, in bytes."""
     limit = int(memory * reference_peak(shape, shape.bare()))
     gc.collect()  # peft's model
+    if shape.device == "cuda":  # what torch keeps for later tensors would count as reserved
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
     return in_chunks(budgeted(shape, memory=limit, compute=compute), CHUNK)
 
 

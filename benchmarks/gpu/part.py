@@ -1,6 +1,6 @@
 """Run one part of the kit: its rows one after another, each in a separate process.
 
-    python -m gpu.part memory_and_speed OUTDIR --seconds 200 [--dry-run]
+    python -m gpu.part memory_and_speed OUTDIR [--dry-run]
 
 The kit calls this script. You do not need to call it yourself.
 """
@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import logging
+import math
 import re
 import sys
 import time
@@ -29,6 +30,7 @@ MODULES = {
     "overhead": "gpu.launches",
 }
 LEAST = 3.0  # seconds; with less time left, no row is started
+ENDING = 5.0  # seconds that it may take to kill a process that holds memory of the GPU
 
 
 def rows_of(part: str, *, dry_run: bool, pattern: str = "") -> list[Row]:
@@ -37,14 +39,13 @@ def rows_of(part: str, *, dry_run: bool, pattern: str = "") -> list[Row]:
     return [row for row in found if re.search(pattern, row.name)]
 
 
-def run(part: str, folder: Path, *, seconds: float, dry_run: bool, pattern: str = "") -> None:
-    """Measure the rows until the time is over. The other rows are written as skipped."""
-    end = time.monotonic() + seconds
+def run(part: str, folder: Path, *, until: float, dry_run: bool, pattern: str = "") -> None:
+    """Measure the rows until `time.monotonic` returns ``until``; write the others as skipped."""
     lines = Lines(folder, part, given_facts())
     for row in rows_of(part, dry_run=dry_run, pattern=pattern):
-        left = end - time.monotonic()
+        left = until - time.monotonic() - ENDING
         if left < LEAST:
-            lines.add(row.name, "skipped", reason=f"no time is left of the part's {seconds:.0f} s")
+            lines.add(row.name, "skipped", reason="no time is left for it")
             continue
         again = ["-m", "gpu.part", part, str(folder), "--row", row.name]
         done = run_apart(row, seconds=left, again=[*again, *["--dry-run"] * dry_run])
@@ -65,7 +66,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("part", choices=list(MODULES))
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--seconds", type=float, default=480.0)
+    parser.add_argument("--until", type=float, default=math.inf, help="a time.monotonic()")
     parser.add_argument("--dry-run", action="store_true")
     parser.add_argument("--rows", default="")
     parser.add_argument("--row", help=argparse.SUPPRESS)
@@ -75,7 +76,7 @@ def main() -> None:
     if options.dry_run:
         torch.set_num_threads(1)
     if options.row is None:
-        limits = {"seconds": options.seconds, "dry_run": options.dry_run}
+        limits = {"until": options.until, "dry_run": options.dry_run}
         run(options.part, options.folder, **limits, pattern=options.rows)
         return
     rows = {row.name: row for row in rows_of(options.part, dry_run=options.dry_run)}

@@ -24,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import _budget_tables as budget
 import _full_tables as full
+import _gpu_tables as gpu
 import _memory_tables as memory
 import _overhead_tables as overhead
 import _quality_tables as quality
@@ -72,6 +73,8 @@ TABLES: dict[str, Table] = {
     "full_times": _smollm2(full.times_table),
     "full_bars": _smollm2(full.bars_table),
     "full_planned": _full("planned", full.planned_table),
+    **{f"gpu_{shape}": partial(gpu.memory_table, shape) for shape in gpu.SHAPES},
+    **gpu.TABLES,
     "quality": quality.quality,
     "quality_rates": quality.quality_rates,
     "quality_pairs": quality.quality_pairs,

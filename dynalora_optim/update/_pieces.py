@@ -16,9 +16,7 @@ from torch import Tensor
 from dynalora_optim.update._param_groups import LINE, PACKED, ParameterIndex, ParamGroup
 
 # Keys of a piece that are not options of the wrapped optimizer.
-NOT_OPTIONS = frozenset(
-    ("params", "name", "param_names", "user_name", "positions", LINE, PACKED)
-)
+NOT_OPTIONS = frozenset(("params", "name", "param_names", "user_name", "positions", LINE, PACKED))
 _ABSENT = object()
 
 
