@@ -24,8 +24,8 @@ FAMILIES = ("bert", "roberta", "llama", "gpt2", "encoder")
 LOOPS = ((1, 1), (1, 1), (1, 1), (2, 1), (3, 1), (1, 2), (1, 3), (2, 2))
 STEPS, WIDTH = 3, 32
 # What a budget may ask for beyond the least that is counted: docs/budgets.md says by how much a
-# predicted peak may be too high, such as by the mask of a padded batch. With several forwards before
-# a backward, and with gradients that are zeroed between the two, it is more.
+# predicted peak may be too high, such as by the mask of a padded batch. With several forwards
+# before a backward, and with gradients that are zeroed between the two, it is more.
 TOO_HIGH, TOO_HIGH_TOGETHER = 1.1, 1.6
 
 
@@ -201,8 +201,8 @@ def check(case: Case) -> str:
 def check_refusal(case: Case, limit: int, why: str) -> None:
     """No plan would have held: even with every block checkpointed, one block needs too much.
 
-    Batches that differ, several of them before a backward, may be more in a later step than what the
-    active blocks were chosen for. They cannot change between two of these forwards.
+    Batches that differ, several of them before a backward, may be more in a later step than what
+    the active blocks were chosen for. They cannot change between two of these forwards.
     """
     if case.calls > 1 and len(case.shapes) > 1 and "trains blocks [" in why:
         return
