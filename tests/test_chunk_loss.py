@@ -166,7 +166,7 @@ def test_logits_of_weights_that_have_changed_are_refused():
         late.loss.backward()
         optimizer.step()
         for use in (torch.argmax, torch.softmax):
-            with pytest.raises(RuntimeError, match=r"have changed.*; ask for output"):
+            with pytest.raises(RuntimeError, match=r"has changed.*; ask for output"):
                 use(late.logits[:, :-1], -1)
         assert torch.equal(early.logits.tensor(), expected)
         model.lm_head.requires_grad_(False)
@@ -450,6 +450,19 @@ def test_liger_where_it_cannot_run_is_refused(liger, monkeypatch):
         assert model.eval()(**inputs).loss.isfinite()
         handle.close()
     assert model.train()(**inputs).loss.isfinite()
+
+
+def test_logits_asked_for_while_another_adapter_is_in_use_are_refused():
+    """They would be those of the bare head, and differ from the loss without a word."""
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=2, target_modules=["lm_head", "q_proj"], init_lora_weights=False)
+    model = peft.get_peft_model(build(), config).train()
+    expected = model(**batch()).logits
+    chunk_loss(model)
+    output = model(**batch())
+    with model.disable_adapter(), pytest.raises(RuntimeError, match="which adapter is in use"):
+        output.logits.tensor()
+    torch.testing.assert_close(output.logits.tensor(), expected)
 
 
 @pytest.mark.cuda

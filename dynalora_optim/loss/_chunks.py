@@ -220,17 +220,28 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
 
 
-def versions(head: nn.Module) -> list[tuple[int, int]]:
-    """Return a value that is another one after a parameter of ``head`` was changed or replaced."""
-    return [(id(p), version_of(p)) for p in head.parameters() if not p.is_meta]
+def versions(head: nn.Module) -> list[object]:
+    """Return a value that is another one after ``head`` was changed.
+
+    Changes are those of a parameter, and those of a flag or a name in a module of the head, such as
+    which adapter is in use.
+    """
+    flags = [
+        (name, repr(value))
+        for module in head.modules()
+        for name, value in vars(module).items()
+        if name != "training" and isinstance(value, (bool, int, float, str, list, tuple, set))
+    ]
+    return [*((id(p), version_of(p)) for p in head.parameters() if not p.is_meta), *flags]
 
 
-def check_unchanged(head: nn.Module, before: list[tuple[int, int]]) -> None:
-    """Raise if ``head`` has other weights than when `versions` returned ``before``."""
+def check_unchanged(head: nn.Module, before: list[object]) -> None:
+    """Raise if ``head`` is another one than when `versions` returned ``before``."""
     if versions(head) != before:
         raise RuntimeError(
-            "these logits were not computed so far, and the weights of the head have changed since "
-            "the forward; ask for output.logits before optimizer.step()."
+            "these logits were not computed so far, and the head has changed since the forward: its "
+            "weights, or which adapter is in use; ask for output.logits before optimizer.step(), "
+            "and before you disable an adapter."
         )
 
 
