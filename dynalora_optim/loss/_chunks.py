@@ -239,9 +239,9 @@ def check_unchanged(head: nn.Module, before: list[object]) -> None:
     """Raise if ``head`` is another one than when `versions` returned ``before``."""
     if versions(head) != before:
         raise RuntimeError(
-            "these logits were not computed so far, and the head has changed since the forward: its "
-            "weights, or which adapter is in use; ask for output.logits before optimizer.step(), "
-            "and before you disable an adapter."
+            "these logits were not computed so far, and the head has changed since the forward: "
+            "its weights, or which adapter is in use; ask for output.logits before "
+            "optimizer.step(), and before you disable an adapter."
         )
 
 
