@@ -8,6 +8,7 @@ import io
 import logging
 import pickle
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -15,9 +16,9 @@ from kinds import KINDS, each_kind, made
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW
 from torch.utils.checkpoint import checkpoint
-from toy import ToyModel, backward, same, train, weights, wrapped
+from toy import ToyModel, backward, batch, same, train, weights, wrapped
 
-from dynalora_optim import ImportanceTracker
+from dynalora_optim import DynamicAllocationOptimizer, ImportanceTracker
 
 
 def through_torch_save(model: nn.Module) -> nn.Module:
@@ -169,3 +170,40 @@ def test_others_are_not_told(caplog):
     optimizer.close()
     train(model, SGD(model.parameters(), lr=0.1), 1)
     assert not caplog.records
+
+
+def test_a_copy_after_a_forward_that_was_interrupted_trains_whole():
+    model = ToyModel()
+    optimizer = wrapped(model, active=2, period=2)
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    handle = model.head.register_forward_pre_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        model(batch())
+    handle.remove()
+    twin = copy.deepcopy(model)
+    twin(batch()).square().mean().backward()
+    assert all(p.grad is not None for p in twin.parameters() if p.requires_grad)
+    assert len(optimizer.active_groups) == 2
+
+
+def test_parametrized_weights_train_as_with_the_plain_optimizer():
+    ends = []
+    for wrap in (False, True):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8))
+        nn.utils.parametrizations.weight_norm(model[0])
+        nn.utils.parametrizations.orthogonal(model[2])
+        optimizer: Any = torch.optim.AdamW(model.parameters(), lr=0.05)
+        if wrap:
+            optimizer = DynamicAllocationOptimizer(
+                optimizer, model, active=1.0, groups=lambda name, _: name if name in "02" else None
+            )
+        for _ in range(5):
+            model(torch.ones(4, 8)).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        ends.append({name: value.clone() for name, value in model.state_dict().items()})
+    assert all(torch.equal(value, ends[1][name]) for name, value in ends[0].items())

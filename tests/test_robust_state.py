@@ -241,3 +241,34 @@ def test_a_choice_that_exceeds_the_budget_is_refused_before_anything_changes():
     with pytest.raises(ValueError, match="cannot hold a"):
         smaller.load_state_dict(optimizer.state_dict())
     assert fingerprint(smaller) == before
+
+
+@pytest.mark.parametrize("error", [AttributeError, TypeError, KeyError])
+def test_an_error_of_the_wrapped_optimizer_is_not_called_damage(error):
+    """The state is as it was saved; what fails is a class that cannot load it."""
+
+    class Broken(torch.optim.AdamW):
+        def load_state_dict(self, state_dict: Any) -> None:
+            raise error("exp_avg")
+
+    model = ToyModel(3)
+    optimizer = wrapped(model, Broken, active=1, period=2)
+    train(model, optimizer, 3)
+    before, state = fingerprint(optimizer), through_a_file(optimizer.state_dict())
+    with pytest.raises(ValueError, match=rf"wrapped Broken raised {error.__name__}: .*exp_avg"):
+        optimizer.load_state_dict(state)
+    assert fingerprint(optimizer) == before
+
+
+@pytest.mark.parametrize("error", [AttributeError, TypeError])
+def test_an_error_of_our_own_is_not_called_damage(error, monkeypatch):
+    model, optimizer = toy()
+    train(model, optimizer, 3)
+    state = optimizer.state_dict()
+
+    def broken(*_: Any, **__: Any) -> None:
+        raise error("a mistake in this package")
+
+    monkeypatch.setattr(type(optimizer.tracker), "check_state", broken)
+    with pytest.raises(error, match="a mistake in this package"):
+        optimizer.load_state_dict(state)
