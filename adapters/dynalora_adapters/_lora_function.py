@@ -114,9 +114,9 @@ def _scaling(scaling: float, dtype: torch.dtype, low: torch.dtype) -> tuple[floa
 
 def _narrowed(weight: Tensor, dtype: torch.dtype, factor: float) -> Tensor:
     """Return ``factor * weight`` in another dtype, rounded once; ``weight`` if nothing changes."""
-    if weight.dtype == dtype and factor == 1:
-        return weight
-    if factor == 1 or torch.is_grad_enabled():
+    if factor == 1:
+        return _cast(weight, dtype)
+    if torch.is_grad_enabled():
         return (weight * factor).to(dtype)
     return torch.mul(weight, factor, out=torch.empty_like(weight, dtype=dtype))
 
