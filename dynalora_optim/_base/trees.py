@@ -57,6 +57,8 @@ def first_tensor(output: Any) -> Tensor:
     Raises:
         ValueError: There is none.
     """
+    if type(output) is Tensor and output.is_floating_point():
+        return output
     if not isinstance(output, Tensor) and hasattr(output, "__torch_function__"):
         return output  # type: ignore[no-any-return] # such as logits that are made when asked for
     found = [tensor for tensor in tensors(output) if tensor.is_floating_point()]

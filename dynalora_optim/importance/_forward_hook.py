@@ -89,8 +89,11 @@ class ForwardHook:
         peft sets ``requires_grad`` of the adapters that are not in use to False. The pass is then
         none of their optimizer. A tensor that replaces a parameter for a forward does not tell.
         """
-        tensors = (slot.tensor for slot in self._slots)
-        return any(not isinstance(t, nn.Parameter) or t.requires_grad for t in tensors)
+        for slot in self._slots:
+            tensor = slot.tensor
+            if not isinstance(tensor, nn.Parameter) or tensor.requires_grad:
+                return True
+        return False
 
     def _is_recomputation(self) -> bool:
         # Non-reentrant checkpoints run the forward again inside the backward; their first pass has
