@@ -20,6 +20,7 @@ from dynalora_optim._base.torch_private import (
     packet_of,
     storage_key,
 )
+from dynalora_optim._base.workspaces import workspace_of
 
 aten = torch.ops.aten
 # Products of matrices, whose operations are known from the shapes alone. torch's registry has no
@@ -38,7 +39,7 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
     and the cache of a memory allocator. Its peak corresponds to the one that
     ``torch.cuda.max_memory_allocated`` reports. Tensors that existed before are not counted. A
     storage that is resized, as FSDP2 resizes those of gathered parameters, counts with its new
-    size from then on.
+    size from then on. What the backward of attention allocates for itself on a GPU counts as well.
 
     Args:
         meta: Count the tensors of the meta device too, as if they took memory.
@@ -104,6 +105,8 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self.flops += _flops_of(packet, formula, args, kwargs or {}, result)
         for tensor in _tensors(result):
             self._count(tensor, args, kwargs)
+        if hidden := workspace_of(packet, args):
+            self.peak = max(self.peak, self.live + hidden)
         return result
 
     def _count(self, tensor: Tensor, args: Any, kwargs: Any) -> None:

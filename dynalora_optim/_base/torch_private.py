@@ -188,9 +188,9 @@ READ_SCALAR = getattr(getattr(torch.ops.aten, "_local_scalar_dense", None), "def
 # torch lacks is left out, because nothing can call it.
 QUERY_POSITIONS = {
     getattr(torch.ops.aten, name): position
-    for kind in ("flash", "efficient", "cudnn")
+    for kind in (*map("scaled_dot_product_{}".format, ("flash", "efficient", "cudnn")), "cudnn")
     for suffix, position in (("", 0), ("_backward", 1))
-    if hasattr(torch.ops.aten, name := f"_scaled_dot_product_{kind}_attention{suffix}")
+    if hasattr(torch.ops.aten, name := f"_{kind}_attention{suffix}")
 }
 
 
