@@ -79,6 +79,33 @@ class Reader(nn.Module):
         return self.either(x) if self.training else F.linear(x, self.either.weight)
 
 
+class Scaler(nn.Module):
+    """Scales the weights of its layers once, in place, as timm's vision transformers do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Linear(4, 4) for _ in range(2))
+        self.fix_scales()
+
+    @torch.no_grad()
+    def fix_scales(self) -> None:
+        for number, layer in enumerate(self.blocks):
+            layer.weight.div_(number + 1)
+
+    def run(self, x: Tensor) -> Tensor:
+        for layer in self.blocks:
+            x = layer(x)
+        return x
+
+    forward = run
+
+
+def test_a_layer_whose_weight_is_changed_in_place_is_not_read() -> None:
+    model = inject(Scaler(), config(targets="all-linear"))
+    assert adapted(model) == {"blocks.0", "blocks.1"}
+    assert adapted(inject(Scaler(), config(targets=["blocks.0"]))) == {"blocks.0"}
+
+
 class Readers(Reader):
     """Inherits the forward that reads."""
 

@@ -160,7 +160,8 @@ def _computes_with_weight(node: ast.Attribute, parents: dict[ast.AST, ast.AST]) 
     ):
         return False
     if isinstance(parent, ast.Attribute):
-        return parent.attr not in _QUESTIONS and isinstance(parent.ctx, ast.Load)
+        asks = parent.attr in _QUESTIONS or parent.attr.endswith("_")  # such as div_, in place
+        return not asks and isinstance(parent.ctx, ast.Load)
     if isinstance(parent, ast.Call) and isinstance(parent.func, ast.Name):
         return parent.func.id not in _ASKING
     return True
