@@ -9,10 +9,11 @@ from pathlib import Path
 
 from _measure import markdown
 from _quality_tables import BLOCK_PAIRS, FOLDER, mean_and_less, stored
-from _stored import Row, read
+from _stored import Row, described, read
 
 sys.path.insert(0, str(Path(__file__).resolve().parent / "quality"))
 from _compare import Sweep
+from _store import finished
 from report import pairs_table, qualities, rates
 
 COSTS = FOLDER / "costs.jsonl"
@@ -83,3 +84,33 @@ def equal() -> str:
 
 def equal_rates() -> str:
     return rates(stored("equal"))
+
+
+def language() -> str:
+    """Return the table of the runs of a language model, one line for each rate."""
+    runs = finished(FOLDER / "language" / "runs.jsonl")
+    reference = next(run for run in runs if run["settings"]["method"] == "lora")
+    names = list(dict.fromkeys(run["settings"]["method"] for run in runs))
+    lines = []
+    for name in names:
+        own = [run for run in runs if run["settings"]["method"] == name]
+        best = max(own, key=lambda run: run["validation"]["minus loss"])
+        for run in sorted(own, key=lambda run: run["settings"]["lr"]):
+            losses = [-run[part]["minus loss"] for part in ("validation", "test")]
+            share = run["active_parameters"] / reference["active_parameters"]
+            peak = run["peak_bytes"] / reference["peak_bytes"]
+            mark = " (best)" * (run is best)
+            line = [f"{name}{mark}", f"{run['settings']['lr']:g}"]
+            lines.append([*line, *(f"{x:.3f}" for x in losses), f"{share:.2f}", f"{peak:.2f}"])
+    head = ["method", "learning rate", "validation loss", "held-out loss"]
+    return markdown([*head, "active parameters", "peak"], lines)
+
+
+def soak(rows: Sequence[Row]) -> str:
+    """Return the table of the random cases of `tests/soak.py`."""
+    head = ["cases", "held", "refused", "failed"]
+    lines = [
+        [row["row"], *(f"{row[key]:,}" for key in head[:3]), str(len(row["failed"]))]
+        for row in rows
+    ]
+    return f"{described(rows, 'transformers', 'peft')}\n\n{markdown(['', *head], lines)}"

@@ -59,6 +59,7 @@ _quickstart = partial(_of, "quickstart.jsonl", quickstart.DEFAULTS)
 SHAPES = list(dict.fromkeys(row["part"] for row in read(HERE / "memory.jsonl")))
 
 TABLES: dict[str, Table] = {
+    "soak": _of("soak.jsonl", "soak", budget.soak),
     "overhead_step": _of("overhead.jsonl", overhead.STEP, overhead.step_table),
     **{
         f"overhead_{groups}": _of("overhead.jsonl", f"{groups} groups", overhead.group_table)
@@ -89,6 +90,7 @@ TABLES: dict[str, Table] = {
     "quality_costs": budget.costs,
     "quality_equal": budget.equal,
     "quality_equal_rates": budget.equal_rates,
+    "quality_language": budget.language,
     "quickstart": _quickstart(quickstart.described_methods_table),
     "quickstart_readme": _quickstart(quickstart.methods_table),
     "quickstart_seeds": _seeds,
