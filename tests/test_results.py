@@ -77,7 +77,7 @@ def test_a_mark_that_is_wrong_ends_in_one_sentence(text, message, tmp_path):
 def test_each_stored_row_says_how_when_and_where_it_was_measured(path):
     for row in _stored.read(path):
         run = row["run"]
-        script = re.search(r"python ((benchmarks|examples)/\S+\.py)", run["command"])[1]
+        script = re.search(r"python ((benchmarks|examples|tests)/\S+\.py)", run["command"])[1]
         assert (BENCHMARKS.parent / script).is_file()
         assert re.fullmatch(r"\d{4}-\d\d-\d\d", run["date"])
         assert "commit" in run or "of commit" in run["recorded"]

@@ -59,7 +59,6 @@ _quickstart = partial(_of, "quickstart.jsonl", quickstart.DEFAULTS)
 SHAPES = list(dict.fromkeys(row["part"] for row in read(HERE / "memory.jsonl")))
 
 TABLES: dict[str, Table] = {
-    "soak": _of("soak.jsonl", "soak", budget.soak),
     "overhead_step": _of("overhead.jsonl", overhead.STEP, overhead.step_table),
     **{
         f"overhead_{groups}": _of("overhead.jsonl", f"{groups} groups", overhead.group_table)
@@ -67,6 +66,7 @@ TABLES: dict[str, Table] = {
     },
     **{f"memory_{shape}": _memory(shape, memory.main_table) for shape in SHAPES},
     **{f"memory_{shape}_bars": _memory(shape, memory.bars_table) for shape in SHAPES},
+    "soak": _of("soak.jsonl", "soak", budget.soak),
     "memory_readme": _memory("roberta", memory.readme_table),
     "planned_lora": _of("planned_lora.jsonl", "planned LoRA", planned_lora_table),
     "full_memory": _smollm2(full.memory_table),
