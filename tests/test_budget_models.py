@@ -17,12 +17,14 @@ from dynalora_adapters import LoRAConfig, inject
 from dynalora_optim import Blocks, Budget, DynamicAllocationOptimizer, LiveBytes
 
 WIDTH = 32
-# Bytes that the prediction may be too high by: scalars; a decoder's mask; LLaVA's image features.
-SLACK, MASK, IMAGES = 2400, 10_000, 60_000
+# Bytes that the prediction may be too high by: scalars; a decoder's mask; LLaVA's image features;
+# what the recurrent layers of transformers 5.4 make beside the hidden states.
+SLACK, MASK, IMAGES, RECURRENT = 2400, 10_000, 60_000, 350_000
 OVER = {
     "llava": IMAGES,
     "llava_deeper_tower": IMAGES,
     "decoder_of_t5": 3 * MASK,
+    "recurrent_gemma": RECURRENT,
     "llama": MASK,
     "gpt2": MASK,
 }
