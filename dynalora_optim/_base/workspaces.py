@@ -21,7 +21,7 @@ _KERNELS = {
     operation: kind
     for operation, position in QUERY_POSITIONS.items()
     for kind in _COPIES
-    if position == 1 and f"{kind}_attention_backward" in str(operation)
+    if position == 1 and kind in str(operation)
 }
 _ROUNDED = 256  # bytes, for small tensors
 
