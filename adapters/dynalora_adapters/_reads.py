@@ -25,7 +25,7 @@ Aliases = dict[str, set[Path]]  # a local name -> the submodules that it may sta
 _NOT_FORWARD = re.compile(r"_*(init|reset|tie|resize|prune|load|save|extra_repr|get_.*embed).*")
 # What is asked about a weight without computing with it, or while it is set.
 _QUESTIONS = {"dtype", "device", "shape", "size", "dim", "ndim", "numel", "requires_grad"}
-_QUESTIONS |= {"is_floating_point", "is_cuda", "is_meta", "data", "requires_grad_"}
+_QUESTIONS |= {"is_floating_point", "is_cuda", "is_meta", "data"}
 _ASKING = {"isinstance", "hasattr", "getattr", "id", "type"}
 
 

@@ -58,13 +58,12 @@ def _is_held(tensors: Sequence[Tensor]) -> bool:
     """
     found: list[Any] = list(tensors)
     own: list[Any] = [tensors, found]  # kept, so that no new object gets one of their ids
-    looked: list[list[Any]] = [own, found]
+    holders: list[Any] = []
     try:
         for _ in range(_LEVELS):
             holders = gc.get_referrers(*found)
-            seen = {id(looked), id(own), *map(id, own)}
+            seen = {id(own), *map(id, own)}
             found = [h for h in holders if id(h) not in seen and not isinstance(h, _RUNNING)]
-            looked += [holders, found]
             if not found:
                 return False
             if not all(isinstance(holder, _CONTAINERS) for holder in found):
@@ -74,5 +73,5 @@ def _is_held(tensors: Sequence[Tensor]) -> bool:
     finally:
         # They have the frames of the functions that run now, this one among them: a cycle, which
         # would keep what these functions refer to until the next garbage collection.
-        for each in looked:
-            each.clear()
+        own.clear()
+        holders.clear()
