@@ -11,6 +11,7 @@ from _chunked_rows import chunked_name
 from _measure import markdown
 from _rows import ALL_ACTIVE, REFERENCE
 from gpu._lines import read
+from gpu.lora import LIGER
 from gpu.summary import promises
 
 Line = Mapping[str, Any]
@@ -21,7 +22,6 @@ SHAPES = {
     "1b_long": "Llama-3.2-1B, 2 x 4096",
     "8b": "Llama-3.1-8B, 2 x 2048",
 }
-LIGER = "peft, every block checkpointed, Liger's loss"
 IN_README = (REFERENCE, LIGER, ALL_ACTIVE, chunked_name(0.3, 0.6), chunked_name(0.15, 0.6))
 # When these rows were measured, peft's model ran before in the same process, and torch kept its
 # memory reserved. The kit frees it now: leave this out when it has been measured again.

@@ -40,16 +40,22 @@ class Bar:
 
 _SHAPE = "Llama-3.2-1B, 2 x 2048: "
 _PEFT, _OURS = f"{_SHAPE}peft LoRA", f"{_SHAPE}ours, all active"
-_BUDGET = f"{_SHAPE}ours, Budget(0.3, 0.6), chunked loss"
+_BUDGET = f"{_SHAPE}ours, Budget(0.5, 0.6)"
+_LOOSER = f"{_SHAPE}ours, Budget(0.3, 0.6), chunked loss"
 _CHUNKED = f"{_SHAPE}ours, Budget(0.15, 0.6), chunked loss"
 _PLAIN = f"{_SHAPE}our LoRA, plain AdamW"
 BARS = (
     Bar("all active: peak / peft LoRA", _OURS, _PEFT, "peak_above", 1.00),
     Bar("all active: tokens/s / peft LoRA", _OURS, _PEFT, "tokens_per_s", 1.05, operator.ge),
-    Bar("Budget(0.3, 0.6), chunked loss: peak / peft LoRA", _BUDGET, _PEFT, "peak_above", 0.30),
+    Bar("Budget(0.5, 0.6): peak / peft LoRA", _BUDGET, _PEFT, "peak_above", 0.50),
+    Bar(
+        "Budget(0.5, 0.6): tokens/s / peft LoRA",
+        *(_BUDGET, _PEFT, "tokens_per_s_mean", 1.25, operator.ge),
+    ),
+    Bar("Budget(0.3, 0.6), chunked loss: peak / peft LoRA", _LOOSER, _PEFT, "peak_above", 0.30),
     Bar(
         "Budget(0.3, 0.6), chunked loss: tokens/s / peft LoRA",
-        *(_BUDGET, _PEFT, "tokens_per_s_mean", 1.25, operator.ge),
+        *(_LOOSER, _PEFT, "tokens_per_s_mean", 1.25, operator.ge),
     ),
     Bar("Budget(0.15, 0.6), chunked loss: peak / peft LoRA", _CHUNKED, _PEFT, "peak_above", 0.15),
     Bar(
