@@ -34,13 +34,16 @@ class CostingState:
 
     def _follow(self, habits: Habits) -> None:
         self._habits = habits
-        self._passes = Passes(habits.see_backward)
+        self._passes = Passes(self._see_backward)
         self._ranks = Ranks(self._meter, self._driver, self._shapes, habits)
         # Of the forward that runs: its costs, its costs in the loop, and its plan.
         self._now: tuple[Costs, Costs, Plan] | None = None
         self._version: object = None  # of the habits that the allocation knows
         self._plans: dict[object, tuple[Costs, Plan, Costs, tuple[Costs, ...]]] = {}
         self._updates = Updates(habits)
+
+    def _see_backward(self, alive: list[Costs], **seen: bool) -> None:
+        self._habits.see_backward(alive, gradients=self._ranks.has_gradients(), **seen)
 
     def __getstate__(self) -> dict[str, Any]:
         # The keys of the plans are ids of objects that a copy has not; holdings are the owner's.

@@ -39,7 +39,10 @@ def found(counts: dict[str, Any], seed: int, number: int) -> None:
     """Check one case, and count what comes of it."""
     case = case_of(seed, number)
     try:
-        counts[check(case)] += 1
+        outcome = check(case)
+        counts[outcome.kind] += 1
+        counts["measured_beyond"] += outcome.measuring > 1
+        counts["measured_most"] = max(counts["measured_most"], round(outcome.measuring, 4))
     except Exception as error:
         why = f"{type(error).__name__}: {error}"[:500]
         counts["failed"].append({"number": number, "case": repr(case), "why": why})
@@ -49,7 +52,8 @@ def started(path: Path | None, seed: int) -> dict[str, Any]:
     """What an earlier run of this seed has counted, without the cases that failed."""
     rows = read(path) if path and path.exists() else []
     of_seed = [row for row in rows if row["part"] == PART and row["seed"] == seed]
-    new = {"row": f"seed {seed}", "seed": seed, "cases": 0, "held": 0, "refused": 0, "failed": []}
+    new = {"row": f"seed {seed}", "seed": seed, "cases": 0, "held": 0, "refused": 0}
+    new |= {"measured_beyond": 0, "measured_most": 0.0, "failed": []}
     return {key: (of_seed or [new])[0][key] for key in new}
 
 

@@ -43,7 +43,7 @@ def alike(blocks: int, gradients: int, *, pinned: tuple[int, ...] = ()) -> Costs
 def full_training(blocks: int, gradients: int) -> Costs:
     """The same, where a block that does not train saves half of its backward pass."""
     costs = alike(blocks, gradients)
-    idle = BlockUses(Use(48, 38, 58, 10, 4), Use(48, 4, 96, 20, 4))
+    idle = BlockUses(Use(48, 38, 58, 58, 10, 4), Use(48, 4, 96, 96, 20, 4))
     return replace(costs, blocks=(replace(costs.blocks[0], idle=idle),) * blocks)
 
 

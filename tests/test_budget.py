@@ -33,7 +33,8 @@ sizes = st.integers(0, 40)
 
 @st.composite
 def uses(draw: Any, held: Any = sizes) -> Use:
-    return Use(draw(sizes), draw(held), draw(sizes), draw(st.integers(1, 9)), draw(sizes))
+    numbers = draw(sizes), draw(held), draw(sizes), draw(sizes)
+    return Use(*numbers, draw(st.integers(1, 9)), draw(sizes))
 
 
 @st.composite
@@ -48,11 +49,11 @@ def any_costs(draw: Any) -> Costs:
     count = draw(st.integers(1, 4))
     places = draw(st.sets(st.integers(0, count - 1), min_size=1))
     second = draw(st.integers(0, count - 1))  # the first block of a second list; 0: there is none
-    shared = {
+    layout = {
         "group_blocks": (*sorted(places), None),
         "pinned": frozenset(draw(st.sets(st.integers(0, count - 1), max_size=1))),
-        "loop": draw(st.just(Loop()) | loops(count)),
     }
+    shared = {**layout, "loop": draw(st.just(Loop()) | loops(count, layout))}
     prefix = draw(st.none() | uses())
     if not second:
         return draw(a_route(count, prefix=prefix, **shared))
@@ -91,28 +92,31 @@ residents = st.builds(
 
 
 @st.composite
-def loops(draw: Any, blocks: int) -> Loop:
-    later = draw(st.lists(sizes, min_size=blocks, max_size=blocks) | st.just([]))
+def loops(draw: Any, blocks: int, layout: dict[str, Any]) -> Loop:
+    standing = draw(st.integers(0, 1))
+    gradients = {"standing": standing, "waiting": standing + draw(st.integers(0, 1))}
+    follower = a_route(blocks, prefix=None, loop=Loop(**gradients), **layout)
     return Loop(
         carried=draw(sizes),
-        standing=draw(st.booleans()),
+        **gradients,
+        grows=draw(st.booleans()),
         keeps_output=draw(st.booleans()),
         update=draw(st.integers(0, 100)),
-        later=tuple(later),
+        followers=tuple(draw(st.lists(follower, max_size=1))),
         resident=draw(st.just(NOTHING) | residents),
     )
 
 
 def layered(blocks: int = 5, groups: int = 1, *, pinned: tuple[int, ...] = ()) -> Costs:
     """Costs of alike blocks such as a transformer has, ``groups`` allocated modules in each."""
-    full, kept = Use(50, 40, 60, 20, 4), Use(50, 4, 100, 30, 4)
-    idle = BlockUses(Use(48, 38, 58, 18, 4), Use(48, 4, 96, 28, 4))
+    full, kept = Use(50, 40, 60, 60, 20, 4), Use(50, 4, 100, 100, 30, 4)
+    idle = BlockUses(Use(48, 38, 58, 58, 18, 4), Use(48, 4, 96, 96, 28, 4))
     cost = BlockCost(BlockUses(full, kept), BlockUses(full, kept), idle, below=30, gradients=2)
     return Costs(
         blocks=(cost,) * blocks,
         group_blocks=tuple(b for b in range(blocks) for _ in range(groups)),
         pinned=frozenset(pinned),
-        head=Use(10, 5, 15, 3),
+        head=Use(10, 5, 15, 15, 3),
         forward_base=8,
         backward_base=6,
         entry=4,
@@ -181,8 +185,11 @@ def test_the_best_plan_is_that_of_brute_force(costs, values, limit, data):
         fits = [plan for plan in fits if costs.flops(plan) <= flops]
     best = max((outcome(costs, values, plan) for plan in fits), default=None)
     found = best_plan(costs, values[: len(costs.blocks)], limit, lowest, flops)
-    assert outcome(costs, values, found) == best
     assert found is None or found in fits
+    if costs.loop.is_even:
+        assert outcome(costs, values, found) == best
+    elif not found:  # then the lowest block alone does not fit
+        assert costs.pinned | {lowest} not in {plan.active for plan in fits if flops is None}
 
 
 @given(costs=any_costs(), limit=st.integers(40, 400), data=st.data())
@@ -198,6 +205,7 @@ def test_the_cheapest_plan_is_that_of_brute_force(costs, limit, data):
 @given(costs=any_costs(), data=st.data())
 def test_the_least_peak_is_that_of_brute_force(costs, data):
     lowest = data.draw(st.sampled_from(costs.lowest_blocks()))
+    assume(costs.loop.is_even)
     assert least_peak(costs, lowest) == min(map(costs.peak, ending_at(costs, lowest)))
 
 
@@ -364,8 +372,8 @@ def test_a_budget_that_is_too_small_is_told_the_smallest_that_is_not(base, memor
 
 def test_a_refusal_names_what_takes_the_memory_beside_the_blocks():
     costs = layered()
-    heavy = replace(costs, head=Use(500, 5, 600, 3))
-    loops = costs.in_loop(standing=True, later=(30,) * len(costs.blocks))
+    heavy = replace(costs, head=Use(500, 5, 600, 600, 3))
+    loops = costs.in_loop(standing=1, waiting=2, followers=(costs,))
     for measured, word in ((heavy, "a loss in chunks"), (loops, "Several forward passes")):
         with pytest.raises(ValueError, match=f"pass at least memory=.*{word}"):
             Budget(memory=20).plan(measured, [0])

@@ -82,7 +82,24 @@ def kept_for_a_metric(tiny: TinyModel, optimizer: Any) -> None:
     assert torch.cat(seen).isfinite().all()
 
 
+def pairs_accumulated(tiny: TinyModel, optimizer: Any) -> None:
+    """Autograd keeps the sums of the pair's gradients beside those that were accumulated."""
+    for _ in range(2):
+        one, other = tiny.model(**tiny.batch).logits, tiny.model(**tiny.batch).logits
+        (one - 2 * other).square().mean().backward()
+    step(optimizer, tiny)
+
+
+def losses_apart(tiny: TinyModel, optimizer: Any) -> None:
+    """The second graph waits while the first backward runs, and then the gradients are alive."""
+    one, other = tiny.loss(), tiny.loss()
+    one.backward()
+    (2 * other).backward()
+    step(optimizer, tiny)
+
+
 LOOPS = [plain, accumulated, output_kept, zeroed_late, two_towers, triplet, kept_for_a_metric]
+LOOPS += [pairs_accumulated, losses_apart]
 
 
 def peak_of(loop: Loop, tiny: TinyModel, optimizer: Any, steps: int) -> Iterator[int]:

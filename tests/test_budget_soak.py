@@ -18,7 +18,7 @@ cases = st.randoms(use_true_random=False).map(Case.drawn)
 @pytest.mark.filterwarnings("ignore:fan_in_fan_out")
 @given(case=cases)
 def test_what_a_budget_promises_holds_in_every_loop(case):
-    event(check(case))
+    event(check(case).kind)
 
 
 def test_the_soak_goes_on_where_it_ended_and_repeats_what_failed(tmp_path, monkeypatch):

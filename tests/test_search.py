@@ -33,8 +33,15 @@ def block_of(rank: int, *, whole: bool) -> BlockCost:
     kept, trained = 16 * HIDDEN, 16 * HIDDEN + adapter
 
     def uses(held: int, work: int, recomputed: int) -> BlockUses:
-        full = Use(held + 3 * HIDDEN, held, held + 4 * HIDDEN, work, HIDDEN)
-        again = Use(held + 3 * HIDDEN, HIDDEN, held + 5 * HIDDEN, work + recomputed, HIDDEN)
+        full = Use(held + 3 * HIDDEN, held, held + 4 * HIDDEN, held + 3 * HIDDEN, work, HIDDEN)
+        again = Use(
+            held + 3 * HIDDEN,
+            HIDDEN,
+            held + 5 * HIDDEN,
+            held + 4 * HIDDEN,
+            work + recomputed,
+            HIDDEN,
+        )
         return BlockUses(full, again)
 
     return BlockCost(
@@ -53,7 +60,7 @@ def differing(seed: int = 0, blocks: int = BLOCKS, *, whole: bool = False) -> Co
         blocks=tuple(block_of(rank, whole=whole) for rank in ranks),
         group_blocks=tuple(range(blocks)),
         pinned=frozenset(),
-        head=Use(3 * HIDDEN, 2 * HIDDEN, 6 * HIDDEN, WORK // 6),
+        head=Use(3 * HIDDEN, 2 * HIDDEN, 6 * HIDDEN, 6 * HIDDEN, WORK // 6),
         forward_base=2 * HIDDEN,
         backward_base=HIDDEN,
         entry=HIDDEN,

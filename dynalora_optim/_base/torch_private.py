@@ -115,8 +115,13 @@ def plain_name(name: str) -> str:
 
 def in_backward() -> bool:
     """Return whether this thread runs a backward pass; recomputation by a checkpoint counts."""
+    return backward_number() != -1
+
+
+def backward_number() -> int:
+    """Return the number of the backward pass that this thread runs; -1 if it runs none."""
     task = _private(torch._C, "_current_graph_task_id", feature="scoring a forward pass")
-    return bool(task() != -1)
+    return int(task())
 
 
 def keeps_graph() -> bool:

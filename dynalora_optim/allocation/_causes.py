@@ -79,14 +79,14 @@ def _remedies(resident: Resident, total: int) -> str:
 def causes(costs: Costs, least: int) -> str:
     """Return sentences on what makes ``least`` bytes necessary; "" if the blocks alone do."""
     found = []
-    if costs.loop.carried or costs.loop.later:
+    if costs.loop.carried or costs.loop.followers:
         found.append("Several forward passes before one backward pass share the memory.")
     if costs.loop.standing:
         found.append(
             "Gradients are alive in the forward pass (they accumulate, or zero_grad() follows it)."
         )
     highest = len(costs.blocks) - 1
-    last = costs.after_blocks(costs.base(highest), highest)
+    last = max(costs.after_blocks(costs.base(highest)))
     if 2 * last > least:
         found.append(
             f"What follows the blocks, with the loss, takes {last} bytes by itself; a loss in "

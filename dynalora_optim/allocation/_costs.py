@@ -195,8 +195,8 @@ class Costs:
         base, back = self.base(lowest), self.backward_base
         held = self.prefix.held if self.prefix else 0
         trained = self.outer_gradients + self.gradients(plan)
-        standing = trained if self.loop.standing else 0
-        above = self.head_gradients + self.gradients(plan)
+        standing, waiting = trained * self.loop.standing, trained * self.loop.waiting
+        above = (self.head_gradients + self.gradients(plan)) * self.loop.grows
         reached = dict(self.uses(plan))
         yield self.before + self.loop.stale + standing
         for block in range(self.first, len(self.blocks)):
@@ -204,34 +204,35 @@ class Costs:
             if use is None:
                 yield base + held + cost.below + standing
                 continue
-            above -= cost.gradients * (block in plan.active)
+            above -= cost.gradients * (block in plan.active) * self.loop.grows
             yield base + held + use.forward + standing
-            yield back + held + use.backward + (standing or above) + self.kept
+            yield back + held + self.in_backward(use) + waiting + above + self.kept
             held += use.held
-        yield held + self.after_blocks(base, lowest) + standing
+        forward, backward = self.after_blocks(base)
+        yield held + max(forward + standing, backward + waiting)
+        if self.loop.followers:
+            yield held + self.left_beside(base) + self.loop.later(plan.active)
         if self.prefix:
-            gradients = standing or self.head_gradients + self.gradients(plan)
-            yield back + self.prefix.backward + gradients + self.kept
-        yield trained + self.update(self.gradients(plan))
+            grown = (self.head_gradients + self.gradients(plan)) * self.loop.grows
+            yield back + self.in_backward(self.prefix) + waiting + grown + self.kept
+        yield trained + self.loop.temporary(self.gradients(plan))
 
-    def update(self, gradients: int) -> int:
-        """Return the temporary bytes of an update of blocks whose gradients have so many bytes."""
-        return max(self.loop.update, self.loop.resident.temporary(gradients))
+    def in_backward(self, use: Use) -> int:
+        """Return the most bytes that this part holds itself during its backward."""
+        return use.backward if self.loop.grows else use.spent
 
-    def after_blocks(self, base: int, lowest: int) -> int:
-        """Return the most bytes alive after the blocks' forward, besides what the blocks hold."""
+    def left_beside(self, base: int) -> int:
+        """Return what the forward leaves alive beside what the blocks hold."""
+        return base + self.head.held + self.output_alone
+
+    def after_blocks(self, base: int) -> tuple[int, int]:
+        """Return the most bytes beside what the blocks hold: of forward and loss, and backward."""
         alone = self.output_alone if self.loop.keeps_output else 0
-        left = base + self.head.held + self.output_alone
+        left = self.left_beside(base)
         stays = self.outside or not self.routes
         alive = left if stays else left - base + self.backward_base + self.loop.stale
-        moments = [
-            base + self.head.forward,
-            alive + self.outside,
-            self.backward_base + self.head.backward + alone + self.outside,
-        ]
-        if self.loop.later:
-            moments.append(left + self.loop.later[lowest])
-        return max(moments)
+        backward = self.backward_base + self.in_backward(self.head) + alone + self.outside
+        return max(base + self.head.forward, alive + self.outside), backward
 
     @property
     def kept(self) -> int:

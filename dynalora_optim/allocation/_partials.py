@@ -23,13 +23,23 @@ Way: TypeAlias = tuple[Use, int, float, int]
 
 @dataclass(frozen=True)
 class Problem:
-    """What may be chosen, what it is worth, and what it may not exceed."""
+    """What may be chosen, what it is worth, and what it may not exceed.
+
+    Attributes:
+        costs: The costs of the route.
+        choices: What may be chosen.
+        values: For each block its value; None if only the peak counts.
+        limit: The bytes that the peak may not exceed.
+        flops: The FLOPs that the backward pass may not exceed; None for no limit.
+        trained: The blocks that train, if that is no choice; else None.
+    """
 
     costs: Costs
     choices: Choices
-    values: tuple[float, ...] | None  # None: only the peak counts
+    values: tuple[float, ...] | None
     limit: int
     flops: float | None = None
+    trained: frozenset[int] | None = None
 
 
 def ways_of(problem: Problem, block: int, lowest: int = -1) -> list[Way]:

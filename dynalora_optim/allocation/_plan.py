@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -13,6 +14,8 @@ class Use:
         forward: The most bytes alive during its forward.
         held: The bytes alive between its forward and its backward.
         backward: The most bytes alive during its backward, its recomputation included.
+        spent: The same if each gradient of a parameter is added to one that is already alive, and
+            is not alive itself any more.
         flops: The FLOPs of its backward, its recomputation included.
         input: The bytes of the block's own input among those held.
     """
@@ -20,8 +23,22 @@ class Use:
     forward: int
     held: int
     backward: int
+    spent: int
     flops: int
     input: int = 0
+
+    def in_backward(self, change: Callable[[int], int]) -> Use:
+        """Return the same with ``change`` applied to the bytes that its backward takes."""
+        return replace(self, backward=change(self.backward), spent=change(self.spent))
+
+    def then(self, other: Use) -> Use:
+        """Return the same with the backward of ``other`` after its own."""
+        return replace(
+            self,
+            backward=max(self.backward, other.backward),
+            spent=max(self.spent, other.spent),
+            flops=self.flops + other.flops,
+        )
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, fields, is_dataclass
+from dataclasses import asdict, fields, is_dataclass, replace
 from typing import Any
 
 from dynalora_optim.allocation._costs import BlockCost, BlockUses, Costs, Use
@@ -13,7 +13,7 @@ from dynalora_optim.allocation._resident import Resident
 
 def saved_costs(costs: Costs) -> dict[str, Any]:
     """Return the numbers as plain dicts and lists."""
-    loop = {**asdict(costs.loop), "later": list(costs.loop.later)}
+    loop = {**asdict(costs.loop), "followers": list(map(saved_costs, costs.loop.followers))}
     lists = {
         "own": [list(stretch) for stretch in costs.own],
         "order": list(costs.order),
@@ -44,7 +44,7 @@ def restored_costs(state: Mapping[str, Any], *, modules: int) -> Costs:
                     restored_costs(route, modules=len(route["group_blocks"]))
                     for route in state.get("routes", ())
                 ),
-                "loop": _loop(state["loop"]),
+                "loop": _loop(state["loop"], modules),
             }
         )
     except (AttributeError, KeyError, TypeError) as error:
@@ -53,21 +53,23 @@ def restored_costs(state: Mapping[str, Any], *, modules: int) -> Costs:
     return costs
 
 
-def _loop(state: Mapping[str, Any]) -> Loop:
-    own = {"later": tuple(state["later"]), "resident": Resident(**state["resident"])}
-    return Loop(**{**state, **own})
+def _loop(state: Mapping[str, Any], modules: int) -> Loop:
+    followers = tuple(restored_costs(costs, modules=modules) for costs in state["followers"])
+    resident = Resident(**state["resident"])
+    return Loop(**{**state, "followers": followers, "resident": resident})
 
 
 def _check(costs: Costs, modules: int) -> None:
-    may_lack = {"group_blocks", "prefix", "routes"}
+    may_lack = {"group_blocks", "prefix", "routes", "loop"}  # and what is checked by itself
     parts = [getattr(costs, f.name) for f in fields(costs) if f.name not in may_lack]
     parts += [part for part in (*costs.group_blocks, costs.prefix) if part is not None]
+    parts.append(replace(costs.loop, followers=()))
     numbers = _numbers(tuple(parts))
     if (
         not all(type(n) in (bool, int) and 0 <= n < 2**63 for n in numbers)
         or len(costs.group_blocks) != modules
         or not {*costs.group_blocks, *costs.pinned} <= {None, *range(len(costs.blocks))}
-        or len(costs.loop.later) not in (0, len(costs.blocks))
+        or any(len(other.blocks) != len(costs.blocks) for other in costs.loop.followers)
         or sorted(costs.order) not in ([], [*range(len(costs.blocks))])
         or any(len(route.blocks) != len(costs.blocks) for route in costs.routes)
         or not costs.flops(costs.all_active)

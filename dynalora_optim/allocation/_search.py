@@ -40,6 +40,7 @@ from functools import lru_cache
 
 from dynalora_optim.allocation._boxes import thinned
 from dynalora_optim.allocation._costs import Costs, Plan, Use
+from dynalora_optim.allocation._gradients_alive import at_the_top, gradients_of
 from dynalora_optim.allocation._partials import (
     CHECKPOINTED,
     IDLE,
@@ -68,22 +69,26 @@ def best_plan(
         flops: The FLOPs that the backward pass may not exceed; None for no limit.
     """
     # If every block can train, no choice has a higher value. This search does not need the values.
-    choices, costs = _one_choice(costs, costs.trainable), costs.at(lowest)
+    whole, choices, costs = costs, _one_choice(costs, costs.trainable), costs.at(lowest)
     everyone = Problem(costs, choices, (0.0,) * len(choices), limit, flops)
     shared = costs.base(lowest), _down_to(costs, lowest)
     plan = _best_plans(everyone, *shared).get(lowest)
-    if plan:
+    if not plan:
+        worths = _positive(values) if costs.prefix else tuple(values)
+        choosing = Problem(costs, _all_choices(costs), worths, limit, flops)
+        plan = _best_plans(choosing, *shared).get(lowest)
+    if costs.loop.is_even or (plan and whole.peak(plan) <= limit):
         return plan
-    worths = _positive(values) if costs.prefix else tuple(values)
-    choosing = Problem(costs, _all_choices(costs), worths, limit, flops)
-    return _best_plans(choosing, *shared).get(lowest)
+    plan = cheapest_plan(whole, whole.pinned | {lowest}, limit)
+    return plan if plan and (flops is None or whole.flops(plan) <= flops) else None
 
 
 def cheapest_plan(costs: Costs, active: Collection[int], limit: int) -> Plan | None:
     """Return the plan of least work in which exactly these blocks train; None if none fits."""
     costs, lowest = costs.route_of(Plan(frozenset(active)))
     choices = _one_choice(costs, active)
-    problem = Problem(costs, choices, (0.0,) * len(choices), limit)
+    trained = None if costs.loop.is_even else frozenset(active)
+    problem = Problem(costs, choices, (0.0,) * len(choices), limit, trained=trained)
     return _best_plans(problem, costs.base(lowest), lowest).get(lowest)
 
 
@@ -95,7 +100,9 @@ def least_peak(costs: Costs, lowest: int, active: Collection[int] | None = None)
     choices = _all_choices(costs) if active is None else _one_choice(costs, active)
     here = costs.at(lowest)
     lowest = here.first if here.prefix else lowest
-    return _least_peaks(here, choices, here.base(lowest), _down_to(here, lowest))[lowest]
+    trained = None if active is None or here.loop.is_even else frozenset(active)
+    problem = Problem(here, choices, None, 0, trained=trained)  # slack: what a peak lacks to 0
+    return _least_peaks(problem, here.base(lowest), _down_to(here, lowest))[lowest]
 
 
 def least_peak_of_one(costs: Costs, block: int) -> int:
@@ -109,7 +116,7 @@ def _down_to(costs: Costs, lowest: int) -> int:
 
     What further forwards need is not the same for any two, so that each has a search of its own.
     """
-    return lowest if costs.loop.later else min(lowest, costs.first + 1)
+    return min(lowest, costs.first + 1) if costs.loop.is_even else lowest
 
 
 def _all_choices(costs: Costs) -> Choices:
@@ -145,10 +152,9 @@ def _best_plans(problem: Problem, base: int, down_to: int) -> dict[int, Plan]:
 
 
 @lru_cache(maxsize=256)
-def _least_peaks(costs: Costs, choices: Choices, base: int, down_to: int) -> dict[int, int]:
+def _least_peaks(problem: Problem, base: int, down_to: int) -> dict[int, int]:
     """Return the least peak for each lowest block from ``down_to`` up, if they have this base."""
-    # With no limit to measure it against, slack is what a peak lacks to 0 bytes.
-    problem, peaks = Problem(costs, choices, None, 0), {}
+    costs, peaks = problem.costs, {}
     bottom = costs.prefix.held if costs.prefix else 0
     for lowest, partials in _whole(problem, base, down_to):
         below = _below(costs, base, lowest)
@@ -182,12 +188,12 @@ def _elsewhere(costs: Costs, below: int, partial: Partial) -> int:
     blocks, and the optimizer's step.
     """
     trained = partial[1] + costs.prefix_gradients
-    standing = trained if costs.loop.standing else 0
+    standing = trained * costs.loop.standing
     in_blocks = partial[1] - costs.head_gradients
-    most = max(below + standing, trained + costs.update(in_blocks))
+    most = max(below + standing, trained + costs.loop.temporary(in_blocks))
     if costs.prefix:
-        gradients = standing or partial[1]
-        backward = costs.backward_base + costs.prefix.backward
+        gradients = trained * costs.loop.waiting + partial[1] * costs.loop.grows
+        backward = costs.backward_base + costs.in_backward(costs.prefix)
         most = max(most, backward + gradients + costs.kept)
     return costs.loop.carried + costs.loop.resident.of_active(in_blocks) + most
 
@@ -198,8 +204,7 @@ def _whole(problem: Problem, base: int, down_to: int) -> Iterator[tuple[int, lis
     Blocks of later lists are not yielded: a plan that ends there has another route.
     """
     costs = problem.costs
-    standing = costs.outer_gradients if costs.loop.standing else 0
-    alive = costs.loop.carried + costs.after_blocks(base, down_to) + standing
+    alive = costs.loop.carried + at_the_top(problem, base, down_to)
     partials = [(problem.limit - alive, costs.head_gradients, 0.0, costs.outer_flops, 0)]
     last = costs.routes[0].first if costs.routes else len(costs.blocks)
     ranges = {stop - 1: first for first, stop in costs.own if first < stop}
@@ -226,7 +231,7 @@ def _own(problem: Problem, base: int, partials: list[Partial], blocks: range) ->
         ways = ways_of(problem, block, block) if can_train else []
         lowest = _longer(problem, base, partials, block, ways)
         partials = _fewer(problem, _longer(problem, base, partials, block, ways_of(problem, block)))
-        below = Use(problem.costs.blocks[block].below, 0, NEVER, 0)
+        below = Use(problem.costs.blocks[block].below, 0, NEVER, NEVER, 0)
         idle = [(below, 0, 0.0, IDLE)] if False in problem.choices[block] else []
         ended = _fewer(problem, [*lowest, *_longer(problem, base, ended, block, idle)])
     return ended
@@ -242,8 +247,9 @@ def _longer(
     """Return the ``partials`` that fit with ``block`` below them, in each of its ways."""
     costs, limit, counts = problem.costs, problem.limit, problem.values is not None
     least = -math.inf if not counts else costs.prefix.held if costs.prefix else 0
-    stands, limit = costs.loop.standing, limit - costs.loop.carried
-    before = costs.prefix_gradients if stands else 0
+    limit -= costs.loop.carried
+    stands, standing, waiting = gradients_of(problem)
+    grown = stands + costs.loop.grows  # gradients of each parameter above, in the backward
     most = math.inf if problem.flops is None else problem.flops
     state = costs.loop.resident.of_active  # alive at all moments while its block is active
     beside = [state(partial[1] - costs.head_gradients) for partial in partials]
@@ -251,17 +257,21 @@ def _longer(
     for use, gradients, value, kind in ways:
         bits = kind << 2 * block
         # What is alive beside that of the blocks above, in this block too.
-        own = (gradients + before if stands else 0) + state(gradients)
+        own = (gradients + costs.prefix_gradients) * stands + state(gradients)
         held = use.held + gradients * stands + state(gradients)
         flops = use.flops if counts else 0
-        forward = limit - base - use.forward - own
-        backward = limit - costs.backward_base - use.backward - costs.kept - own
+        forward = limit - base - use.forward - own - standing
+        backward = limit - costs.backward_base - costs.in_backward(use) - costs.kept - own - waiting
         longer += [
             (slack, above + gradients, worth + value, work + flops, choice | bits)
             for (room, above, worth, work, choice), more in zip(partials, beside, strict=True)
             if work + flops <= most
             and (
-                slack := min(room - held, forward - above * stands - more, backward - above - more)
+                slack := min(
+                    room - held,
+                    forward - above * stands - more,
+                    backward - above * grown - more,
+                )
             )
             >= least
         ]

@@ -19,7 +19,7 @@ from dynalora_optim.groups._module_group import ModuleGroup
 from dynalora_optim.memory._block_run import Call, wanted
 from dynalora_optim.memory._stand_ins import block_input
 
-_NO_USE = Use(0, 0, 0, 0)
+_NO_USE = Use(0, 0, 0, 0, 0)
 _NO_USES = BlockUses(_NO_USE, _NO_USE)
 NO_COST = BlockCost(_NO_USES, _NO_USES, _NO_USES, below=0, gradients=0)  # of what does not run
 
@@ -132,10 +132,9 @@ class BlockList:
         """The blocks that never get a gradient."""
         return range(self.read + 1, self.blocks.stop)
 
-    def add_then(self, backward: int, flops: int) -> None:
+    def add_then(self, use: Use) -> None:
         """Count a backward of what follows this list."""
-        most = max(self.then.backward, backward)
-        self.then = replace(self.then, backward=most, flops=self.then.flops + flops)
+        self.then = self.then.then(use)
 
     def finished(self, first: BlockList, following: BlockList | None) -> Iterator[BlockCost]:
         """Yield the costs of the blocks, relative to what is alive beside those of ``first``.
@@ -149,7 +148,7 @@ class BlockList:
             shifted = _changed(cost, lambda use: _shifted(use, forward, backward))
             shifted = replace(shifted, below=max(cost.below + added, 0))
             if position in self.unread:
-                shifted = _changed(shifted, lambda use: replace(use, backward=0, flops=0))
+                shifted = _changed(shifted, lambda use: replace(use, backward=0, spent=0, flops=0))
             if following and position == max(self.read, self.blocks.start):
                 peak, back = self.then.forward - first.base, following.back - first.back
                 shifted = _changed(shifted, partial(self._followed, peak=peak, back=back))
@@ -165,12 +164,8 @@ class BlockList:
 
     def _followed(self, use: Use, *, peak: int, back: int) -> Use:
         """Return what the last block takes together with what follows."""
-        return replace(
-            use,
-            forward=max(use.forward, use.held + peak),
-            backward=max(use.backward, use.held + self.then.backward + back),
-            flops=use.flops + self.then.flops,
-        )
+        following = self.then.in_backward(lambda most: use.held + most + back)
+        return replace(use, forward=max(use.forward, use.held + peak)).then(following)
 
 
 def anchors_of(lists: Iterable[BlockList]) -> list[Tensor]:
@@ -203,12 +198,12 @@ def _beside_what_stays(lists: Sequence[BlockList], costs: Sequence[BlockCost]) -
 
 
 def _later(use: Use, left: int) -> Use:
-    return replace(use, backward=use.backward + left)
+    return use.in_backward(lambda backward: backward + left)
 
 
 def _shifted(use: Use, forward: int, backward: int) -> Use:
-    forward, backward = max(use.forward + forward, 0), max(use.backward + backward, 0)
-    return replace(use, forward=forward, backward=backward)
+    use = replace(use, forward=max(use.forward + forward, 0))
+    return use.in_backward(lambda most: max(most + backward, 0))
 
 
 def _changed(cost: BlockCost, change: Callable[[Use], Use]) -> BlockCost:

@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from contextvars import Context
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -200,7 +201,7 @@ class Profiler:
             self._first_moment = now()
         else:
             before = self._lists[self._lists.index(found) - 1]
-            before.then = Use(self._memory.peak, 0, 0, 0)
+            before.then = Use(self._memory.peak, 0, 0, 0, 0)
             self._see(found, found.blocks.start, [x])
         self._moment = now()
         found.enter(self._memory, x)
@@ -212,8 +213,8 @@ class Profiler:
         self.prefix_parameters = [*dict.fromkeys(p for t in trained for p in trainable_leaves(t))]
         if trained:
             held = self._memory.live - tensor_bytes(x)
-            peak, flops = try_backward(self._memory, trained, self.prefix_parameters)
-            self._prefix = Use(0, held, peak + held, flops)
+            use = try_backward(self._memory, trained, self.prefix_parameters)
+            self._prefix = replace(use, held=held).in_backward(lambda most: most + held)
 
     def _see(self, found: BlockList, position: int, arguments: Sequence[Tensor]) -> None:
         """Measure the part that has made these ``arguments``, if it began at an earlier list."""
@@ -228,7 +229,7 @@ class Profiler:
         if reaching:
             found.reached = min(found.reached, position)
             before = self._lists[self._lists.index(found) - 1]
-            before.add_then(*try_backward(self._memory, reaching, list(ends.values())))
+            before.add_then(try_backward(self._memory, reaching, list(ends.values())))
             self.inner_parameters += parameters
             self._graphs += [tensor.grad_fn for tensor in reaching]
 
@@ -265,22 +266,21 @@ class Profiler:
             one.note_read((*parts.late, *parts.early))
         ends = anchors_of(self._lists) + self._head_parameters()
         alive = memory.live
-        memory.restart()
-        waiting = parts.run_late(ends)
-        peak, flops, remaining = memory.peak, memory.flops, memory.live
+        waiting, use = parts.run_late(memory, ends)
+        remaining = memory.live
         if parts.is_older_than(self._first_moment):
             first.back = remaining
         later = max(remaining, first.back)
         for one in self._lists[1:]:
             one.back = later
-        most, older_flops = parts.run_early(memory, ends, waiting)
+        older = parts.run_early(memory, ends, waiting)
         if first is last:
-            peak = max(peak, most)
+            use = use.then(older)
         else:
-            self._lists[-2].add_then(most - later, older_flops)
-            older_flops = 0
+            self._lists[-2].add_then(older.in_backward(lambda most: most - later))
         back = first.back
-        return Use(forward, max(alive - back, 0), max(peak - back, 0), flops + older_flops)
+        use = replace(use, forward=forward, held=max(alive - back, 0))
+        return use.in_backward(lambda most: max(most - back, 0))
 
     def _head_parameters(self) -> list[Tensor]:
         before = {id(parameter) for parameter in self.prefix_parameters}

@@ -16,6 +16,7 @@ from dynalora_optim._base.live_bytes import LiveBytes, tensor_bytes
 from dynalora_optim._base.trees import first_tensor, replaced
 from dynalora_optim.allocation._costs import BlockCost, BlockUses, Use
 from dynalora_optim.groups._module_group import ModuleGroup
+from dynalora_optim.memory._made_gradients import MadeGradients
 from dynalora_optim.memory._routing import Routing, worst
 from dynalora_optim.memory._stand_ins import block_input, enter, leave, no_autocast
 from dynalora_optim.switching._module_switch import ModuleSwitch
@@ -186,14 +187,12 @@ def backward(
 ) -> Run:
     """Run the backward of ``losses``; return what it takes beyond the ``start`` bytes."""
     held = memory.live - start
-    memory.restart()
     losses = [loss for loss in losses if loss.requires_grad]
     if not losses or not leaves:
-        return Run(Use(forward, 0, 0, 0))
-    with no_autocast():
+        return Run(Use(forward, 0, 0, 0, 0))
+    with no_autocast(), MadeGradients(memory, leaves) as gradients:
         ones = [torch.ones_like(loss) for loss in losses]
-        found = torch.autograd.grad(losses, leaves, ones, allow_unused=True)
-    gradients = sum(tensor_bytes(gradient) for gradient in found if gradient is not None)
-    use = Use(forward, held, memory.peak - start, memory.flops)
-    stays = memory.live - start - gradients  # the graph is alive: it has not freed these
-    return Run(use, gradients, stays if stays > _SCALARS else 0)
+        torch.autograd.grad(losses, leaves, ones, allow_unused=True)
+    use = Use(forward, held, gradients.kept - start, gradients.spent - start, memory.flops)
+    stays = memory.live - start  # the graph is alive: it has not freed these
+    return Run(use, gradients.made, stays if stays > _SCALARS else 0)

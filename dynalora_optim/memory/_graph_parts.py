@@ -12,6 +12,8 @@ from torch.autograd.graph import GradientEdge
 from dynalora_optim._base.live_bytes import LiveBytes
 from dynalora_optim._base.torch_private import age
 from dynalora_optim._base.trees import nodes_below
+from dynalora_optim.allocation._costs import Use
+from dynalora_optim.memory._made_gradients import MadeGradients
 from dynalora_optim.memory._stand_ins import leave, no_autocast
 
 
@@ -21,16 +23,13 @@ def now() -> int:
         return age(torch.zeros((), requires_grad=True).view(()).grad_fn)
 
 
-def try_backward(
-    memory: LiveBytes, made: Sequence[Tensor], ends: Sequence[Tensor]
-) -> tuple[int, int]:
-    """Run the backward of ``made`` and keep its graph; return the bytes it adds, and its FLOPs."""
-    memory.restart()
+def try_backward(memory: LiveBytes, made: Sequence[Tensor], ends: Sequence[Tensor]) -> Use:
+    """Run the backward of ``made`` and keep its graph; return what it adds, held already is all."""
     start = memory.live
-    with torch.enable_grad(), no_autocast():
+    with torch.enable_grad(), no_autocast(), MadeGradients(memory, ends) as gradients:
         losses = [leave(tensor) for tensor in made]
         torch.autograd.grad(losses, list(ends), retain_graph=True, allow_unused=True)
-    return memory.peak - start, memory.flops
+    return Use(0, 0, gradients.kept - start, gradients.spent - start, memory.flops)
 
 
 class GraphParts:
@@ -70,21 +69,27 @@ class GraphParts:
         """Return whether the older part began before ``moment``."""
         return any(found < moment for found in self._ages)
 
-    def run_late(self, wanted: Sequence[Tensor]) -> list[Tensor | None]:
-        """Run the backward of the younger part; return the gradients that wait at its ``edges``."""
+    def run_late(
+        self, memory: LiveBytes, wanted: Sequence[Tensor]
+    ) -> tuple[list[Tensor | None], Use]:
+        """Run the backward of the younger part.
+
+        Return the gradients that wait at its ``edges``, and the most bytes that are alive.
+        """
         leaves = [leaf for leaf in wanted if any(leaf is late for late in self.late)]
         if not self._loss.requires_grad or not leaves + self.edges:
-            return []
+            return [], Use(0, 0, memory.live, memory.live, 0)
         ends: list[Any] = [*leaves, *self.edges]
-        with no_autocast():
+        with no_autocast(), MadeGradients(memory, leaves) as gradients:
             found = torch.autograd.grad(
                 self._loss, ends, torch.ones_like(self._loss), allow_unused=True
             )
-        return list(found[len(leaves) :])
+        most = Use(0, 0, gradients.kept, gradients.spent, memory.flops)
+        return list(found[len(leaves) :]), most
 
     def run_early(
         self, memory: LiveBytes, wanted: Sequence[Tensor], gradients: list[Tensor | None]
-    ) -> tuple[int, int]:
+    ) -> Use:
         """Run the backward of the older part; return its most bytes alive, and its FLOPs."""
         leaves = [leaf for leaf in wanted if any(leaf is early for early in self.early)]
         pairs = [
@@ -93,10 +98,9 @@ class GraphParts:
             if gradient is not None
         ]
         gradients.clear()
-        memory.restart()
-        if leaves and pairs:
-            edges, given = zip(*pairs, strict=True)
-            del pairs
-            with no_autocast():
+        with no_autocast(), MadeGradients(memory, leaves) as made:
+            if leaves and pairs:
+                edges, given = zip(*pairs, strict=True)
+                del pairs
                 torch.autograd.grad(edges, leaves, given, allow_unused=True)
-        return memory.peak, memory.flops
+        return Use(0, 0, made.kept, made.spent, memory.flops)

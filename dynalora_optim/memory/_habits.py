@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from dynalora_optim.allocation._costs import Costs, Plan
+from dynalora_optim.allocation._costs import Costs
 from dynalora_optim.allocation._joined import joined
 from dynalora_optim.allocation._loop import Loop
 from dynalora_optim.allocation._resident import NOTHING, Resident
@@ -21,6 +21,8 @@ class Habits:
     Attributes:
         is_known: Whether a whole step was seen.
         standing: Whether a forward began while parameters had gradients.
+        waiting: Whether a backward began while parameters had gradients.
+        apart: Whether forwards that were alive together were used by several backwards.
         keeps_output: Whether an output of the model was alive when its backward began.
         update: The most bytes of temporary tensors of an optimizer's step, as a share of the
             largest gradient of a block.
@@ -33,6 +35,8 @@ class Habits:
     def __init__(self) -> None:
         self.is_known = False
         self.standing = False
+        self.waiting = False
+        self.apart = False
         self.keeps_output = False
         self.update = 0.0
         self.pattern: list[Costs] = []
@@ -42,17 +46,33 @@ class Habits:
     def version(self) -> tuple[object, ...]:
         """A value that changes whenever something was learned."""
         places = tuple(map(id, self.pattern))
-        habits = self.is_known, self.standing, self.keeps_output, self.update
-        return *habits, places, self.resident
+        return *self.seen, places, self.resident
+
+    @property
+    def seen(self) -> tuple[object, ...]:
+        """What was learned beside the costs of forwards and what the process holds."""
+        flags = self.is_known, self.standing, self.waiting, self.apart, self.keeps_output
+        return *flags, self.update
 
     def see_forward(self, costs: Costs, place: int) -> None:
         """Learn the costs of a forward that so many others precede, if so many are expected."""
         if place < max(len(self.pattern), 1):
             self.pattern = merged(self.pattern, [*self.pattern[:place], costs])
 
-    def see_backward(self, alive: Sequence[Costs], keeps_output: bool) -> None:
-        """Learn from a backward that begins: which forwards precede it, and what is kept."""
+    def see_backward(
+        self, alive: Sequence[Costs], *, keeps_output: bool, apart: bool, gradients: bool
+    ) -> None:
+        """Learn from a backward that begins.
+
+        Args:
+            alive: The costs of the forwards that precede it.
+            keeps_output: Whether an output of them is still alive.
+            apart: Whether some of them have preceded an earlier backward, too.
+            gradients: Whether parameters have gradients.
+        """
         self.keeps_output |= keeps_output
+        self.apart |= apart
+        self.waiting |= gradients
         self.see_together(alive)
 
     def see_together(self, alive: Sequence[Costs]) -> None:
@@ -63,6 +83,8 @@ class Habits:
         """Expect what another rank has seen, too."""
         self.is_known |= other.is_known
         self.standing |= other.standing
+        self.waiting |= other.waiting
+        self.apart |= other.apart
         self.keeps_output |= other.keeps_output
         self.update = max(self.update, other.update)
         self.pattern = merged(self.pattern, other.pattern)
@@ -78,15 +100,23 @@ class Habits:
         """Return the ``costs`` of a forward that follows those of ``before``, in this loop."""
         chain = merged(self.pattern, [*before, costs])
         largest = max(block.gradients for block in costs.blocks)
-        later = _later(chain[len(before) + 1 :])
-        loop = Loop(
-            is_known=self.is_known,
-            carried=carried,
+        followers = chain[len(before) + 1 :]
+        places = range(len(before) + 1, len(chain))
+        beside = [self._gradients(place, len(chain)) for place in places]
+        keeps = self.keeps_output or not self.is_known
+        later = [
+            replace(one, loop=replace(loop, keeps_output=keeps))
+            for one, loop in zip(followers, beside, strict=True)
+        ]
+        loop = replace(
+            self._gradients(len(before), len(chain)),
+            # The graph of this forward may wait for the backward of one before it.
+            is_known=self.is_known and not (self.apart and before),
+            carried=carried + (sum(map(_least_left, followers)) if self.apart else 0),
             stale=stale,
-            standing=self.standing or bool(later) or bool(before),
-            keeps_output=self.keeps_output or not self.is_known,
+            keeps_output=keeps,
             update=round(self.update * max(largest, costs.outer_gradients)),
-            later=later,
+            followers=tuple(later),
             resident=self._resident(chain),
         )
         return replace(costs, loop=replace(loop, reference=self._reference(chain, loop)))
@@ -98,10 +128,10 @@ class Habits:
     def _reference(self, chain: Sequence[Costs], loop: Loop) -> int:
         """Return the peak of a step with everything active and nothing checkpointed."""
         peak, left = 0, 0
-        for costs in chain:
-            alone = Loop(
+        for place, costs in enumerate(chain):
+            alone = replace(
+                self._gradients(place, len(chain)),
                 stale=costs.output if self.keeps_output else 0,
-                standing=self.standing or len(chain) > 1,
                 keeps_output=self.keeps_output,
                 update=loop.update,
             )
@@ -109,6 +139,17 @@ class Habits:
             peak = max(peak, left + here.peak(here.all_active))
             left += here.left(here.all_active)
         return peak
+
+    def _gradients(self, place: int, forwards: int) -> Loop:
+        """Return which gradients are alive in one of so many forwards before a backward.
+
+        The backward pass begins with the last forward. Autograd sums the gradients of all of them,
+        and keeps the sums to the end.
+        """
+        is_last = place + 1 == forwards
+        waiting = (self.standing or self.waiting) + (not is_last)
+        grows = not waiting or (is_last and forwards > 1)
+        return Loop(standing=int(self.standing), waiting=waiting, grows=grows)
 
     def _resident(self, chain: Sequence[Costs]) -> Resident:
         """Return what the process holds, with the batches of these forwards."""
@@ -145,29 +186,6 @@ def merged(pattern: Sequence[Costs], seen: Sequence[Costs]) -> list[Costs]:
     return [*both, *longer[len(both) :]]
 
 
-def _later(followers: Sequence[Costs]) -> tuple[int, ...]:
-    """Return what further forwards need in addition to gradients, for each lowest block.
-
-    It is the peak of the last of them, if each leaves the least alive that it can.
-    """
-    if not followers:
-        return ()
-    lean = [_without_gradients(costs) for costs in followers]
-    return tuple(_least_peak(lean, lowest) for lowest in range(len(lean[0].blocks)))
-
-
-def _least_peak(followers: Sequence[Costs], lowest: int) -> int:
-    peak, left = 0, 0
-    for costs in followers:
-        active = costs.pinned | frozenset(range(lowest, len(costs.blocks)))
-        plan: Plan = costs.sparing(active)
-        peak = max(peak, left + costs.peak(plan))
-        left += costs.left(plan)
-    return peak
-
-
-def _without_gradients(costs: Costs) -> Costs:
-    blocks = tuple(replace(block, gradients=0) for block in costs.blocks)
-    routes = tuple(map(_without_gradients, costs.routes))
-    bare = replace(costs, blocks=blocks, routes=routes, head_gradients=0, prefix_gradients=0)
-    return replace(bare, loop=Loop(keeps_output=True))
+def _least_left(costs: Costs) -> int:
+    """Return what a forward leaves alive at the least, wherever its backward ends."""
+    return costs.left(costs.sparing(costs.trainable))

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from dynalora_optim._base.torch_private import keeps_graph
+from dynalora_optim._base.torch_private import backward_number, keeps_graph
 from dynalora_optim._base.trees import tensors
 from dynalora_optim.allocation._costs import Costs
 
@@ -63,11 +63,14 @@ class Passes:
 
     Args:
         at_backward: Called when a backward begins, with the costs of the forwards that are alive,
-            in their order, and whether an output of one of them is still alive.
+            in their order; whether an output of one of them is still alive (``keeps_output``), and
+            whether they have waited for the end of another one's backward (``apart``).
     """
 
-    def __init__(self, at_backward: Callable[[list[Costs], bool], None]) -> None:
+    def __init__(self, at_backward: Callable[..., None]) -> None:
         self._at_backward = at_backward
+        self._number = -1  # of the backward that has begun last
+        self._waiting: list[weakref.ref[Graph]] = []  # the graphs that were alive then
         self._graphs: list[weakref.ref[Graph]] = []
         self._outputs: list[tuple[weakref.ref[Any], weakref.ref[Graph], int]] = []
 
@@ -108,9 +111,15 @@ class Passes:
         return Around(tuple(graph.costs for graph in graphs), carried, self.stale())
 
     def begin_backward(self) -> None:
-        """Tell the listener what is alive when a backward begins."""
+        """Tell the listener what is alive when a backward begins, at the first of its graphs."""
+        if backward_number() == self._number:
+            return
+        self._number, alive = backward_number(), self.alive()
         keeps = any(h() is not None and _is_waiting(graph()) for h, graph, _ in self._outputs)
-        self._at_backward([graph.costs for graph in self.alive()], keeps)
+        waited = [graph() for graph in self._waiting]
+        apart = any(_is_waiting(graph) for graph in waited) and not all(map(_is_waiting, waited))
+        self._waiting = [weakref.ref(graph) for graph in alive]
+        self._at_backward([graph.costs for graph in alive], keeps_output=keeps, apart=apart)
 
     def __getstate__(self) -> dict[str, Any]:
         return {"_at_backward": self._at_backward}

@@ -90,6 +90,7 @@ def worst(few: Use, even: Use, gradients: int) -> Use:
         forward=max(even.forward, few.forward + more),
         held=few.held + more,
         backward=max(even.backward, few.backward + more + gradients),
+        spent=max(even.spent, few.spent + more),
         flops=max(few.flops, even.flops),
         input=max(few.input, even.input),
     )

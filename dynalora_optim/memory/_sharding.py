@@ -10,7 +10,7 @@ known, the larger number is used.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 
 from torch import Tensor, nn
@@ -81,11 +81,9 @@ class Sharding:
         outside = max((unit.gathered for unit in self._small), default=0)
         carried, buffers = self._carried(len(costs.blocks)), _most(self._small)
         ahead = max(carried, _most(u for u in self._large if u.frees[0]))
-        head = replace(
-            costs.head,
-            forward=costs.head.forward + outside + carried + buffers,
-            backward=costs.head.backward + outside + max(ahead, buffers) + self._inputs(-1),
-        )
+        head = replace(costs.head, forward=costs.head.forward + outside + carried + buffers)
+        more = outside + max(ahead, buffers) + self._inputs(-1)
+        head = _unreduced(head, lambda backward: backward + more)
         return replace(
             costs,
             head=head,
@@ -122,8 +120,8 @@ class Sharding:
 
         def role(uses: BlockUses, *others: int) -> BlockUses:
             def shifted(use: Use) -> Use:
-                backward = max(use.backward + back, *others, 0)
-                return replace(use, forward=forward(use.forward), backward=backward)
+                gathered = replace(use, forward=forward(use.forward))
+                return _unreduced(gathered, lambda backward: max(backward + back, *others, 0))
 
             return BlockUses(*map(shifted, _uses(uses)))
 
@@ -136,8 +134,9 @@ class Sharding:
         )
 
     def _prefix(self, use: Use, gathered: int) -> Use:
-        backward = max(use.backward + gathered + self._inputs(-1), self._reducing_at_the_end())
-        return replace(use, forward=use.forward + gathered, backward=backward)
+        more, ending = gathered + self._inputs(-1), self._reducing_at_the_end()
+        use = replace(use, forward=use.forward + gathered)
+        return _unreduced(use, lambda backward: max(backward + more, ending))
 
     def _carried(self, block: int) -> int:
         """Return the bytes of the buffer that is still alive when ``block`` begins."""
@@ -197,6 +196,11 @@ class Sharding:
         is_late = unit in self._large or not self._reduces
         whole = parameter.shape.numel() * parameter.dtype.itemsize
         return parameter.share + (parameter.gradient if is_late else 0) - whole
+
+
+def _unreduced(use: Use, change: Callable[[int], int]) -> Use:
+    """Change what a backward takes in which all gradients are alive until they are reduced."""
+    return replace(use, spent=use.backward).in_backward(change)
 
 
 def _uses(role: BlockUses) -> tuple[Use, Use]:

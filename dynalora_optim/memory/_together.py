@@ -133,8 +133,7 @@ class Together:
 
     def _loop(self, around: Around) -> int:
         habits = self._habits
-        seen = habits.is_known, habits.standing, habits.keeps_output, habits.update
-        return number_of((seen, *map(self._number, (*habits.pattern, *around.before))))
+        return number_of((habits.seen, *map(self._number, (*habits.pattern, *around.before))))
 
     def _number(self, costs: Costs) -> int:
         """Return a number that is the same for equal costs on all ranks."""
