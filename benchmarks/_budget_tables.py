@@ -110,7 +110,11 @@ def soak(rows: Sequence[Row]) -> str:
     """Return the table of the random cases of `tests/soak.py`."""
     head = ["cases", "held", "refused", "failed"]
     lines = [
-        [row["row"], *(f"{row[key]:,}" for key in head[:3]), str(len(row["failed"]))]
+        [
+            *(row["row"], *(f"{row[key]:,}" for key in head[:3]), str(len(row["failed"]))),
+            *(f"{row['measured_beyond']:,}", f"{row['measured_most']:.2f}"),
+        ]
         for row in rows
     ]
+    head += ["measuring took more", "the most, of the budget"]
     return f"{described(rows, 'transformers', 'peft')}\n\n{markdown(['', *head], lines)}"

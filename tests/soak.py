@@ -17,11 +17,12 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from multiprocessing import Pool
 from pathlib import Path
 from typing import Any
 
 import torch
-from soak_cases import Case, check
+from soak_cases import Case, Outcome, check
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 from _stored import read, run_of, write
@@ -35,17 +36,24 @@ def case_of(seed: int, number: int) -> Case:
     return Case.drawn(random.Random(f"{seed}/{number}"))
 
 
-def found(counts: dict[str, Any], seed: int, number: int) -> None:
-    """Check one case, and count what comes of it."""
-    case = case_of(seed, number)
+def found(numbered: tuple[int, int]) -> Outcome | dict[str, Any]:
+    """Check the case of this seed and number; return what came of it, or why it failed."""
+    case = case_of(*numbered)
     try:
-        outcome = check(case)
-        counts[outcome.kind] += 1
-        counts["measured_beyond"] += outcome.measuring > 1
-        counts["measured_most"] = max(counts["measured_most"], round(outcome.measuring, 4))
+        return check(case)
     except Exception as error:
         why = f"{type(error).__name__}: {error}"[:500]
-        counts["failed"].append({"number": number, "case": repr(case), "why": why})
+        return {"number": numbered[1], "case": repr(case), "why": why}
+
+
+def count(counts: dict[str, Any], outcome: Outcome | dict[str, Any]) -> None:
+    """Count one case."""
+    if isinstance(outcome, dict):
+        counts["failed"].append(outcome)
+        return
+    counts[outcome.kind] += 1
+    counts["measured_beyond"] += outcome.measuring > 1
+    counts["measured_most"] = max(counts["measured_most"], round(outcome.measuring, 4))
 
 
 def started(path: Path | None, seed: int) -> dict[str, Any]:
@@ -57,28 +65,39 @@ def started(path: Path | None, seed: int) -> dict[str, Any]:
     return {key: (of_seed or [new])[0][key] for key in new}
 
 
-def soak(cases: int, seed: int, path: Path | None, store: Callable[[Any], None]) -> dict[str, Any]:
+def soak(
+    cases: int, seed: int, path: Path | None, store: Callable[[Any], None], jobs: int = 1
+) -> dict[str, Any]:
     """Check the cases that are left, and return the counts of all."""
     counts = started(path, seed)
-    again, counts["failed"] = counts["failed"], []
+    again, counts["failed"] = [failed["number"] for failed in counts["failed"]], []
     start, begin = time.monotonic(), counts["cases"]
-    for failed in again:
-        found(counts, seed, failed["number"])
-    for number in range(begin, cases):
-        found(counts, seed, number)
-        counts["cases"] = number + 1
-        if counts["cases"] % EVERY == 0 or counts["cases"] == cases:
-            each = (time.monotonic() - start) / (counts["cases"] - begin + len(again))
-            line = f"{counts['cases']} cases, {len(counts['failed'])} failed, {each:.2f} s each"
-            print(line, flush=True)
-            store(counts)
+    with Pool(jobs, quiet) as pool:
+        for outcome in pool.imap(found, [(seed, number) for number in again]):
+            count(counts, outcome)
+        left = [(seed, number) for number in range(begin, cases)]
+        for (_, number), outcome in zip(left, pool.imap(found, left), strict=True):
+            count(counts, outcome)
+            counts["cases"] = number + 1
+            if counts["cases"] % EVERY == 0 or counts["cases"] == cases:
+                each = (time.monotonic() - start) / (counts["cases"] - begin + len(again))
+                failed = len(counts["failed"])
+                print(f"{counts['cases']} cases, {failed} failed, {each:.2f} s each", flush=True)
+                store(counts)
     return counts
+
+
+def quiet() -> None:
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    logging.disable(logging.WARNING)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--cases", type=int, default=10_000, help="how many in all")
     parser.add_argument("--seed", type=int, default=0, help="the cases are made from it")
+    parser.add_argument("--jobs", type=int, default=1, help="how many processes")
     parser.add_argument("--only", type=int, help="check only the case of this number")
     parser.add_argument("--output", type=Path, help="a file of rows; it is also where to go on")
     options = parser.parse_args(arguments)
@@ -91,14 +110,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.output:
             write(options.output, PART, [counts], run_of(__file__, arguments))
 
-    counts = soak(options.cases, options.seed, options.output, store)
+    counts = soak(options.cases, options.seed, options.output, store, options.jobs)
     for failed in counts["failed"]:
         print(failed)
     return int(bool(counts["failed"]))
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
-    warnings.simplefilter("ignore")
-    logging.disable(logging.WARNING)
+    quiet()
     sys.exit(main())
