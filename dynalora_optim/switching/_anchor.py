@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.hooks import RemovableHandle
 
-from dynalora_optim._base.torch_private import active_ddp, in_backward, parameters_reduced
+from dynalora_optim._base.torch_private import active_ddp, parameters_reduced
+from dynalora_optim._base.torch_private_autograd import in_backward
 from dynalora_optim._base.trees import first_tensor, replaced
 from dynalora_optim.groups._module_group import ModuleGroup
 

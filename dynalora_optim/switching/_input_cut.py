@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import BackwardCFunction
 
-from dynalora_optim._base.torch_private import in_backward
+from dynalora_optim._base.torch_private_autograd import in_backward
 from dynalora_optim._base.torch_private_fsdp import is_units_node
 from dynalora_optim._base.torch_private_hooks import has_backward_hooks
 from dynalora_optim._base.trees import hidden_states, leaves, nodes, replaced, tensors
