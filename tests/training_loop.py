@@ -97,7 +97,7 @@ class Model(nn.Module):
     def __init__(self, kind: str, layers: int, seed: int) -> None:
         super().__init__()
         torch.manual_seed(seed)
-        self.kind, self.checkpoints = kind, False
+        self.kind, self.checkpoints = kind, ""  # or "recorded", or "reentrant"
         self.blocks = nn.ModuleList(Block(kind) for _ in range(layers))
         self.head = nn.Linear(FEATURES, 2)
         if kind == "lora":
@@ -123,9 +123,11 @@ class Model(nn.Module):
         return block
 
     def forward(self, x: Tensor) -> Tensor:
+        reentrant = self.checkpoints == "reentrant"
+        x = x.requires_grad_(reentrant)  # which these ask for
         for block in self.blocks:
             if self.checkpoints and self.training:
-                x = checkpoint(block, x, use_reentrant=False)
+                x = checkpoint(block, x, use_reentrant=reentrant)
             else:
                 x = block(x)
         return self.head(x)
@@ -390,9 +392,9 @@ class Loop:
         """Clip in this way from now on."""
         self.clip = clip
 
-    def set_checkpoints(self, on: bool) -> None:
+    def set_checkpoints(self, kind: str) -> None:
         """Recompute every block in the backward pass, or no longer."""
-        self.model.checkpoints = on
+        self.model.checkpoints = kind
 
     def set_option(self, line: int, key: str, value: float, inside: bool) -> None:
         """Change an option of a group, of the optimizer or of the one inside."""

@@ -54,6 +54,23 @@ def keeps_graph() -> bool:
     return bool(ask and ask())
 
 
+def next_node() -> int:
+    """Return the `age` of the next node that this thread makes; 0 if torch cannot tell."""
+    ask = getattr(torch._C._autograd, "_get_sequence_nr", None)
+    return int(ask()) if ask else 0
+
+
+def running_node() -> int | None:
+    """Return the `age` of the node whose backward runs now.
+
+    None outside a backward pass, and if torch lacks one of the names.
+    """
+    ask = getattr(torch._C, "_current_autograd_node", None)
+    node = ask() if ask and hasattr(torch._C._autograd, "_get_sequence_nr") else None
+    number = getattr(node, "_sequence_nr", None)
+    return int(number()) if number else None
+
+
 def age(node: Any) -> int:
     """Return a number that is greater for a younger node of a graph; such nodes run first.
 
