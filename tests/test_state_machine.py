@@ -287,6 +287,18 @@ class TrainingScript(RuleBasedStateMachine):
         self.do("backward", number, False, twice)
 
     @precondition(lambda self: not self.over)
+    @rule(count=st.integers(2, 3), between=st.sampled_from(["", "reference", "evaluation"]))
+    def backward_of_all(self, count, between):
+        numbers = self.take_batches(count)
+        self.do("backward_of_all", numbers, between, rest=(numbers, ""))
+
+    @precondition(lambda self: not self.over)
+    @rule()
+    def discard(self):
+        (number,) = self.take_batches(1)
+        self.do("discard", number)
+
+    @precondition(lambda self: not self.over)
     @rule()
     def clip(self):
         self.do("clipped")

@@ -309,6 +309,21 @@ class Loop:
             loss.backward(retain_graph=True)
         loss.backward()
 
+    def backward_of_all(self, numbers: Collection[int], between: str) -> None:
+        """Add the gradients of several batches, whose forwards come before the one backward."""
+        loss = sum(self.loss(number) for number in numbers)
+        if between == "reference":
+            with torch.no_grad():
+                self.loss(999)
+        elif between:
+            self.evaluate(False, True)
+        self.pending = True
+        loss.backward()
+
+    def discard(self, number: int) -> None:
+        """Run forward, and do without the loss."""
+        self.loss(number)
+
     def clipped(self, groups: list[dict[str, Any]] | None = None) -> None:
         """Clip as the script does now, by these groups or by those of the optimizer."""
         if self.clip == "norm":
