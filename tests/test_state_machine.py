@@ -82,6 +82,7 @@ options = st.fixed_dictionaries(
         "frozen": st.sampled_from([0, 0, 1, 2]),  # modules at first
         "holds_frozen": st.booleans(),  # whether the optimizer holds these from the beginning
         "checkpoints": st.sampled_from(CHECKPOINTS),
+        "checkpoint_idle": st.booleans(),
         "measure": st.sampled_from(
             [ForwardNorm(), ForwardNorm(p=1), GradientNorm(), Sensitivity()]
         ),

@@ -24,6 +24,7 @@ from toy import ToyAdapter
 
 from dynalora_adapters import LoRAConfig, inject
 from dynalora_optim import (
+    Backward,
     DynamicAllocationOptimizer,
     ImportanceTracker,
     LocalLR,
@@ -281,6 +282,7 @@ class Loop:
             ),
             groups="blocks" if self.chosen["kind"] == "blocks" else "auto",
             pause=Pause(**self.chosen["pause"]),
+            backward=Backward(checkpoint_idle=self.chosen["checkpoint_idle"]),
             **rest,
         )
 
