@@ -152,6 +152,10 @@ WAYS = {name: [how] * LAYERS for name, how in HOW.items()}
 WAYS |= {"mixed": MIXED, "mixed the other way round": MIXED[::-1]}
 
 
+# Of two reentrant checkpoints, the inner one has a new node in each backward pass.
+TOLD = [name for name in WAYS if name != "reentrant in reentrant"]
+
+
 def in_ways(names=WAYS):
     return pytest.mark.parametrize("ways", [WAYS[name] for name in names], ids=names)
 
@@ -165,8 +169,7 @@ def test_what_came_of_an_earlier_forward_does_not_matter(ways, what) -> None:
     run.assert_counts()
 
 
-# The node of the inner checkpoint of two reentrant ones is another one in each backward pass.
-@in_ways([name for name in WAYS if name != "reentrant in reentrant"])
+@in_ways(TOLD)
 def test_two_backward_passes_over_one_forward_count_once(ways) -> None:
     run = Run(ways)
     loss = run.forward()
@@ -174,6 +177,39 @@ def test_two_backward_passes_over_one_forward_count_once(ways) -> None:
     loss.backward()
     assert run.passes() == dict.fromkeys(names(LAYERS), 1)
     run.assert_counts()
+
+
+class Masked(Run):
+    """Is called with a mask of its batch, as models of transformers are."""
+
+    def __init__(self, ways) -> None:
+        super().__init__(ways)
+        self.tracker = ImportanceTracker()
+        self.tracker.attach(find_groups(self.model))
+        self.tracker.follow(self.model)
+        self.model.forward = self._forward
+
+    def _forward(self, h: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
+        for layer, way in zip(self.model.layers, self.ways, strict=True):
+            h = way(layer, h)
+        return h.sum()
+
+    def losses(self) -> list[torch.Tensor]:
+        """Of three batches: in two of them other tokens count, in the third all."""
+        x = torch.ones(2, 3, 8, requires_grad=True)
+        masks = [torch.tensor([[1, 1, 1], [1, 0, 0]]), torch.tensor([[1, 0, 0], [1, 0, 0]]), None]
+        return [self.model((i + 1) * x, attention_mask=mask) for i, mask in enumerate(masks)]
+
+
+@in_ways(TOLD)
+def test_each_recomputed_pass_has_the_mask_of_its_own_forward(ways) -> None:
+    run, expected = Masked(ways), Masked([plain] * LAYERS)
+    expected.losses()
+    for loss in run.losses():
+        with torch.no_grad():
+            run.model(torch.ones(2, 3, 8), attention_mask=None)
+        loss.backward()
+    assert run.passes() == pytest.approx(expected.passes())
 
 
 def test_recomputing_keeps_no_output_of_a_base_layer() -> None:

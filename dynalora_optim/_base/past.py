@@ -29,7 +29,7 @@ class Past(Generic[Value]):
 
     def note(self, value: Value) -> None:
         """Note ``value`` for the forward that runs now."""
-        if value != self._changes[-1][1]:
+        if value is not self._changes[-1][1]:
             # The first pass of a reentrant checkpoint runs without gradients, and within the node
             # of that checkpoint, which is the newest node.
             self._changes.append((next_node() - (not torch.is_grad_enabled()), value))

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dynalora_optim._base.torch_private_autograd import repeats_pass
+from dynalora_optim._base.past import Past
+from dynalora_optim._base.torch_private_autograd import in_backward, repeats_pass
 from dynalora_optim._base.trees import first_tensor
 from dynalora_optim.groups._module_group import Slot
 from dynalora_optim.importance._measures import ForwardMeasure, ForwardPass
@@ -30,6 +31,19 @@ class Watch:
         self.enabled = True
         self.mask: Tensor | None = None
         self.passes = Passes()
+        self._masks: Past[Tensor | None] = Past(None)  # in passes without gradients
+
+    def note_mask(self) -> None:
+        """Keep the mask of a pass without gradients, which a reentrant checkpoint may recompute."""
+        self._masks.note(self.mask_of_pass())
+
+    def mask_of_pass(self) -> Tensor | None:
+        """Return the mask of the pass that runs or is recomputed."""
+        return self._masks.value() if in_backward() else self.mask
+
+    def end_step(self) -> None:
+        """Forget the masks of this step's passes."""
+        self._masks = Past(None)
 
 
 class ForwardHook:
@@ -64,8 +78,8 @@ class ForwardHook:
     def __call__(self, module: nn.Module, args: tuple[object, ...], output: object) -> None:
         base_output, self._base_output = self._base_output, None
         if not (module.training and torch.is_grad_enabled()):
-            if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-                self._window.skipped = True
+            if not torch.compiler.is_compiling():
+                self._leave_out(module)
             return
         rows = first_tensor(output)
         if torch.compiler.is_compiling():
@@ -74,6 +88,12 @@ class ForwardHook:
         else:
             self.observe(args, rows, base_output)
 
+    def _leave_out(self, module: nn.Module) -> None:
+        if torch.is_grad_enabled():
+            self._window.skipped = True
+        elif module.training:
+            self._watch.note_mask()
+
     def observe(
         self, inputs: tuple[object, ...], output: Tensor, base_output: Tensor | None
     ) -> None:
@@ -81,7 +101,8 @@ class ForwardHook:
         if not self._counts():
             return
         with torch.no_grad():
-            forward = ForwardPass(self._module, inputs, output, self._watch.mask, base_output)
+            mask = self._watch.mask_of_pass()
+            forward = ForwardPass(self._module, inputs, output, mask, base_output)
             self._watch.passes.add(self._window, self._measure.score(forward))
 
     def _counts(self) -> bool:

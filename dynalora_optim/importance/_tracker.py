@@ -186,6 +186,7 @@ class ImportanceTracker:
     def end_step(self, step: int) -> None:
         """Tell the tracker that optimizer step number ``step`` (counted from 1) is done."""
         self._watch.enabled = step % self.every == 0
+        self._watch.end_step()
 
     def scores(self) -> dict[str, float]:
         """Return the score y of each group so far (equation 1); 0.0 before the first pass.
