@@ -62,6 +62,7 @@ class ModuleDriver:
         self._anchor = Anchor()
         self._choice = Choice(frozenset())
         self._has_diverged = False  # from the weights of other ranks
+        self._has_told = False  # of active groups that the user has frozen
         self.add(groups)
         self.switch.set_flags(frozen, ())
 
@@ -139,6 +140,7 @@ class ModuleDriver:
         if world_size() == 1:  # with several ranks, DDP waits for frozen parameters too
             self.switch.set_gated(self._frozen, ())
         if not self.is_closed:
+            self._tell_of_frozen(choice)
             idle = (group for group in groups if group.name not in choice.active)
             self._anchor.move(
                 next(group for group in reversed(groups) if group.name in choice.active),
@@ -146,6 +148,24 @@ class ModuleDriver:
             )
         if probe:
             self._probe.open(groups, probe, choice)
+
+    def _tell_of_frozen(self, choice: Choice) -> None:
+        frozen = [
+            name
+            for name, group in self._groups.items()
+            if not any(parameter.requires_grad for parameter in group.parameters())
+        ]
+        active = [name for name in frozen if name in choice.active]
+        # All of them: another adapter of the model is in use at the moment.
+        if active and len(frozen) < len(self._groups) and not self._has_told:
+            self._has_told = True
+            logger.warning(
+                "requires_grad was set to False for every parameter of %d module group(s) that are "
+                "active now, such as %s: they take the place of others, and do not train. Build a "
+                "new DynamicAllocationOptimizer after you freeze modules: it leaves them out.",
+                len(active),
+                active[0],
+            )
 
     def recompute(self, blocks: Collection[int]) -> None:
         """Recompute these blocks in the backward of the next forward, and no others."""

@@ -10,7 +10,9 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from dynalora_optim._base.claims import is_claimed, is_owner, owners
+from dynalora_optim._base.torch_private import parameter_slots
 from dynalora_optim._grouping import Owner
+from dynalora_optim.groups._module_group import ModuleGroup
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +38,7 @@ def _look(optimizer: Optimizer, args: object, kwargs: object) -> None:
         if not isinstance(owner, Owner):
             continue
         groups = owner.driven_groups()
-        both = [g.name for g in groups if not held.isdisjoint(map(id, g.parameters()))]
+        both = [group.name for group in groups if _has_one_of(held, group)]
         if both:
             logger.warning(
                 "%s trains %d of the %d module groups that a DynamicAllocationOptimizer drives, "
@@ -47,3 +49,8 @@ def _look(optimizer: Optimizer, args: object, kwargs: object) -> None:
                 len(groups),
                 both[0],
             )
+
+
+def _has_one_of(held: set[int], group: ModuleGroup) -> bool:
+    # A parameter that has left its place is no business of the other optimizer.
+    return any(id(parameter_slots(s.owner).get(s.attribute)) in held for s in group.slots)

@@ -48,6 +48,10 @@ class Reentrant(Checkpointed):
     use_reentrant = True
 
 
+class LookedAt(Reentrant):
+    """The loop also calls it without DDP, between a forward and its backward."""
+
+
 class Skipping(ToyModel):
     """Leaves out its last layer every other time, as LayerDrop does."""
 
@@ -72,6 +76,7 @@ MODELS = {
     "parallel": Parallel,
     "checkpointed": Checkpointed,
     "reentrant": Reentrant,
+    "looked at": LookedAt,
     "skipping": Skipping,
 }
 
@@ -91,6 +96,9 @@ def train_alike(model, module, optimizer, rank, *, accumulate: int = 1, steps: i
             context = contextlib.nullcontext() if last or rank is None else model.no_sync()
             with context:
                 loss = model(rows(step * accumulate + micro, rank)).square().mean()
+                if isinstance(module, LookedAt):
+                    with torch.no_grad():
+                        module(rows(step, rank))
                 (loss / accumulate).backward()
         torch.nn.utils.clip_grad_norm_(module.parameters(), 0.5)
         optimizer.step()
@@ -117,6 +125,7 @@ CASES = {
     "parallel layers": Case("parallel"),
     "checkpointed": Case("checkpointed"),
     "reentrant checkpoints": Case("reentrant"),
+    "reentrant checkpoints, looked at": Case("looked at"),
     "bucket views": Case(ddp={"gradient_as_bucket_view": True}),
     "small buckets": Case(ddp=SMALL),
     "unused parameters": Case(ddp=UNUSED),

@@ -134,6 +134,47 @@ def test_a_checkpointed_block_counts_once(use_reentrant, micro_batches, together
     assert found.scores() == pytest.approx(expected.scores())
 
 
+def per_sample(model: ToyModel, x: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The mean of the gradients of each row, as differentially private training takes them."""
+
+    def loss(parameters, row):
+        return torch.func.functional_call(model, parameters, (row,)).square().mean()
+
+    each = torch.vmap(torch.func.grad(loss), (None, 0))
+    found = each({name: p.detach() for name, p in model.named_parameters()}, x[:, None])
+    return {name: gradients.mean(0) for name, gradients in found.items()}
+
+
+def of_a_batch(model: ToyModel, x: torch.Tensor) -> dict[str, torch.Tensor]:
+    def loss(parameters):
+        return torch.func.functional_call(model, parameters, (x,)).square().mean()
+
+    return torch.func.grad(loss)({name: p.detach() for name, p in model.named_parameters()})
+
+
+@pytest.mark.parametrize("gradients_of", [per_sample, of_a_batch])
+def test_passes_within_transforms_of_torch_func_count_as_others(gradients_of):
+    scores = []
+    for functional in (True, False):
+        model = ToyModel(layers=3)
+        optimizer = wrapped(model, active=2, period=2)
+        for step in range(6):
+            if functional:
+                for name, gradient in gradients_of(model, batch(step)).items():
+                    group = name.rpartition(".")[0]
+                    if group == "head" or group in optimizer.active_groups:
+                        parameter = model.get_parameter(name)
+                        before = 0 if parameter.grad is None else parameter.grad
+                        parameter.grad = before + gradient
+            else:
+                backward(model, step)
+            if step % 3:  # else two forwards come before a step
+                optimizer.step()
+                optimizer.zero_grad()
+        scores.append(optimizer.tracker.scores())
+    assert scores[0] == pytest.approx(scores[1], rel=1e-5)
+
+
 @pytest.mark.parametrize("p", [1, 2])
 def test_part_delta_is_the_adapters_own_output(p):
     torch.manual_seed(0)

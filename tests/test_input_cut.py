@@ -287,18 +287,60 @@ def test_a_block_that_checkpoints_itself_keeps_what_it_needs(how):
     assert seen[:1] + seen[-1:] == [True, how]
 
 
+class Outside(Asking):
+    """Checkpoints its layers from outside, so that their hooks run in the recomputation too."""
+
+    def __init__(self, use_reentrant: bool) -> None:
+        super().__init__()
+        self.use_reentrant = use_reentrant
+
+    def forward(self, ids: Tensor | None = None, inputs_embeds: Tensor | None = None) -> Tensor:
+        h = self.embed(ids) if inputs_embeds is None else inputs_embeds * 2
+        h.requires_grad_()
+        for layer in self.layers:
+            h = checkpoint(layer, h, use_reentrant=self.use_reentrant)
+        return self.head(h).square().mean()
+
+
 @pytest.mark.parametrize("how", [False, True])
 def test_a_block_that_is_checkpointed_from_outside_keeps_what_it_needs(how):
-    class Outside(Asking):
-        def forward(self, ids: Tensor) -> Tensor:
-            h = self.embed(ids).requires_grad_()
-            for layer in self.layers:
-                h = checkpoint(layer, h, use_reentrant=how)
-            return self.head(h).square().mean()
-
-    model, plain = Outside(), Outside()
+    model, plain = Outside(how), Outside(how)
     _optimizer = drive(model)
     assert_same_gradients(model, plain)
+
+
+def asked(model: Asking, embeds: Tensor) -> Tensor:
+    return model(inputs_embeds=embeds)
+
+
+def unasked(model: Asking, embeds: Tensor) -> Tensor:
+    return model(IDS)
+
+
+@torch.no_grad()
+def reference(model: Asking, embeds: Tensor) -> int:
+    """As DPO calls the model whose gradients it needs; the input asks for one all the same."""
+    model(IDS)
+    return 0
+
+
+FORWARDS = [[asked, unasked], [unasked, asked], [unasked, reference], [asked, reference]]
+
+
+@pytest.mark.parametrize("how", [False, True])
+@pytest.mark.parametrize("forwards", FORWARDS, ids=lambda fs: f"{fs[0].__name__}-{fs[1].__name__}")
+def test_each_forward_is_recomputed_as_it_ran_whatever_runs_before_its_backward(forwards, how):
+    found = []
+    for model in (Outside(how), Outside(how)):
+        if not found:
+            _optimizer = drive(model)
+        model(IDS)  # makes known whether its blocks are reentrant
+        embeds = torch.ones(2, 3, 8, requires_grad=True)
+        sum(forward(model, embeds) for forward in forwards).backward()
+        found.append({**gradients(model), "embeds": embeds.grad})
+    assert found[0].keys() == found[1].keys()
+    for name, gradient in found[0].items():
+        assert gradient is found[1][name] or torch.equal(gradient, found[1][name]), name
 
 
 class Wanted:

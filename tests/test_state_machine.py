@@ -51,6 +51,8 @@ from dynalora_optim import ForwardNorm, GradientNorm, Once, Sensitivity
 from dynalora_optim.allocation._context import uses_active
 from dynalora_optim.update._param_groups import PACKED
 
+CHECKPOINTS = ("", "recorded", "reentrant")  # "recorded": what torch calls non-reentrant
+
 pauses = st.one_of(
     st.just({}),
     st.fixed_dictionaries(
@@ -79,7 +81,8 @@ options = st.fixed_dictionaries(
         "schedule_inner": st.booleans(),
         "frozen": st.sampled_from([0, 0, 1, 2]),  # modules at first
         "holds_frozen": st.booleans(),  # whether the optimizer holds these from the beginning
-        "checkpoints": st.booleans(),
+        "checkpoints": st.sampled_from(CHECKPOINTS),
+        "checkpoint_idle": st.booleans(),
         "measure": st.sampled_from(
             [ForwardNorm(), ForwardNorm(p=1), GradientNorm(), Sensitivity()]
         ),
@@ -285,6 +288,18 @@ class TrainingScript(RuleBasedStateMachine):
         self.do("backward", number, False, twice)
 
     @precondition(lambda self: not self.over)
+    @rule(count=st.integers(2, 3), between=st.sampled_from(["", "reference", "evaluation"]))
+    def backward_of_all(self, count, between):
+        numbers = self.take_batches(count)
+        self.do("backward_of_all", numbers, between, rest=(numbers, ""))
+
+    @precondition(lambda self: not self.over)
+    @rule()
+    def discard(self):
+        (number,) = self.take_batches(1)
+        self.do("discard", number)
+
+    @precondition(lambda self: not self.over)
     @rule()
     def clip(self):
         self.do("clipped")
@@ -333,9 +348,9 @@ class TrainingScript(RuleBasedStateMachine):
         self.do("set_mode", training)
 
     @precondition(lambda self: not self.over)
-    @rule(on=st.booleans())
-    def set_checkpoints(self, on):
-        self.do("set_checkpoints", on)
+    @rule(kind=st.sampled_from(CHECKPOINTS))
+    def set_checkpoints(self, kind):
+        self.do("set_checkpoints", kind)
 
     @precondition(lambda self: not self.over)
     @rule(

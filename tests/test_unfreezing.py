@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 
 import pytest
 import torch
@@ -127,3 +128,23 @@ def test_a_run_saved_between_unfreezing_and_the_next_step_resumes():
         assert one.groups == names()
     assert its.record.state_dict() == optimizer.record.state_dict()
     assert same(weights(model), weights(resumed))
+
+
+def test_modules_that_are_frozen_in_mid_run_are_named_once_and_a_new_optimizer_leaves_them_out(
+    caplog,
+):
+    model = ToyModel(layers=3)
+    optimizer = wrapped(model, active=1, period=1, allocator="round_robin")
+    train(model, optimizer, 3)
+    with caplog.at_level(logging.WARNING, logger="dynalora_optim"):
+        model.layers[1].requires_grad_(False)
+        before = weights(model)
+        train(model, optimizer, 6)
+    assert same(
+        {name: value for name, value in before.items() if "layers.1" in name},
+        {name: value for name, value in weights(model).items() if "layers.1" in name},
+    )
+    (told,) = [record.getMessage() for record in caplog.records]
+    assert "1 module group(s) that are active now, such as layers.1.0" in told
+    optimizer = wrapped(model, active=1, period=1, allocator="round_robin")
+    assert optimizer.groups == ["layers.0.0", "layers.2.0"]

@@ -28,7 +28,12 @@ from dynalora_optim._base import torch_private
 
 ROOT = Path(__file__).parent.parent
 PRIVATE = {
-    dynalora_optim: ("torch_private.py", "torch_private_hooks.py", "torch_private_fsdp.py"),
+    dynalora_optim: (
+        "torch_private.py",
+        "torch_private_autograd.py",
+        "torch_private_fsdp.py",
+        "torch_private_hooks.py",
+    ),
     dynalora_adapters: ("_torch_private.py", "_torch_private_recipes.py"),
 }
 # Private names of transformers, and a mark that our adapters leave on a model.

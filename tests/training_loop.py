@@ -24,6 +24,7 @@ from toy import ToyAdapter
 
 from dynalora_adapters import LoRAConfig, inject
 from dynalora_optim import (
+    Backward,
     DynamicAllocationOptimizer,
     ImportanceTracker,
     LocalLR,
@@ -97,7 +98,7 @@ class Model(nn.Module):
     def __init__(self, kind: str, layers: int, seed: int) -> None:
         super().__init__()
         torch.manual_seed(seed)
-        self.kind, self.checkpoints = kind, False
+        self.kind, self.checkpoints = kind, ""  # or "recorded", or "reentrant"
         self.blocks = nn.ModuleList(Block(kind) for _ in range(layers))
         self.head = nn.Linear(FEATURES, 2)
         if kind == "lora":
@@ -123,9 +124,11 @@ class Model(nn.Module):
         return block
 
     def forward(self, x: Tensor) -> Tensor:
+        reentrant = self.checkpoints == "reentrant"
+        x = x.requires_grad_(reentrant)  # which these ask for
         for block in self.blocks:
             if self.checkpoints and self.training:
-                x = checkpoint(block, x, use_reentrant=False)
+                x = checkpoint(block, x, use_reentrant=reentrant)
             else:
                 x = block(x)
         return self.head(x)
@@ -279,6 +282,7 @@ class Loop:
             ),
             groups="blocks" if self.chosen["kind"] == "blocks" else "auto",
             pause=Pause(**self.chosen["pause"]),
+            backward=Backward(checkpoint_idle=self.chosen["checkpoint_idle"]),
             **rest,
         )
 
@@ -306,6 +310,21 @@ class Loop:
         if twice:
             loss.backward(retain_graph=True)
         loss.backward()
+
+    def backward_of_all(self, numbers: Collection[int], between: str) -> None:
+        """Add the gradients of several batches, whose forwards come before the one backward."""
+        loss = sum(self.loss(number) for number in numbers)
+        if between == "reference":
+            with torch.no_grad():
+                self.loss(999)
+        elif between:
+            self.evaluate(False, True)
+        self.pending = True
+        loss.backward()
+
+    def discard(self, number: int) -> None:
+        """Run forward, and do without the loss."""
+        self.loss(number)
 
     def clipped(self, groups: list[dict[str, Any]] | None = None) -> None:
         """Clip as the script does now, by these groups or by those of the optimizer."""
@@ -390,9 +409,9 @@ class Loop:
         """Clip in this way from now on."""
         self.clip = clip
 
-    def set_checkpoints(self, on: bool) -> None:
+    def set_checkpoints(self, kind: str) -> None:
         """Recompute every block in the backward pass, or no longer."""
-        self.model.checkpoints = on
+        self.model.checkpoints = kind
 
     def set_option(self, line: int, key: str, value: float, inside: bool) -> None:
         """Change an option of a group, of the optimizer or of the one inside."""

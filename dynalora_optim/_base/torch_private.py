@@ -1,8 +1,8 @@
 """Every private name of torch that this package uses, and what happens if one is missing.
 
 torch may rename or remove a private name in any release. Each name is used here once (names of
-hooks: in ``torch_private_hooks.py``), in a function that says what it is for. If a name is missing,
-there are two cases:
+autograd, of hooks and of FSDP2: in the files ``torch_private_*.py``), in a function that says what
+it is for. If a name is missing, there are two cases:
 
 * There is a replacement: the function uses it, and its docstring says what is then different.
 * There is none: the function raises a RuntimeError that names the torch version found, and its
@@ -108,36 +108,6 @@ def original(module: nn.Module) -> nn.Module:
 def plain_name(name: str) -> str:
     """Return a dotted path without the parts that torch.compile adds."""
     return ".".join(part for part in name.split(".") if part != ORIGINAL)
-
-
-# --- Autograd.
-
-
-def in_backward() -> bool:
-    """Return whether this thread runs a backward pass; recomputation by a checkpoint counts."""
-    return backward_number() != -1
-
-
-def backward_number() -> int:
-    """Return the number of the backward pass that this thread runs; -1 if it runs none."""
-    task = _private(torch._C, "_current_graph_task_id", feature="scoring a forward pass")
-    return int(task())
-
-
-def keeps_graph() -> bool:
-    """Return whether the backward pass that runs now keeps its graph; False if torch lacks this."""
-    ask = getattr(torch._C, "_autograd", None)
-    ask = getattr(ask, "_get_current_graph_task_keep_graph", None)
-    return bool(ask and ask())
-
-
-def age(node: Any) -> int:
-    """Return a number that is greater for a younger node of a graph; such nodes run first.
-
-    If torch lacks ``_sequence_nr``: the same number for all nodes, which then all count as young.
-    """
-    ask = getattr(node, "_sequence_nr", None)
-    return int(ask()) if ask else 1
 
 
 # --- Storages and operations, for LiveBytes.

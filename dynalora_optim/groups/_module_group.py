@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal, Protocol, TypeAlias, runtime_checkable
+from typing import Literal, NoReturn, Protocol, TypeAlias, runtime_checkable
 
 from torch import Tensor, nn
 
@@ -40,21 +40,35 @@ class Slot:
 
     @property
     def parameter(self) -> nn.Parameter:
-        """The parameter that is in this place now."""
+        """The parameter that is in this place now.
+
+        Raises:
+            RuntimeError: Something else is in this place, or nothing.
+        """
         parameter = self.tensor
-        assert isinstance(parameter, nn.Parameter)
-        return parameter
+        return parameter if isinstance(parameter, nn.Parameter) else self._refuse(parameter)
 
     @property
     def tensor(self) -> Tensor | None:
         """What is in this place now: a parameter, or a tensor that replaces it for a forward."""
         # By dict: a recomputation reads an idle module's parameters detached.
-        return dict.__getitem__(parameter_slots(self.owner), self.attribute)
+        slots = parameter_slots(self.owner)
+        return (
+            dict.__getitem__(slots, self.attribute) if self.attribute in slots else self._refuse()
+        )
 
     def put(self, tensor: Tensor | None) -> None:
         """Put a parameter into this place, or a tensor that replaces it for a forward."""
         # setattr accepts only a Parameter.
         parameter_slots(self.owner)[self.attribute] = tensor  # type: ignore[assignment]
+
+    def _refuse(self, found: Tensor | None = None) -> NoReturn:
+        what = "nothing" if found is None else f"a {type(found).__name__}"
+        raise RuntimeError(
+            f"the model has changed: a parameter should be at {self.name}, found {what}. close() "
+            "the DynamicAllocationOptimizer before a parameter is pruned, parametrized or removed, "
+            "and build a new one after that."
+        )
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dynalora_optim._base.torch_private import in_backward
+from dynalora_optim._base.past import Past
+from dynalora_optim._base.torch_private_autograd import in_backward, repeats_pass
 from dynalora_optim._base.trees import first_tensor
 from dynalora_optim.groups._module_group import Slot
 from dynalora_optim.importance._measures import ForwardMeasure, ForwardPass
@@ -30,6 +31,19 @@ class Watch:
         self.enabled = True
         self.mask: Tensor | None = None
         self.passes = Passes()
+        self._masks: Past[Tensor | None] = Past(None)  # in passes without gradients
+
+    def note_mask(self) -> None:
+        """Keep the mask of a pass without gradients, which a reentrant checkpoint may recompute."""
+        self._masks.note(self.mask_of_pass())
+
+    def mask_of_pass(self) -> Tensor | None:
+        """Return the mask of the pass that runs or is recomputed."""
+        return self._masks.value() if in_backward() else self.mask
+
+    def end_step(self) -> None:
+        """Forget the masks of this step's passes."""
+        self._masks = Past(None)
 
 
 class ForwardHook:
@@ -53,18 +67,19 @@ class ForwardHook:
         self._window = window
         self._watch = watch
         self._base_output: Tensor | None = None
-        self._unrepeated = 0  # forward passes that a checkpoint may recompute in the backward
         self._ticket = _ticket(self)
 
     def keep_base_output(self, base: nn.Module, args: object, output: object) -> None:
         """Keep the output of the base layer; this is the base layer's forward hook."""
-        self._base_output = first_tensor(output).detach()
+        # A checkpoint may stop recomputing within the module, which would then keep the tensor.
+        if torch.compiler.is_compiling() or self._counts():
+            self._base_output = first_tensor(output).detach()
 
     def __call__(self, module: nn.Module, args: tuple[object, ...], output: object) -> None:
         base_output, self._base_output = self._base_output, None
         if not (module.training and torch.is_grad_enabled()):
-            if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-                self._window.skipped = True
+            if not torch.compiler.is_compiling():
+                self._leave_out(module)
             return
         rows = first_tensor(output)
         if torch.compiler.is_compiling():
@@ -73,15 +88,26 @@ class ForwardHook:
         else:
             self.observe(args, rows, base_output)
 
+    def _leave_out(self, module: nn.Module) -> None:
+        if torch.is_grad_enabled():
+            self._window.skipped = True
+        elif module.training:
+            self._watch.note_mask()
+
     def observe(
         self, inputs: tuple[object, ...], output: Tensor, base_output: Tensor | None
     ) -> None:
-        """Score one pass if this step is measured and the pass is not a recomputation."""
-        if not self._watch.enabled or self._is_recomputation() or not self._can_train():
+        """Score one pass, if it counts."""
+        if not self._counts():
             return
         with torch.no_grad():
-            forward = ForwardPass(self._module, inputs, output, self._watch.mask, base_output)
+            mask = self._watch.mask_of_pass()
+            forward = ForwardPass(self._module, inputs, output, mask, base_output)
             self._watch.passes.add(self._window, self._measure.score(forward))
+
+    def _counts(self) -> bool:
+        """Return whether this step is measured, and the pass that runs is not a recomputation."""
+        return self._watch.enabled and self._can_train() and not repeats_pass()
 
     def _can_train(self) -> bool:
         """Return whether the group has a parameter that can train in this pass.
@@ -94,21 +120,6 @@ class ForwardHook:
             if not isinstance(tensor, nn.Parameter) or tensor.requires_grad:
                 return True
         return False
-
-    def _is_recomputation(self) -> bool:
-        # Non-reentrant checkpoints run the forward again inside the backward; their first pass has
-        # been counted. Reentrant ones run their first pass without gradients: it was not counted.
-        if not in_backward():
-            self._unrepeated += 1
-            return False
-        if self._unrepeated == 0:
-            return False
-        self._unrepeated -= 1
-        return True
-
-    def end_step(self) -> None:
-        """Forget this step's forward passes; no later backward will recompute them."""
-        self._unrepeated = 0
 
     def __getstate__(self) -> dict[str, Any]:
         return {key: value for key, value in self.__dict__.items() if key != "_ticket"}

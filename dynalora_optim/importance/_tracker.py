@@ -91,7 +91,6 @@ class ImportanceTracker:
         self.probe = probe
         self.description = f"{type(self.measure).__qualname__}, window={window!r}"
         self._windows: dict[str, Window] = {}
-        self._hooks: list[ForwardHook] = []
         self._handles: list[RemovableHandle] = []
         self._watch = Watch()
         self._has_warned = False
@@ -124,7 +123,6 @@ class ImportanceTracker:
 
     def _hook(self, module: nn.Module, group: ModuleGroup, measure: ForwardMeasure) -> None:
         hook = ForwardHook(module, group.slots, measure, self._windows[group.name], self._watch)
-        self._hooks.append(hook)
         self._handles.append(module.register_forward_hook(hook))
         if getattr(measure, "needs_base_output", False):
             base = cast(nn.Module, module.base_layer)
@@ -188,8 +186,7 @@ class ImportanceTracker:
     def end_step(self, step: int) -> None:
         """Tell the tracker that optimizer step number ``step`` (counted from 1) is done."""
         self._watch.enabled = step % self.every == 0
-        for hook in self._hooks:
-            hook.end_step()
+        self._watch.end_step()
 
     def scores(self) -> dict[str, float]:
         """Return the score y of each group so far (equation 1); 0.0 before the first pass.

@@ -17,6 +17,7 @@ from typing import Any, ClassVar, Literal, TypeAlias
 
 import torch
 from torch import Tensor
+from torch.func import debug_unwrap
 
 from dynalora_optim._base.torch_private import add_all, distances, scale_all
 
@@ -253,7 +254,9 @@ class Passes:
         """Store the score of one pass of ``window``; a score that is waiting is added first."""
         if window in self._waiting:
             self.settle()
-        self._waiting[window] = score
+        value = debug_unwrap(score)
+        # Under torch.vmap: the scores of all passes that it stands for.
+        self._waiting[window] = value if value is score else debug_unwrap(value.sum())
 
     @torch.no_grad()
     def settle(self) -> None:
@@ -268,6 +271,8 @@ class Passes:
             for window, tensors in zip(begun, zip(*columns, strict=True), strict=True):
                 window.tensors = window.if_begun(list(tensors), begun[window])
         for window in waiting:
+            # What is computed within a transform of torch.func is of no use after it.
+            window.tensors = list(map(debug_unwrap, window.tensors))
             window.count += 1
             window.unshared += 1
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
 from dynalora_optim._base.live_bytes import LiveBytes
-from dynalora_optim._base.torch_private import age
+from dynalora_optim._base.torch_private_autograd import age
 from dynalora_optim._base.trees import nodes_below
 from dynalora_optim.allocation._costs import Use
 from dynalora_optim.memory._made_gradients import MadeGradients

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from dynalora_optim._base.torch_private import backward_number, keeps_graph
+from dynalora_optim._base.torch_private_autograd import backward_number, keeps_graph
 from dynalora_optim._base.trees import tensors
 from dynalora_optim.allocation._costs import Costs
 

@@ -17,7 +17,9 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.hooks import RemovableHandle
 
-from dynalora_optim._base.torch_private import active_ddp, in_backward, parameters_reduced
+from dynalora_optim._base.past import Past
+from dynalora_optim._base.torch_private import active_ddp, parameters_reduced
+from dynalora_optim._base.torch_private_autograd import in_backward
 from dynalora_optim._base.trees import first_tensor, replaced
 from dynalora_optim.groups._module_group import ModuleGroup
 
@@ -53,7 +55,7 @@ class Anchor:
         self._carrier: nn.Module | None = None
         self.has_met_ddp = False  # whether a forward ran within DDP, which averages gradients
         self._handles: list[RemovableHandle] = []
-        self._ddp: weakref.ref[DistributedDataParallel] | None = None
+        self._ddp: Past[weakref.ref[DistributedDataParallel] | None] = Past(None)
         # By each DDP that was checked: the parameters that were frozen then.
         self._checked: weakref.WeakKeyDictionary[DistributedDataParallel, list[Tensor]] = (
             weakref.WeakKeyDictionary()
@@ -105,9 +107,10 @@ class Anchor:
     def _current_ddp(self) -> DistributedDataParallel | None:
         if not in_backward():  # a recomputation comes after DDP's forward
             ddp = active_ddp()
-            self._ddp = weakref.ref(ddp) if ddp is not None else None
+            self._ddp.note(None if ddp is None else weakref.ref(ddp))
             self.has_met_ddp |= ddp is not None
-        return self._ddp() if self._ddp else None
+        found = self._ddp.value()
+        return found() if found else None
 
     def _check(self, ddp: DistributedDataParallel) -> None:
         """Raise if DDP was built while some parameters were frozen; it never averages these."""

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from dynalora_optim._base.torch_private import in_backward, parameter_slots, set_parameter_slots
+from dynalora_optim._base.torch_private import parameter_slots, set_parameter_slots
+from dynalora_optim._base.torch_private_autograd import in_backward
 from dynalora_optim.groups._module_group import Slot
 
 

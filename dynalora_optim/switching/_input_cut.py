@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import BackwardCFunction
 
-from dynalora_optim._base.torch_private import in_backward
+from dynalora_optim._base.past import Past
+from dynalora_optim._base.torch_private_autograd import in_backward
 from dynalora_optim._base.torch_private_fsdp import is_units_node
 from dynalora_optim._base.torch_private_hooks import has_backward_hooks
 from dynalora_optim._base.trees import hidden_states, leaves, nodes, replaced, tensors
@@ -70,7 +71,7 @@ class InputCut:
         self._rest = rest
         self._callers = callers
         self._holders = Holders()
-        self._cuts = False  # in the last forward
+        self._cuts = Past(False)
         # Whether the blocks need an input that requires a gradient: known of transformers' layers;
         # of others, after their first forward.
         self._is_reentrant = False if hasattr(blocks[0], "gradient_checkpointing") else None
@@ -86,8 +87,9 @@ class InputCut:
             return None
         if not in_backward():  # a recomputation runs as its forward ran
             # Without gradients it is the first pass of a reentrant checkpoint.
-            self._cuts = torch.is_grad_enabled() and not self._is_wanted(x) and self._may_cut()
-        return replaced((args, kwargs), x, x.detach()) if self._cuts else None
+            cuts = torch.is_grad_enabled() and not self._is_wanted(x) and self._may_cut()
+            self._cuts.note(cuts)
+        return replaced((args, kwargs), x, x.detach()) if self._cuts.value() else None
 
     def leave(self, module: nn.Module, args: Any, output: Any) -> None:
         """Look whether the block checkpoints itself in the reentrant way."""
