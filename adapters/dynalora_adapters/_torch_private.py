@@ -24,8 +24,6 @@ def runs_eagerly() -> bool:
     cannot tell all of this (before 2.8 it does not say whether functorch transforms are active).
     False is always correct, and a little slower.
     """
-    if torch.compiler.is_compiling():
-        return False
     try:
         return not (
             torch._C._get_tracing_state() is not None

@@ -63,10 +63,10 @@ def parameter_slots(module: nn.Module) -> dict[str, nn.Parameter | None]:
 
     ``setattr`` accepts only a Parameter or None; a forward also works with a Tensor in this dict.
     """
-    slots: dict[str, nn.Parameter | None] = _private(
-        module, "_parameters", feature="pausing a module"
-    )
-    return slots
+    try:
+        return module._parameters
+    except AttributeError:
+        raise _missing("pausing a module", "Module._parameters") from None
 
 
 def set_parameter_slots(module: nn.Module, slots: dict[str, Any]) -> None:
@@ -115,8 +115,10 @@ def plain_name(name: str) -> str:
 
 def in_backward() -> bool:
     """Return whether this thread runs a backward pass; recomputation by a checkpoint counts."""
-    task = _private(torch._C, "_current_graph_task_id", feature="scoring a forward pass")
-    return bool(task() != -1)
+    try:
+        return torch._C._current_graph_task_id() != -1
+    except AttributeError:
+        raise _missing("scoring a forward pass", "torch._C._current_graph_task_id") from None
 
 
 def keeps_graph() -> bool:

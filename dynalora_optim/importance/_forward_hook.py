@@ -79,7 +79,7 @@ class ForwardHook:
         """Score one pass if this step is measured and the pass is not a recomputation."""
         if not self._watch.enabled or self._is_recomputation() or not self._can_train():
             return
-        with torch.no_grad():
+        with torch.set_grad_enabled(False):  # half the calls of no_grad()
             forward = ForwardPass(self._module, inputs, output, self._watch.mask, base_output)
             self._watch.passes.add(self._window, self._measure.score(forward))
 
