@@ -80,7 +80,7 @@ def _computed(  # noqa: PLR0917 - as above
     """Return the sum, h = A x, and the dtype of h."""
     low = _autocast_dtype(x)
     dtype = low or product_dtype(x, A)
-    seen = _cast(x, low or x.dtype)  # one cast, which the base and the adapter share
+    seen = _cast(x, low) if low else x  # one cast, which the base and the adapter share
     rows = _rows(seen)
     # The base flattens a contiguous batch of sequences itself, so flattening it here changes
     # nothing. It may not flatten another input, and rounding could then differ.

@@ -58,7 +58,9 @@ def node_in_backward() -> int | None:
     If torch lacks one of these names: None.
     """
     ask = getattr(torch._C, "_current_autograd_node", None)
-    node = ask() if ask and hasattr(torch._C._autograd, "_get_sequence_nr") else None
+    node = ask() if ask else None
+    if node is None or not hasattr(torch._C._autograd, "_get_sequence_nr"):
+        return None
     number = getattr(node, "_sequence_nr", None)
     return None if number is None else int(number())
 
