@@ -12,16 +12,13 @@ from _measure import markdown
 from _rows import ALL_ACTIVE, REFERENCE
 from gpu._lines import read
 from gpu.lora import LIGER
+from gpu.summary import SHAPES as NAMES
 from gpu.summary import promises
 
 Line = Mapping[str, Any]
 MIB, GIB = 2**20, 2**30
 FOLDER = Path(__file__).resolve().parent / "results" / "gpu"
-SHAPES = {
-    "1b": "Llama-3.2-1B, 2 x 2048",
-    "1b_long": "Llama-3.2-1B, 2 x 4096",
-    "8b": "Llama-3.1-8B, 2 x 2048",
-}
+SHAPES = dict(zip(("1b", "1b_long", "8b"), NAMES, strict=True))
 IN_README = (REFERENCE, LIGER, ALL_ACTIVE, chunked_name(0.3, 0.6), chunked_name(0.15, 0.6))
 # When these rows were measured, peft's model ran before in the same process, and torch kept its
 # memory reserved. The kit frees it now: leave this out when it has been measured again.

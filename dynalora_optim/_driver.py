@@ -173,8 +173,11 @@ class ModuleDriver:
 
     def has_gradients(self) -> bool:
         """Return whether an active group has a gradient now."""
-        active = (self._groups[name] for name in self._choice.active)
-        return any(slot.parameter.grad is not None for group in active for slot in group.slots)
+        for name in self._choice.active:  # loops: a generator takes a call for each slot
+            for slot in self._groups[name].slots:
+                if slot.parameter.grad is not None:
+                    return True
+        return False
 
     def drop_gradients(self, names: Collection[str]) -> None:
         """Delete the gradients of the groups of these names, which have become inactive."""

@@ -253,6 +253,26 @@ def test_each_bar_names_rows_that_are_measured():
         assert {bar.row, bar.of} <= names
 
 
+def test_the_bar_of_half_the_memory_is_measured_for_each_shape(dry_run):
+    found = rows_of(dry_run[0], "memory_and_speed")
+    bars = {bar.name: bar for bar in summary.BARS}
+    for shape in (case.name for case in importlib.import_module("gpu.lora").SHAPES):
+        name = f"{shape}: Budget(0.5, 0.6), chunked loss"
+        for what, value, limit in (
+            ("peak", "peak_above", 0.5),
+            ("tokens/s", "tokens_per_s_mean", 1.25),
+        ):
+            bar = bars[f"{name}: {what} / peft LoRA"]
+            assert (bar.value, bar.limit) == (value, limit)
+            assert found[bar.row]["status"] == "ok", "a budget of half is not refused"
+
+
+def test_a_row_says_how_much_of_a_step_the_host_takes(dry_run):
+    for line in rows_of(dry_run[0], "memory_and_speed").values():
+        if line["status"] == "ok":
+            assert 0 < line["values"]["host_s"] <= line["values"]["step_s"] * 1.5
+
+
 def test_one_step_beyond_its_budget_misses_the_bar():
     lines = [line("a", steps_beyond_allocated=0), line("b", steps_beyond_allocated=1)]
     found = {bar[0]: bar[-1] for bar in summary.promises(lines)}

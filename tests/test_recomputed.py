@@ -130,9 +130,9 @@ def test_many_changes_of_the_way_are_not_kept_for_ever():
         model(rows())
         with hooked_everywhere():
             model(rows())
-    way = model.blocks[0][0]._one_step
+    way = model.blocks[0][0]._way
     assert len(way._ways._nodes) == len(way._ways._values) <= 64
-    assert copy.deepcopy(model).blocks[0][0]._one_step._ways._nodes == []
+    assert copy.deepcopy(model).blocks[0][0]._way._ways._nodes == []
 
 
 # --- Modules that hooks make idle: blocks as a whole, and layers without a flag.

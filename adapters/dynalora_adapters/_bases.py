@@ -157,11 +157,10 @@ def is_plain_and_frozen(module: nn.Module) -> bool:
 
 def is_dense(tensor: object) -> TypeGuard[Tensor]:
     """Whether this is an ordinary tensor: not of a subclass, strided, and not nested."""
-    if not isinstance(tensor, Tensor):
+    kind = type(tensor)
+    if kind is not nn.Parameter and kind is not Tensor and not is_fake(tensor):
         return False
-    if type(tensor) is not Tensor and type(tensor) is not nn.Parameter and not is_fake(tensor):
-        return False
-    return tensor.layout is torch.strided and not tensor.is_nested
+    return tensor.layout is torch.strided and not tensor.is_nested  # type: ignore[attr-defined]
 
 
 def _is_transformers_conv1d(module: nn.Module) -> bool:

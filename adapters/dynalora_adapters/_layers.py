@@ -173,6 +173,11 @@ class AdapterLinear(nn.Module, ABC):
         )
 
 
+# The ways of a LoRALinear: ordinary operations; base and delta as one node of autograd; the delta
+# as one node, beside a base that differentiates itself.
+_ORDINARY, _TOGETHER, _BESIDE = range(3)
+
+
 class LoRALinear(AdapterLinear):
     """A linear layer with the weight W + scaling B A, W frozen (LoRA, arXiv:2106.09685, eq. 3).
 
@@ -217,7 +222,7 @@ class LoRALinear(AdapterLinear):
         weight = self.weight
         self.lora_A = nn.Parameter(A.to(weight.device, adapter_dtype(weight)))
         self.lora_B = nn.Parameter(B.to(weight.device, adapter_dtype(weight)))
-        self._one_step = Way()
+        self._way: Way[int] = Way()
 
     def draw(self) -> tuple[Tensor, Tensor]:
         """Draw A, and return a B of zeros. The generator is used exactly as peft uses it.
@@ -232,43 +237,37 @@ class LoRALinear(AdapterLinear):
         return down.weight.detach(), up.weight.detach()
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Return the output of the base module plus the delta, as one autograd node if possible.
-
-        Args:
-            x: Input, (..., in).
-            *args: Passed on to the base module.
-            **kwargs: Passed on to the base module.
-
-        Returns:
-            (..., out), in the dtype of the base's output.
-        """
-        A, B = self.adapter_param("lora_A"), self.adapter_param("lora_B")
-        base, weight = self.base_layer, self.weight
-        if args or kwargs or self.merged or not self._takes_one_step(x, A, B, weight):
+        """Return the output of the base module plus the delta, as one autograd node if possible."""
+        if args or kwargs or self.merged or torch.compiler.is_compiling():
             return super().forward(x, *args, **kwargs)
-        if is_quantised(weight):
+        base, A, B = self.base_layer, self.lora_A, self.lora_B
+        weight: Tensor = base.weight  # type: ignore[assignment]
+        way = self._way.once(self._way_for, x, A, B, weight)
+        if way == _ORDINARY:
+            return super().forward(x)
+        if not self._active:
+            A, B = A.detach(), B.detach()  # type: ignore[assignment]
+        if way == _BESIDE:
             return add_lora(base(x), x, A, B, scaling=self.scaling)
         W = weight.t() if self.shape.transposed else weight
-        return lora_linear(base, W, x, A, B, scaling=self.scaling)
+        # Its forward alone: such a base has no hooks.
+        return lora_linear(base.forward, W, x, A, B, scaling=self.scaling)
 
-    def _takes_one_step(self, x: Tensor, A: Tensor, B: Tensor, weight: Tensor) -> bool:
-        """Whether to use ``lora_linear``; the same in a forward and in its recomputation."""
-        if torch.compiler.is_compiling():
-            return False
-        return self._one_step.once(lambda: self._serves_one_step(x, A, B, weight))
-
-    def _serves_one_step(self, x: Tensor, A: Tensor, B: Tensor, weight: Tensor) -> bool:
-        """Whether ``lora_linear`` computes the same as base plus ``delta``."""
-        return (
+    def _way_for(self, x: Tensor, A: Tensor, B: Tensor, weight: Tensor) -> int:
+        """Return how to compute base plus ``delta``."""
+        if not (
             runs_eagerly()
             and getattr(self.delta, "__func__", None) is LoRALinear.delta  # not overridden
             and _keeps_all(self.dropout)
-            and all(map(is_dense, (x, A, B)))
+            and (is_dense(x) and is_dense(A) and is_dense(B))
             and (A.requires_grad or not B.requires_grad)
-            and (is_quantised(weight) or is_plain_and_frozen(self.base_layer))
             # The sum must have the base's dtype, not the adapter's.
             and A.dtype in (weight.dtype, adapter_dtype(weight))
-        )
+        ):
+            return _ORDINARY
+        if is_plain_and_frozen(self.base_layer):
+            return _TOGETHER
+        return _BESIDE if is_quantised(weight) else _ORDINARY
 
     def delta(self, x: Tensor) -> Tensor:
         """Return scaling B A dropout(x), (..., out), computed in the same order as in peft."""

@@ -9,10 +9,12 @@ it can be computed again from what autograd keeps anyway.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
 from dynalora_adapters._torch_private import unsafe_view
@@ -24,7 +26,7 @@ Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
 
 
 def lora_linear(
-    base: nn.Module, W: Tensor, x: Tensor, A: Tensor, B: Tensor, *, scaling: float
+    base: Callable[[Tensor], Tensor], W: Tensor, x: Tensor, A: Tensor, B: Tensor, *, scaling: float
 ) -> Tensor:
     """Return base(x) + scaling B A x.
 
@@ -40,8 +42,7 @@ def lora_linear(
     Returns:
         (..., out), in the dtype of the base's output. The sum is rounded to that dtype once.
     """
-    out: Tensor = LoRAFunction.apply(x, A, B, None, W, base, scaling)  # type: ignore[no-untyped-call]
-    return out
+    return _sum(x, A, B, None, W, base, scaling)
 
 
 def add_lora(out: Tensor, x: Tensor, A: Tensor, B: Tensor, *, scaling: float) -> Tensor:
@@ -50,49 +51,76 @@ def add_lora(out: Tensor, x: Tensor, A: Tensor, B: Tensor, *, scaling: float) ->
     A quantised base differentiates itself. In ordinary operations, the delta would keep a copy of x
     in the dtype of A.
     """
-    total: Tensor = LoRAFunction.apply(x, A, B, out, None, None, scaling)  # type: ignore[no-untyped-call]
-    return total
+    return _sum(x, A, B, out, None, None, scaling)
+
+
+def _sum(  # noqa: PLR0917 - what the autograd function gets
+    x: Tensor,
+    A: Tensor,
+    B: Tensor,
+    out: Tensor | None,
+    W: Tensor | None,
+    base: Any,
+    scaling: float,
+) -> Tensor:
+    """Return the sum, as a node of autograd only if something could ask for a gradient.
+
+    Below the lowest active layer of a model nothing can, and a node takes as long as a kernel.
+    """
+    needy = x.requires_grad or A.requires_grad or B.requires_grad
+    if torch.is_grad_enabled() and (needy or (out is not None and out.requires_grad)):
+        total: Tensor = LoRAFunction.apply(x, A, B, out, (W, base, scaling))  # type: ignore[no-untyped-call]
+        return total
+    return _computed(x, A, B, out, base, scaling)[0]
+
+
+def _computed(  # noqa: PLR0917 - as above
+    x: Tensor, A: Tensor, B: Tensor, out: Tensor | None, base: Any, scaling: float
+) -> tuple[Tensor, Tensor, torch.dtype]:
+    """Return the sum, h = A x, and the dtype of h."""
+    low = _autocast_dtype(x)
+    dtype = low or product_dtype(x, A)
+    seen = _cast(x, low) if low else x  # one cast, which the base and the adapter share
+    rows = _rows(seen)
+    # The base flattens a contiguous batch of sequences itself, so flattening it here changes
+    # nothing. It may not flatten another input, and rounding could then differ.
+    made = out
+    if made is None:
+        made = base(rows if x.dim() == 3 and seen.is_contiguous() else seen)
+    s, fold = _scaling(scaling, A.dtype, dtype)
+    h = F.linear(_cast(rows, dtype), _narrowed(A, dtype, fold))
+    total = _add(_rows(made), h, _cast(B, dtype).t(), s=s, in_place=out is None)
+    # "Unsafe": autograd refuses in-place changes of an ordinary view that is made in here.
+    return unsafe_view(total, (*x.shape[:-1], total.shape[-1])), h, dtype
 
 
 class LoRAFunction(torch.autograd.Function):
     """(x, A, B, out) -> base(x) + scaling B A x, with base(x) computed here if ``out`` is None."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, A: Tensor, B: Tensor, out: Tensor | None, *frozen: Any
+    def forward(  # noqa: PLR0917 - as of `_sum`
+        ctx: Any, x: Tensor, A: Tensor, B: Tensor, out: Tensor | None, frozen: tuple[Any, ...]
     ) -> Tensor:
         """Compute the sum. Keep x only if A needs a gradient, and h = A x only if B does."""
         W, base, scaling = frozen
-        x_needed, A_needed, B_needed = ctx.needs_input_grad[:3]
-        low = _autocast_dtype(x)
-        dtype = low or product_dtype(x, A)
+        x_needed, A_needed, B_needed, _, _ = ctx.needs_input_grad
+        total, h, dtype = _computed(x, A, B, out, base, scaling)
         ctx.hides_nothing = True  # unlike a reentrant checkpoint, it reaches its inputs only
         ctx.constants = scaling, dtype, x.shape, x.dtype, x.device.type
-        seen = _cast(x, low or x.dtype)  # one cast, which the base and the adapter share
-        rows = _rows(seen)
-        # The base flattens a contiguous batch of sequences itself, so flattening it here changes
-        # nothing. It may not flatten another input, and rounding could then differ.
-        made = out
-        if made is None:
-            made = base(rows if x.dim() == 3 and seen.is_contiguous() else seen)
-        s, fold = _scaling(scaling, A.dtype, dtype)
-        h = F.linear(_cast(rows, dtype), _narrowed(A, dtype, fold))
-        total = _add(_rows(made), h, _cast(B, dtype).t(), s=s, in_place=out is None)
         recipe = recipe_of(x) if A_needed else None
         ctx.again = recipe and recipe.function
         kept_x = recipe.operands if recipe else [x if A_needed else None]
         ctx.save_for_backward(A, B, W if x_needed else None, h if B_needed else None, *kept_x)
-        # "Unsafe": autograd refuses in-place changes of an ordinary view that is made in here.
-        return unsafe_view(total, (*x.shape[:-1], total.shape[-1]))
+        return total
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         """Return the gradients of x, A, B and out, each in its own dtype."""
         of_out = g if ctx.needs_input_grad[3] else None
         if not _autocasts(ctx.constants[-1]):
-            return *_gradients(ctx, g), of_out, None, None, None
+            return *_gradients(ctx, g), of_out, None
         with torch.autocast(ctx.constants[-1], enabled=False):  # the forward chose the dtypes
-            return *_gradients(ctx, g), of_out, None, None, None
+            return *_gradients(ctx, g), of_out, None
 
 
 def product_dtype(x: Tensor, A: Tensor) -> torch.dtype:
@@ -116,7 +144,7 @@ def _narrowed(weight: Tensor, dtype: torch.dtype, factor: float) -> Tensor:
     """Return ``factor * weight`` in another dtype, rounded once; ``weight`` if nothing changes."""
     if factor == 1:
         return _cast(weight, dtype)
-    if torch.is_grad_enabled():
+    if weight.requires_grad and torch.is_grad_enabled():
         return (weight * factor).to(dtype)
     return torch.mul(weight, factor, out=torch.empty_like(weight, dtype=dtype))
 
@@ -182,7 +210,7 @@ def _shaped(rows: Tensor, shape: tuple[int, ...]) -> Tensor:
 def _autocast_dtype(x: Tensor) -> torch.dtype | None:
     """Return the dtype in which autocast computes a product of x; None if it does not cast x."""
     device = x.device.type
-    if x.dtype == torch.float64 or not _autocasts(device):
+    if not _autocasts(device) or x.dtype == torch.float64:
         return None
     return torch.get_autocast_dtype(device)
 
@@ -192,5 +220,8 @@ def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return tensor if tensor.dtype == dtype else tensor.to(dtype)
 
 
+_can_autocast = functools.cache(torch.amp.is_autocast_available)
+
+
 def _autocasts(device: str) -> bool:
-    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return _can_autocast(device) and torch.is_autocast_enabled(device)

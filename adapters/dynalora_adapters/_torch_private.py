@@ -24,8 +24,6 @@ def runs_eagerly() -> bool:
     cannot tell all of this (before 2.8 it does not say whether functorch transforms are active).
     False is always correct, and a little slower.
     """
-    if torch.compiler.is_compiling():
-        return False
     try:
         return not (
             torch._C._get_tracing_state() is not None
@@ -60,7 +58,9 @@ def node_in_backward() -> int | None:
     If torch lacks one of these names: None.
     """
     ask = getattr(torch._C, "_current_autograd_node", None)
-    node = ask() if ask and hasattr(torch._C._autograd, "_get_sequence_nr") else None
+    node = ask() if ask else None
+    if node is None or not hasattr(torch._C._autograd, "_get_sequence_nr"):
+        return None
     number = getattr(node, "_sequence_nr", None)
     return None if number is None else int(number())
 

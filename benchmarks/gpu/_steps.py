@@ -58,6 +58,8 @@ class Step:
 
     Attributes:
         seconds: Time of forward, backward and update.
+        host: Time until all of it was launched. About as long as ``seconds``: the host is what
+            takes the time.
         peak: Peak of forward and backward.
         whole: Peak of the allocated bytes in the whole step, including weights.
         predicted: The peak that the optimizer's `Budget` predicts; 0 without a budget.
@@ -67,6 +69,7 @@ class Step:
     """
 
     seconds: float
+    host: float
     peak: Peak
     whole: int
     predicted: int
@@ -121,11 +124,12 @@ class Watch:
         if counted and self.device != "cuda":
             peak = Peak(counted.peak, counted.peak)
         self.run.update()
+        host = time.perf_counter() - start
         synchronize(self.device)
         seconds = time.perf_counter() - start
         whole = torch.cuda.max_memory_allocated() if self.device == "cuda" else 0
         switched = _mark(self.run) != mark
-        self.steps.append(Step(seconds, peak, whole, predicted, switched, is_first, counted))
+        self.steps.append(Step(seconds, host, peak, whole, predicted, switched, is_first, counted))
 
     def _read_gradients(self) -> None:
         """Take one more step, to get the loss and the norm of all gradients."""
@@ -158,7 +162,8 @@ def _predicted(run: Run) -> int:
 def summary(watch: Watch, tokens: int) -> dict[str, Any]:
     """Return the numbers of a row whose steps have ``tokens`` tokens each."""
     steps = watch.steps
-    plain = _plain(steps)
+    ordinary = _ordinary(steps)
+    plain = [step.seconds for step in ordinary]
     median = statistics.median(plain)
     counted = [step.counted for step in steps if step.counted]
     forward = statistics.fmean(c.forward for c in counted)
@@ -167,6 +172,7 @@ def summary(watch: Watch, tokens: int) -> dict[str, Any]:
         "tokens_per_s": tokens / median,
         "tokens_per_s_mean": tokens / statistics.fmean(plain),
         "step_s": median,
+        "host_s": statistics.median(step.host for step in ordinary),
         "steps_timed": len(plain),
         "peak_above": max(step.peak.allocated for step in steps),
         "peak_above_requested": max(step.peak.requested for step in steps),
@@ -183,11 +189,10 @@ def summary(watch: Watch, tokens: int) -> dict[str, Any]:
     }
 
 
-def _plain(steps: Iterable[Step]) -> list[float]:
-    """Return the times of ordinary steps, without counting and without a switch."""
+def _ordinary(steps: Iterable[Step]) -> list[Step]:
+    """Return the steps without counting and without a switch."""
     ordinary = [step for step in steps if not step.counted and not step.switched]
-    settled = [step for step in ordinary if not step.is_first]
-    return [step.seconds for step in settled or ordinary]
+    return [step for step in ordinary if not step.is_first] or ordinary
 
 
 def _switches(steps: Iterable[Step], plain: float) -> dict[str, Any]:

@@ -45,9 +45,9 @@ class Part:
 PARTS = (
     Part("tests", 100),
     Part("workspaces", 25),
-    Part("memory_and_speed", 230),
+    Part("memory_and_speed", 240),
     Part("full_parameters", 40),
-    Part("overhead", 85),
+    Part("overhead", 75),
 )
 
 

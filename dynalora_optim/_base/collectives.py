@@ -18,11 +18,14 @@ from torch import Tensor, distributed
 T = TypeVar("T")
 
 
+def has_process_group() -> bool:
+    """Return whether there is a process group; without one, nothing is sharded."""
+    return distributed.is_available() and distributed.is_initialized()
+
+
 def world_size() -> int:
     """Return how many processes train together; 1 without a process group."""
-    if not (distributed.is_available() and distributed.is_initialized()):
-        return 1
-    return distributed.get_world_size()
+    return distributed.get_world_size() if has_process_group() else 1
 
 
 def is_sharded(tensor: object) -> bool:

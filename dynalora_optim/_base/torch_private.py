@@ -63,10 +63,10 @@ def parameter_slots(module: nn.Module) -> dict[str, nn.Parameter | None]:
 
     ``setattr`` accepts only a Parameter or None; a forward also works with a Tensor in this dict.
     """
-    slots: dict[str, nn.Parameter | None] = _private(
-        module, "_parameters", feature="pausing a module"
-    )
-    return slots
+    try:
+        return module._parameters
+    except AttributeError:
+        raise _missing("pausing a module", "Module._parameters") from None
 
 
 def set_parameter_slots(module: nn.Module, slots: dict[str, Any]) -> None:

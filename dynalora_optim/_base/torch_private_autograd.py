@@ -10,7 +10,7 @@ import torch
 from torch.autograd.function import BackwardCFunction
 from torch.utils import checkpoint as checkpoints
 
-from dynalora_optim._base.torch_private import _private
+from dynalora_optim._base.torch_private import _missing, _private
 
 _SCORING = "scoring a forward pass"
 
@@ -22,7 +22,10 @@ def in_backward() -> bool:
 
 def backward_number() -> int:
     """Return the number of the backward pass that this thread runs; -1 if it runs none."""
-    return int(_private(torch._C, "_current_graph_task_id", feature=_SCORING)())
+    try:
+        return torch._C._current_graph_task_id()
+    except AttributeError:
+        raise _missing(_SCORING, "torch._C._current_graph_task_id") from None
 
 
 def repeats_pass() -> bool:

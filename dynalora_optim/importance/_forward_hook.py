@@ -100,7 +100,7 @@ class ForwardHook:
         """Score one pass, if it counts."""
         if not self._counts():
             return
-        with torch.no_grad():
+        with torch.set_grad_enabled(False):  # half the calls of no_grad()
             mask = self._watch.mask_of_pass()
             forward = ForwardPass(self._module, inputs, output, mask, base_output)
             self._watch.passes.add(self._window, self._measure.score(forward))

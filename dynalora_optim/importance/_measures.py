@@ -203,9 +203,9 @@ def _values(tensor: Tensor, like: Tensor | None = None) -> Tensor:
 
 def _norm(tensor: Tensor, p: int, dim: int | None = None) -> Tensor:
     """Return the p-norm in float32; torch also accumulates in float32, unless given float64."""
-    dtype = None if tensor.dtype == torch.float64 else torch.float32
-    norm: Tensor = torch.linalg.vector_norm(tensor, p, dim=dim, dtype=dtype)
-    return norm.float()
+    wide = tensor.dtype == torch.float64
+    norm: Tensor = torch.linalg.vector_norm(tensor, p, dim, dtype=None if wide else torch.float32)
+    return norm.float() if wide else norm
 
 
 def _kept(norms: Tensor, mask: Tensor | None) -> Tensor:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dynalora_optim._base.collectives import is_fully_sharded
+from dynalora_optim._base.collectives import has_process_group, is_fully_sharded
 from dynalora_optim._base.torch_private import original
 from dynalora_optim._base.torch_private_fsdp import unusual
 from dynalora_optim.allocation._costs import Costs
@@ -122,7 +122,8 @@ class BlockMeter:
     @property
     def is_sharded(self) -> bool:
         """Whether ``fully_shard`` was called on a part of the model."""
-        return any(map(is_fully_sharded, self.model.modules()))
+        # Asked before each forward, so a single process does not look through the model.
+        return has_process_group() and any(map(is_fully_sharded, self.model.modules()))
 
     def _uncompiled(self) -> AbstractContextManager[object]:
         """Return a context in which compiled blocks run in eager mode."""

@@ -52,7 +52,7 @@ class Anchor:
 
     def __init__(self) -> None:
         self._idle: list[Tensor] = []
-        self._carrier: nn.Module | None = None
+        self.carrier: nn.Module | None = None
         self.has_met_ddp = False  # whether a forward ran within DDP, which averages gradients
         self._handles: list[RemovableHandle] = []
         self._ddp: Past[weakref.ref[DistributedDataParallel] | None] = Past(None)
@@ -72,7 +72,7 @@ class Anchor:
         # The parameters themselves, not their places: in a module that is running, tensors may
         # temporarily replace them there.
         self._idle = [parameter for group in idle for parameter in group.parameters()]
-        self._carrier = carrier.modules[-1]
+        self.carrier = carrier.modules[-1]
 
     def remove(self) -> None:
         """Remove the hooks from all carriers."""
@@ -86,13 +86,11 @@ class Anchor:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__()  # type: ignore[misc]
 
-    def tied(self, module: nn.Module, output: Any) -> Any:
+    def tied(self, output: Any) -> Any:
         """Return the tied ``output`` of the carrier; None outside a forward of DDP, or if not tied.
 
         The recomputation of a checkpoint counts as a part of that forward.
         """
-        if module is not self._carrier:
-            return None
         ddp = self._current_ddp()  # also without gradients: the forward of a reentrant checkpoint
         y = first_tensor(output)
         if ddp is None or not (torch.is_grad_enabled() and y.requires_grad):
@@ -146,7 +144,7 @@ class _Tied:
         if torch.compiler.is_compiling():
             return None
         anchor = self._anchor() if self._anchor else None
-        return anchor.tied(module, output) if anchor else None
+        return anchor.tied(output) if anchor and module is anchor.carrier else None
 
     def __reduce__(self) -> tuple[type[_Tied], tuple[()]]:
         return _Tied, ()

@@ -178,8 +178,8 @@ def _coalesce(
     known: dict[tuple[int, ...], Hashable] = {}  # most pieces have the same objects as options
     for piece in pieces:
         has_state = any(state.get(parameter) for parameter in piece["params"])
-        meshes = frozenset(getattr(p, "device_mesh", None) for p in piece["params"])
-        same = tuple(id(value) for key, value in piece.items() if key not in NOT_OPTIONS)
+        meshes = frozenset([getattr(p, "device_mesh", None) for p in piece["params"]])
+        same = tuple([id(value) for key, value in piece.items() if key not in NOT_OPTIONS])
         if same not in known:
             known[same] = _options_key(piece)
         alike.setdefault((piece[LINE], known[same], has_state, meshes), []).append(piece)
