@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import astuple
 
 import pytest
@@ -31,9 +32,9 @@ HIDDEN, STEP = 4 * ROWS * WIDTH, 4  # an activation; AdamW counts the steps of e
 class Stack(nn.Module):
     """A stack of linear layers and a head; the loss is the sum of all outputs."""
 
-    def __init__(self) -> None:
+    def __init__(self, blocks: int = BLOCKS) -> None:
         super().__init__()
-        self.blocks = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(BLOCKS))
+        self.blocks = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(blocks))
         self.head = nn.Linear(WIDTH, CLASSES)
 
     def forward(self, x):
@@ -304,6 +305,30 @@ def test_what_cannot_be_rehearsed_says_so():
 
     with pytest.raises(ValueError, match=r"Elsewhere cannot run on the meta device.*measure_step"):
         estimate_memory(Elsewhere(), [x()], adamw)
+
+
+def test_the_work_grows_in_proportion_to_the_number_of_layers():
+    """A hundred layers take minutes if one list of all parameters is read for each of them."""
+
+    def made(model):
+        return AdamW(model.parameters(), foreach=True)
+
+    def calls(blocks):
+        model, count = Stack(blocks), 0
+
+        def called(frame, event, argument):
+            nonlocal count
+            count += event.endswith("call")
+
+        sys.setprofile(called)
+        try:
+            estimate_memory(model, [x()], made)
+        finally:
+            sys.setprofile(None)
+        return count
+
+    _, few, more, most = (calls(blocks) for blocks in (1, 3, 6, 12))  # the first call fills caches
+    assert most - more == pytest.approx(2 * (more - few), rel=0.005)
 
 
 def test_the_table_names_every_category():

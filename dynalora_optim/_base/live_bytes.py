@@ -103,21 +103,23 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         formula = flop_registry.get(_PRODUCTS.get(packet, packet))
         if formula is not None:
             self.flops += _flops_of(packet, formula, args, kwargs or {}, result)
-        for tensor in _tensors(result):
-            self._count(tensor, args, kwargs)
+        self._count(_tensors(result), args, kwargs)
         if hidden := workspace_of(packet, args):
             self.peak = max(self.peak, self.live + hidden)
         return result
 
-    def _count(self, tensor: Tensor, args: Any, kwargs: Any) -> None:
-        tensor = held_locally(tensor)
-        key = storage_key(tensor)
-        if key in self._known or tensor.device.type in self._uncounted:
-            return
-        # What was there before is no new storage: a view of it, or an argument itself.
-        inputs = _tensors((args, kwargs) if kwargs else args)
-        if all(storage_key(held_locally(given)) != key for given in inputs):
-            self._add(key, tensor.untyped_storage())
+    def _count(self, results: list[Tensor], args: Any, kwargs: Any) -> None:
+        before: set[int] | None = None  # made once: an operation may have lists of all parameters
+        for tensor in map(held_locally, results):
+            key = storage_key(tensor)
+            if key in self._known or tensor.device.type in self._uncounted:
+                continue
+            # What was there before is no new storage: a view of it, or an argument itself.
+            if before is None:
+                inputs = _tensors((args, kwargs) if kwargs else args)
+                before = {storage_key(held_locally(given)) for given in inputs}
+            if key not in before:
+                self._add(key, tensor.untyped_storage())
 
     def _add(self, key: int, storage: torch.UntypedStorage) -> None:
         self._known[key] = 0
