@@ -17,6 +17,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from multiprocessing import Pool
 from pathlib import Path
 from typing import Any
@@ -62,7 +63,7 @@ def started(path: Path | None, seed: int) -> dict[str, Any]:
     of_seed = [row for row in rows if row["part"] == PART and row["seed"] == seed]
     new = {"row": f"seed {seed}", "seed": seed, "cases": 0, "held": 0, "refused": 0}
     new |= {"measured_beyond": 0, "measured_most": 0.0, "failed": []}
-    return {key: (of_seed or [new])[0][key] for key in new}
+    return {key: (of_seed or [new])[0].get(key, value) for key, value in new.items()}
 
 
 def soak(
@@ -72,11 +73,12 @@ def soak(
     counts = started(path, seed)
     again, counts["failed"] = [failed["number"] for failed in counts["failed"]], []
     start, begin = time.monotonic(), counts["cases"]
-    with Pool(jobs, quiet) as pool:
-        for outcome in pool.imap(found, [(seed, number) for number in again]):
+    with Pool(jobs, quiet) if jobs > 1 else nullcontext() as pool:
+        checked = pool.imap if pool else map
+        for outcome in checked(found, [(seed, number) for number in again]):
             count(counts, outcome)
         left = [(seed, number) for number in range(begin, cases)]
-        for (_, number), outcome in zip(left, pool.imap(found, left), strict=True):
+        for (_, number), outcome in zip(left, checked(found, left), strict=True):
             count(counts, outcome)
             counts["cases"] = number + 1
             if counts["cases"] % EVERY == 0 or counts["cases"] == cases:

@@ -8,7 +8,7 @@ import pytest
 import soak
 from hypothesis import event, given
 from hypothesis import strategies as st
-from soak_cases import Case, check
+from soak_cases import Case, Outcome, check
 
 # Its numbers are drawn by Hypothesis, which can make them smaller.
 cases = st.randoms(use_true_random=False).map(Case.drawn)
@@ -24,11 +24,11 @@ def test_what_a_budget_promises_holds_in_every_loop(case):
 def test_the_soak_goes_on_where_it_ended_and_repeats_what_failed(tmp_path, monkeypatch):
     path, tried, broken = tmp_path / "soak.jsonl", [], {2, 51}
 
-    def tried_case(case: Case) -> str:
+    def tried_case(case: Case) -> Outcome:
         number = next(n for n in range(60) if soak.case_of(3, n) == case)
         tried.append(number)
         assert number not in broken, "exceeded"
-        return "held"
+        return Outcome("held", number / 50)
 
     monkeypatch.setattr(soak, "check", tried_case)
     arguments = ["--seed", "3", "--output", str(path), "--cases"]
@@ -43,9 +43,10 @@ def test_the_soak_goes_on_where_it_ended_and_repeats_what_failed(tmp_path, monke
     assert tried == [2, 51, 52, 53, 54]
     (row,) = map(json.loads, path.read_text().splitlines())
     assert (row["cases"], row["held"], row["failed"]) == (55, 55, [])
+    assert (row["measured_beyond"], row["measured_most"]) == (4, 1.08)
 
 
 def test_a_case_is_made_from_the_seed_and_its_number_alone():
     assert soak.case_of(1, 5) == soak.case_of(1, 5)
     assert len({soak.case_of(1, number) for number in range(50)}) == 50
-    assert check(soak.case_of(0, 0)) in ("held", "refused")
+    assert check(soak.case_of(0, 0)).kind in ("held", "refused")
