@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from dynalora_optim._base.past import Past
-from dynalora_optim._base.torch_private_autograd import in_backward, repeats_pass
+from dynalora_optim._base.torch_private_autograd import backward_number, repeats_pass
 from dynalora_optim._base.trees import first_tensor
 from dynalora_optim.groups._module_group import Slot
 from dynalora_optim.importance._measures import ForwardMeasure, ForwardPass
@@ -39,7 +39,7 @@ class Watch:
 
     def mask_of_pass(self) -> Tensor | None:
         """Return the mask of the pass that runs or is recomputed."""
-        return self._masks.value() if in_backward() else self.mask
+        return self.mask if backward_number() == -1 else self._masks.value()
 
     def end_step(self) -> None:
         """Forget the masks of this step's passes."""
