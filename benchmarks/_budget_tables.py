@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 import sys
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 
 from _measure import markdown
@@ -77,9 +78,36 @@ def equal() -> str:
         plain, _, longer = name.partition("@longer=")
         times = float(longer or 1)
         shares = [f"{times * share:.2f}" for share in (1, *cost[plain])]
-        lines.append([plain, *shares, *qualities(sweep, name), *mean_and_less(sweep, name)])
+        when = _reached(sweep, name)
+        reached = [f"{when * times * share:.2f}" if when else "-" for share in cost[plain]]
+        quality = [*qualities(sweep, name), *mean_and_less(sweep, name)]
+        lines.append([plain, *shares, *quality, *reached])
     head = ["method", "steps", "FLOPs", "CPU time", *sweep.tasks, "mean", "minus lora"]
-    return markdown(head, lines)
+    return markdown([*head, "LoRA's quality after FLOPs", "after CPU time"], lines)
+
+
+def _reached(sweep: Sweep, name: str) -> float | None:
+    """Return after which share of its run a method has LoRA's final quality; None if never.
+
+    Quality is the metric on validation data, as a mean over tasks and seeds; between two
+    evaluations it is taken as linear.
+    """
+    wanted, curve = _curve(sweep, "lora")[-1][1], [(0.0, 0.0), *_curve(sweep, name)]
+    for (start, before), (end, after) in pairwise(curve):
+        if after >= wanted:
+            return start + (end - start) * (wanted - before) / (after - before)
+    return None
+
+
+def _curve(sweep: Sweep, name: str) -> list[tuple[float, float]]:
+    """Return the metric at each evaluation, with the share of the run before it."""
+    cells = [sweep.cells[name, task] for task in sweep.tasks]
+    first = cells[0].runs[0]
+    shares = [found["step"] / first["evaluations"][-1]["step"] for found in first["evaluations"]]
+    return [
+        (share, statistics.fmean(r["evaluations"][n][c.metric] for c in cells for r in c.runs))
+        for n, share in enumerate(shares)
+    ]
 
 
 def equal_rates() -> str:

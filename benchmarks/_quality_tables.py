@@ -131,8 +131,8 @@ def _whole(run: Result) -> dict[str, int]:
 
 
 def _equal() -> list[Result]:
-    """Return the runs that end at the same compute, and those of LoRA, all in one sweep."""
-    return [*_lines(FOLDER, ["lora"]), *finished(FOLDER / "equal" / "runs.jsonl")]
+    """Return the runs that end at the same compute; LoRA and random end there in any case."""
+    return [*_lines(FOLDER, ["lora", "random"]), *finished(FOLDER / "equal" / "runs.jsonl")]
 
 
 def _short_figures() -> list[Result]:
