@@ -134,7 +134,7 @@ def test_no_step_of_any_loop_exceeds_the_budget(loop, name, how, memory):
     optimizer = on_budget(tiny, Budget(memory=limit, base="random"), period=1, **options)
     peaks = list(peak_of(loop, tiny, optimizer, 12))
     assert max(peaks) <= limit
-    assert len({entry.chosen for entry in optimizer.record}) > 2
+    assert len({entry.chosen for entry in optimizer.record}) > 1
 
 
 @pytest.mark.parametrize("name", ["bert", "llama"])
@@ -300,7 +300,7 @@ def test_a_share_is_of_the_batch_measured_in_advance():
         allowed = optimizer.allocator.limit(optimizer._allocation.costs)
         assert 0.9 * limit <= allowed <= 1.1 * limit
     assert len(measured) == 1, "short rows, which recompute less by their own costs"
-    assert len({entry.chosen for entry in optimizer.record}) > 2
+    assert len({entry.chosen for entry in optimizer.record}) > 1
 
 
 def test_a_batch_that_no_plan_holds_is_refused_in_advance():

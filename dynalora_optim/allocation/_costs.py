@@ -211,7 +211,7 @@ class Costs:
         forward, backward = self.after_blocks(base)
         yield held + max(forward + standing, backward + waiting)
         if self.loop.followers:
-            yield held + self.left_beside(base) + self.loop.later(plan.active)
+            yield held + self.left_beside + self.loop.stale + self.loop.later(plan.active)
         if self.prefix:
             grown = (self.head_gradients + self.gradients(plan)) * self.loop.grows
             yield back + self.in_backward(self.prefix) + waiting + grown + self.kept
@@ -221,16 +221,15 @@ class Costs:
         """Return the most bytes that this part holds itself during its backward."""
         return use.backward if self.loop.grows else use.spent
 
-    def left_beside(self, base: int) -> int:
-        """Return what the forward leaves alive beside what the blocks hold."""
-        return base + self.head.held + self.output_alone
+    @property
+    def left_beside(self) -> int:
+        """What the forward leaves alive beside what the blocks hold."""
+        return self.backward_base + self.head.held + self.output_alone
 
     def after_blocks(self, base: int) -> tuple[int, int]:
         """Return the most bytes beside what the blocks hold: of forward and loss, and backward."""
         alone = self.output_alone if self.loop.keeps_output else 0
-        left = self.left_beside(base)
-        stays = self.outside or not self.routes
-        alive = left if stays else left - base + self.backward_base + self.loop.stale
+        alive = self.left_beside + self.loop.stale
         backward = self.backward_base + self.in_backward(self.head) + alone + self.outside
         return max(base + self.head.forward, alive + self.outside), backward
 
@@ -253,9 +252,8 @@ class Costs:
 
     def left(self, plan: Plan) -> int:
         """Return the bytes that a forward leaves alive for its backward, its output included."""
-        here, lowest = self.route_of(plan)
-        base = here.base(lowest) - here.loop.stale
-        return base + here.held(plan) + here.output_alone + here.outside
+        here, _ = self.route_of(plan)
+        return here.held(plan) - here.head.held + here.left_beside + here.outside
 
     def held(self, plan: Plan) -> int:
         """Return the bytes that autograd keeps at the end of the forward pass."""

@@ -33,7 +33,8 @@ def at_the_top(problem: Problem, base: int, lowest: int) -> int:
     If it is open which blocks train, gradients of blocks count with what they hold, all of them in
     each moment; those of further forwards, too.
     """
-    costs, loop, left = problem.costs, problem.costs.loop, problem.costs.left_beside(base)
+    costs, loop = problem.costs, problem.costs.loop
+    left = costs.left_beside + loop.stale
     forward, backward = costs.after_blocks(base)
     if problem.trained is not None:
         _, standing, waiting = gradients_of(problem)
