@@ -25,7 +25,8 @@ def find_blocks(model: nn.Module, members: Collection[nn.Module] = ()) -> list[B
 
     The blocks are the items of each ``ModuleList`` or ``Sequential`` of two or more modules of one
     class that is not inside another one (so that the experts of a block are not blocks), and in
-    which much trains (tensors are counted) or one of the ``members`` lies. So an encoder and a
+    which much trains (tensors are counted) or one of the ``members`` lies. A ``ModuleList`` may mix
+    a few classes, as do models with two kinds of layers (attention, and Mamba or cross-attention). So an encoder and a
     decoder, or a tower for images and one for text, are two lists. They come in the order of the
     model's definition, which need not be the order in which they run. Of a list of lists, whose
     items are never called, the inner lists count.
@@ -93,7 +94,7 @@ def model_blocks(
         raise ValueError(
             f"found no repeated blocks in {type(model).__name__}, which a Budget and "
             "checkpoint_idle=True need: no ModuleList or Sequential of two or more modules of one "
-            "class. Use an allocator without a memory budget, such as 'discounted'."
+            "class, or of a few. Use an allocator without a memory budget, such as 'discounted'."
         )
     return blocks
 
@@ -101,7 +102,16 @@ def model_blocks(
 def _repeats(module: nn.ModuleList | nn.Sequential) -> bool:
     has_parameters = any(True for _ in module.parameters())
     are_called = not any(isinstance(item, _Uncalled) for item in module)
-    return len(module) > 1 and len({*map(type, module)}) == 1 and has_parameters and are_called
+    return len(module) > 1 and _is_alike(module) and has_parameters and are_called
+
+
+def _is_alike(found: nn.ModuleList | nn.Sequential) -> bool:
+    """Return whether the items are of one class, or composed layers of a few classes."""
+    kinds = {*map(type, found)}
+    if len(kinds) == 1:
+        return True
+    composed = all(any(True for _ in item.children()) for item in found)
+    return isinstance(found, nn.ModuleList) and composed and 2 * len(kinds) <= len(found)
 
 
 def _trained(module: nn.Module) -> int:
