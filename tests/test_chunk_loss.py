@@ -319,6 +319,20 @@ def other_hooks(model: Any) -> dict[str, Any]:
     return batch()
 
 
+def backward_hook(model: Any) -> dict[str, Any]:
+    model.lm_head.register_full_backward_hook(lambda head, given, got: (given[0] * 2,))
+    return batch()
+
+
+def hook_within(model: Any) -> dict[str, Any]:
+    config = LoRAConfig(rank=2, alpha=4, targets=["lm_head"])
+    layer = inject(model, config).lm_head
+    layer.register_module("drop", nn.Identity())
+    layer.drop.register_full_backward_pre_hook(lambda module, gradient: None)
+    model.model.norm.requires_grad_(True)
+    return batch()
+
+
 def replaced_head(model: Any) -> dict[str, Any]:
     model.lm_head = Squared(model.lm_head)
     return batch()
@@ -339,6 +353,8 @@ def other_vocabulary(model: Any) -> dict[str, Any]:
 OWN_WAY = {
     "a forward got no labels": without_labels,
     "the head has hooks": other_hooks,
+    r"the head has hooks\.": backward_hook,
+    "modules within the head have hooks": hook_within,
     "the head, Squared, is not linear": replaced_head,
     r"uses its logits in another way \(softmax\)": other_loss,
     r"uses its logits in another way \(indexing\)": other_vocabulary,
