@@ -48,6 +48,7 @@ def chunk_loss(
 
     Args:
         model: A model of transformers with a linear head, or one that contains it, such as peft's.
+            A head of your own class must map each row by itself.
         chunk: Rows whose logits exist at one time.
         label_smoothing: As in `torch.nn.functional.cross_entropy`. The Trainer's own
             ``label_smoothing_factor`` takes the labels from the model, and so needs all logits.
