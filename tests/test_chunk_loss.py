@@ -230,7 +230,7 @@ def test_evaluation_and_generation_are_unchanged():
         assert type(model(input_ids=ids).logits) is Tensor
 
 
-def test_logits_are_computed_when_asked_for_and_carry_gradients():
+def test_logits_are_computed_when_asked_for_and_carry_gradients(log):
     model = build()
     inputs = batch()
     expected = model(**inputs).logits
@@ -238,12 +238,17 @@ def test_logits_are_computed_when_asked_for_and_carry_gradients():
         logits = model(**inputs).logits
     assert logits.shape == expected.shape
     assert torch.equal(logits.argmax(-1), expected.argmax(-1))
+    with torch.no_grad():
+        assert torch.equal(logits[:1].softmax(-1), expected[:1].softmax(-1))
+    assert log() == []
     assert torch.equal(logits.tensor(), expected)
     (found,) = torch.autograd.grad(
         torch.log_softmax(logits, -1).square().sum(), model.lm_head.weight
     )
     (theirs,) = torch.autograd.grad(expected.log_softmax(-1).square().sum(), model.lm_head.weight)
     torch.testing.assert_close(found, theirs)
+    (line,) = log()
+    assert "code outside the model uses them, and a Budget does not count that" in line
 
 
 def test_logits_of_weights_that_have_changed_are_refused():

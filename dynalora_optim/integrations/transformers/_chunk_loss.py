@@ -184,6 +184,8 @@ class _Pass:
     def _told(self, operation: str) -> None:
         if self._is_running:
             self._say(f"the model uses its logits in another way ({operation})")
+        elif torch.is_grad_enabled():  # a loss; metrics are computed without gradients
+            self._say("code outside the model uses them, and a Budget does not count that")
 
     def end(self) -> bool:
         """The model's forward is over; return whether it called its head."""
