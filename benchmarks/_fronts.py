@@ -43,13 +43,13 @@ def worst_ratio(ours: Sequence[Point], peers: Sequence[Point], steps: int = 1000
     """
     front = pareto(peers)
     low, high = max(front[0][0], pareto(ours)[0][0]), front[-1][0]
-    worst = 0.0
+    ratios = []
     for step in range(steps + 1):
         memory = low + (high - low) * step / steps
         fit = (cost for peak, cost in ours if round(peak, 3) <= round(memory, 3))
         cost = min(fit, default=math.inf)
-        worst = max(worst, cost / between(peers, memory))
-    return worst
+        ratios.append(cost / between(peers, memory))
+    return max(ratios)  # nan if all are: nothing was timed
 
 
 def worst_point(ours: Sequence[Point], peers: Sequence[Point]) -> float:

@@ -74,6 +74,8 @@ def test_a_front_is_compared_at_equal_memory():
     assert _fronts.worst_ratio([(0.2, 0.5)], peers) == pytest.approx(0.5)
     assert _fronts.worst_ratio([(0.4, 0.9)], peers) == pytest.approx(0.9)  # nothing of ours below
     assert _fronts.worst_ratio([(0.2004, 0.5)], peers) == pytest.approx(0.5)  # as printed
+    untimed = [(memory, math.nan) for memory in (0.1, 0.4, 1.0)]
+    assert math.isnan(_fronts.worst_ratio(untimed, untimed)), "a target that was not measured"
     assert _fronts.worst_point([(0.1, 9.0), (1.0, 1.5)], peers) == pytest.approx(1.5)
 
 

@@ -9,8 +9,11 @@ from typing import Any
 import pytest
 import torch
 from budgets import adapted, clear, gradients, on_budget
+from kinds import Blocks as SmallBlocks
 from tiny_models import ROOMY, TinyModel, build
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+from toy import backward, same, weights, wrapped
 
 from dynalora_optim import Blocks, Budget, DynamicAllocationOptimizer, LiveBytes
 
@@ -336,9 +339,9 @@ def test_a_run_is_the_same_if_its_first_batch_was_measured_in_advance():
         for _ in range(8):
             plain(tiny, optimizer)
         ends.append((list(optimizer.record), tiny.model.state_dict()))
-    for record, weights in ends[1:]:
+    for record, end in ends[1:]:
         assert record == ends[0][0]
-        assert all(torch.equal(value, ends[0][1][name]) for name, value in weights.items())
+        assert all(torch.equal(value, ends[0][1][name]) for name, value in end.items())
 
 
 def test_only_training_is_measured_in_advance():
@@ -350,3 +353,31 @@ def test_only_training_is_measured_in_advance():
     other = adapted("bert")
     inner = torch.optim.SGD(other.model.parameters(), lr=0.01)
     DynamicAllocationOptimizer(inner, other.model).measure("not even a batch")
+
+
+class Checkpointing(SmallBlocks):
+    """Checkpoints its blocks itself, where no switch of the budget's reaches."""
+
+    def __init__(self, use_reentrant: bool) -> None:
+        super().__init__()
+        self.use_reentrant = use_reentrant
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.requires_grad_(self.use_reentrant)
+        for block in self.blocks:
+            x = checkpoint(block, x, use_reentrant=self.use_reentrant)
+        return self.head(x)
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_checkpoints_that_a_model_sets_itself_are_refused_with_the_remedy(use_reentrant):
+    torch.manual_seed(0)
+    model = Checkpointing(use_reentrant)
+    optimizer = wrapped(model, period=1, allocator=Budget(memory=0.9))
+    before = weights(model)
+    with pytest.raises(ValueError, match=r"calls torch\.utils\.checkpoint.*Remove these"):
+        backward(model)
+    assert same(weights(model), before)
+    optimizer.close()
+    backward(model)
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)

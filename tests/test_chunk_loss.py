@@ -84,24 +84,66 @@ def test_loss_and_gradients_are_the_models_own(name, tied, dtype, log):
 
 
 @pytest.mark.parametrize(
-    "inputs", ["positional", "shift_labels", "logits_to_keep", "tuple", "2d mask"]
+    "inputs",
+    ["positional", "shift_labels", "to keep", "list to keep", "tuple", "2d mask", "hidden states"],
 )
 def test_every_way_to_call_it(inputs, log):
     model = build()
     data = batch()
     ids, labels = data["input_ids"], data["labels"]
     shifted = F.pad(labels, (0, 1), value=-100)[:, 1:].contiguous()
+    places = torch.tensor([1, 6, 7])
     calls = {
         "positional": lambda: model(ids, None, None, None, None, labels).loss,
         "shift_labels": lambda: model(ids, labels=labels, shift_labels=shifted).loss,
-        "logits_to_keep": lambda: model(ids, labels=labels[:, -5:], logits_to_keep=5).loss,
+        "to keep": lambda: model(ids, labels=labels[:, -5:], logits_to_keep=5).loss,
+        "list to keep": lambda: (
+            model(ids, labels=labels[:, places], logits_to_keep=places).loss  # not neighbours
+        ),
         "tuple": lambda: model(ids, labels=labels, return_dict=False)[0],
         "2d mask": lambda: model(ids, labels=labels, attention_mask=torch.ones_like(ids)).loss,
+        "hidden states": lambda: model(ids, labels=labels, output_hidden_states=True).hidden_states[
+            1
+        ],
     }
     expected = calls[inputs]()
     with chunk_loss(model, chunk=CHUNK):
         torch.testing.assert_close(calls[inputs](), expected, rtol=1e-6, atol=0)
     assert log() == []
+
+
+SEQ2SEQ: dict[str, tuple[str, dict[str, Any], list[str]]] = {
+    "scaled states": (  # the decoder's states are scaled before the head
+        "T5Config",
+        {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2, "dropout_rate": 0},
+        [],
+    ),
+    "bias of the logits": (
+        "BartConfig",
+        {
+            **{"d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "dropout": 0.0},
+            **{f"{part}_attention_heads": 2 for part in ("encoder", "decoder")},
+            **{f"{part}_ffn_dim": 32 for part in ("encoder", "decoder")},
+        },
+        ["__add__"],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SEQ2SEQ)
+def test_encoders_with_a_decoder(name, log):
+    kind, options, asked = SEQ2SEQ[name]
+    tokens = {"vocab_size": VOCABULARY, "decoder_start_token_id": 0, "pad_token_id": 0}
+    torch.manual_seed(0)
+    config = getattr(transformers, kind)(**tokens, **options)
+    model = transformers.AutoModelForSeq2SeqLM.from_config(config).train()
+    if "final_logits_bias" in dict(model.named_buffers()):
+        model.final_logits_bias.normal_()
+    theirs = step(model, batch())
+    with chunk_loss(model, chunk=CHUNK):
+        assert_same(step(model, batch()), theirs, 1e-6)
+    assert len(log()) == len(asked)
+    assert all(name in line for name, line in zip(asked, log(), strict=True))
 
 
 def test_a_micro_batch_without_labels_to_learn_gives_zero():
@@ -113,6 +155,53 @@ def test_a_micro_batch_without_labels_to_learn_gives_zero():
         loss, gradients = step(model, inputs)
     assert loss == 0
     assert all(gradient.count_nonzero() == 0 for gradient in gradients.values())
+
+
+BAD_LABELS = {
+    "labels has 97, but the head has 97 classes; pass labels from 0 to 96": VOCABULARY,
+    "labels has -1, but": -1,
+    r"labels=tensor of torch.int32.*; pass labels.long\(\)": torch.zeros(ROWS, LENGTH).int(),
+    r"labels=tensor of torch.bool.*; pass labels.long\(\)": torch.ones(ROWS, LENGTH).bool(),
+    r"labels of shape \(30,\).*; pass labels of shape \(33,\)": torch.ones(ROWS, 10).long(),
+}
+
+
+@pytest.mark.parametrize("message", BAD_LABELS)
+def test_labels_that_make_no_sense_are_refused_by_name(message, log):
+    model, labels = build(), BAD_LABELS[message]
+    if isinstance(labels, int):
+        labels = torch.full((ROWS, LENGTH), labels)
+    with chunk_loss(model), pytest.raises((TypeError, ValueError), match=message):
+        model(**batch(labels=labels))
+    assert log() == []
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_vocabulary_that_is_padded_afterwards(tied, log):
+    model = build(tied=tied)
+    with chunk_loss(model):
+        model.resize_token_embeddings(VOCABULARY, pad_to_multiple_of=64)
+        assert model(**batch()).logits.shape[-1] == 128
+    same_chunked(model)
+    assert log() == []
+
+
+@pytest.mark.parametrize("head", [torch.float32, torch.bfloat16])
+def test_a_head_of_another_dtype_than_the_model_under_autocast(head, log):
+    model = build(dtype=torch.bfloat16 if head == torch.float32 else torch.float32)
+    model.lm_head.to(head)
+    with torch.autocast("cpu", torch.bfloat16):
+        same_chunked(model, tolerance=TOLERANCES[torch.bfloat16])
+    assert log() == []
+
+
+def test_generation_within_training():
+    model, ids = build(), batch()["input_ids"]
+    expected = model.generate(ids, max_new_tokens=4, do_sample=False)
+    with chunk_loss(model):
+        model(**batch()).loss.backward()
+        assert torch.equal(model.generate(ids, max_new_tokens=4, do_sample=False), expected)
+        assert isinstance(model(**batch()).logits, LazyLogits)
 
 
 def test_label_smoothing():
@@ -141,7 +230,7 @@ def test_evaluation_and_generation_are_unchanged():
         assert type(model(input_ids=ids).logits) is Tensor
 
 
-def test_logits_are_computed_when_asked_for_and_carry_gradients():
+def test_logits_are_computed_when_asked_for_and_carry_gradients(log):
     model = build()
     inputs = batch()
     expected = model(**inputs).logits
@@ -149,12 +238,17 @@ def test_logits_are_computed_when_asked_for_and_carry_gradients():
         logits = model(**inputs).logits
     assert logits.shape == expected.shape
     assert torch.equal(logits.argmax(-1), expected.argmax(-1))
+    with torch.no_grad():
+        assert torch.equal(logits[:1].softmax(-1), expected[:1].softmax(-1))
+    assert log() == []
     assert torch.equal(logits.tensor(), expected)
     (found,) = torch.autograd.grad(
         torch.log_softmax(logits, -1).square().sum(), model.lm_head.weight
     )
     (theirs,) = torch.autograd.grad(expected.log_softmax(-1).square().sum(), model.lm_head.weight)
     torch.testing.assert_close(found, theirs)
+    (line,) = log()
+    assert "code outside the model uses them, and a Budget does not count that" in line
 
 
 def test_logits_of_weights_that_have_changed_are_refused():
@@ -319,6 +413,25 @@ def other_hooks(model: Any) -> dict[str, Any]:
     return batch()
 
 
+def backward_hook(model: Any) -> dict[str, Any]:
+    model.lm_head.register_full_backward_hook(lambda head, given, got: (given[0] * 2,))
+    return batch()
+
+
+def hook_within(model: Any) -> dict[str, Any]:
+    config = LoRAConfig(rank=2, alpha=4, targets=["lm_head"])
+    layer = inject(model, config).lm_head
+    layer.register_module("drop", nn.Identity())
+    layer.drop.register_full_backward_pre_hook(lambda module, gradient: None)
+    model.model.norm.requires_grad_(True)
+    return batch()
+
+
+def sharded_head(model: Any) -> dict[str, Any]:
+    model.lm_head.weight.ds_id = 0  # as ZeRO-3 marks what it gathers for each forward
+    return batch()
+
+
 def replaced_head(model: Any) -> dict[str, Any]:
     model.lm_head = Squared(model.lm_head)
     return batch()
@@ -339,6 +452,9 @@ def other_vocabulary(model: Any) -> dict[str, Any]:
 OWN_WAY = {
     "a forward got no labels": without_labels,
     "the head has hooks": other_hooks,
+    r"the head has hooks\.": backward_hook,
+    "modules within the head have hooks": hook_within,
+    "the head's weight is sharded": sharded_head,
     "the head, Squared, is not linear": replaced_head,
     r"uses its logits in another way \(softmax\)": other_loss,
     r"uses its logits in another way \(indexing\)": other_vocabulary,

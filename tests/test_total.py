@@ -384,6 +384,13 @@ def test_amounts_as_texts(text, size):
     assert Budget(memory=text) == Budget(memory=size)
 
 
+def test_numbers_of_numpy_are_amounts_and_are_kept_as_plain_numbers():
+    numpy = pytest.importorskip("numpy")
+    budgets = Budget(total=numpy.int64(10**9)), Budget(memory=numpy.float64(0.5))
+    assert budgets == (Budget(total=10**9), Budget(memory=0.5))
+    assert [type(budgets[0].total), type(budgets[1].memory)] == [int, float]
+
+
 @pytest.mark.parametrize(
     ("amounts", "error", "words"),
     [
@@ -392,7 +399,13 @@ def test_amounts_as_texts(text, size):
         ({"memory": "0GiB"}, ValueError, "not positive"),
         ({"memory": "-1GiB"}, ValueError, "not an amount"),
         ({"total": "0.5"}, ValueError, "not an amount"),
-        ({"total": 0.5}, TypeError, "total=0.5"),
+        ({"total": "1e3MiB"}, ValueError, "not an amount"),
+        ({"total": f"{'9' * 5000}GiB"}, ValueError, r"Budget\(total=.*not an amount"),
+        (
+            {"total": 0.5},
+            TypeError,
+            r"total=0.5\) is not a number of bytes; pass bytes",
+        ),
         ({"total": 0}, ValueError, "not positive"),
         ({"total": True}, TypeError, "total=True"),
         ({"total": [1]}, TypeError, "total="),

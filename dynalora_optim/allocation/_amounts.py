@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from fractions import Fraction
+from numbers import Integral
 
 _UNITS = {
     "GiB": 2**30,
@@ -15,7 +16,8 @@ _UNITS = {
     "kB": 10**3,
     "bytes": 1,
 }
-_TEXT = re.compile(rf"\s*(\d+(?:\.\d+)?)\s*({'|'.join(_UNITS)})\s*")
+_NUMBER = r"[0-9]{1,18}(?:\.[0-9]{1,18})?"
+_TEXT = re.compile(rf"\s*({_NUMBER})\s*({'|'.join(_UNITS)})\s*")
 
 DEVICE = "device"  # the whole device
 
@@ -47,7 +49,7 @@ def memory_amount(memory: object) -> float:
                 f"Budget(memory={memory}) is not a share in (0, 1]; pass one, or a number of "
                 'bytes (int, or a text such as "20GiB").'
             )
-        return memory
+        return float(memory)  # not a number of numpy, which a saved state must not have
     return _bytes("memory", memory, remedy)
 
 
@@ -79,10 +81,10 @@ def _bytes(name: str, amount: object, remedy: str) -> int:
                 f"{', '.join(_UNITS)}; pass {remedy}."
             )
         size = math.floor(Fraction(found[1]) * _UNITS[found[2]])
-    elif isinstance(amount, bool) or not isinstance(amount, int):
-        raise TypeError(f"Budget({name}={amount!r}) is not a number; pass {remedy}.")
+    elif isinstance(amount, bool) or not isinstance(amount, Integral):
+        raise TypeError(f"Budget({name}={amount!r}) is not a number of bytes; pass {remedy}.")
     else:
-        size = amount
+        size = int(amount)
     if size <= 0:
         raise ValueError(f"Budget({name}={amount!r}) is not positive; pass a number of bytes.")
     return size

@@ -202,8 +202,8 @@ def _check_range(labels: Tensor, classes: int) -> None:
     wrong = labels[(labels < 0) | (labels >= classes)]
     if len(wrong):
         raise ValueError(
-            f"labels has {int(wrong[0])}, but the head has {classes} classes; pass labels below "
-            "that, and ignore_index for rows that do not count."
+            f"labels has {int(wrong[0])}, but the head has {classes} classes; pass labels from "
+            f"0 to {classes - 1}, and ignore_index for rows that do not count."
         )
 
 

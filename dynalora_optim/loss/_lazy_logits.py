@@ -230,7 +230,8 @@ class LazyLogits:
         return (
             self.ndim == 2
             and isinstance(target, Tensor)
-            and target.dtype == torch.int64
+            and not target.is_floating_point()  # probabilities
+            and target.dtype != torch.uint8  # torch takes it; others are an error
             and weight is None
             and deprecated == (None, None)
             and not (options.get("reduction") == "none" and trains)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import CheckpointError
 
 from dynalora_optim._base.collectives import has_process_group, is_fully_sharded
 from dynalora_optim._base.torch_private import original
@@ -94,7 +95,7 @@ class BlockMeter:
         if self.is_sharded:
             return self._measure_replica(groups, args, kwargs, known)
         routes = Routes(self.model, self.blocks, groups, switch)
-        with self._uncompiled():
+        with self._uncompiled(), _own_checkpoints_refused():
             costs = routes.measure(Batch(args, kwargs), known)
         self._check_prefix(groups, routes.prefix_parameters)
         return costs
@@ -112,7 +113,7 @@ class BlockMeter:
         switch = ModuleSwitch(blocks, holds=self._holds)
         routes = Routes(replica.model, blocks, groups, switch)
         padded = is_padded(shape_of(args, kwargs))
-        with self._uncompiled(), replica.running(padded=padded) as fake:
+        with self._uncompiled(), _own_checkpoints_refused(), replica.running(padded=padded) as fake:
             costs = routes.measure(Batch(*fake((args, kwargs))), known)
         self._check_prefix(groups, routes.prefix_parameters)
         in_order = [blocks[place] for place in costs.positions]
@@ -141,3 +142,17 @@ class BlockMeter:
                     f"runs through all blocks while it is active. Leave it out of the adapter's "
                     f"targets, or pass always_active=[{group.name!r}] and accept that cost."
                 )
+
+
+@contextmanager
+def _own_checkpoints_refused() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        if isinstance(error, CheckpointError) or "use_reentrant=True" in str(error):
+            raise ValueError(
+                "Budget: the model calls torch.utils.checkpoint on its blocks itself, so that they "
+                "cannot be measured, and the budget could not decide what is recomputed. Remove "
+                "these checkpoints: the budget sets its own where the memory asks for them."
+            ) from error
+        raise

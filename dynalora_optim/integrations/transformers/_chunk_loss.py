@@ -48,6 +48,7 @@ def chunk_loss(
 
     Args:
         model: A model of transformers with a linear head, or one that contains it, such as peft's.
+            A head of your own class must map each row by itself.
         chunk: Rows whose logits exist at one time.
         label_smoothing: As in `torch.nn.functional.cross_entropy`. The Trainer's own
             ``label_smoothing_factor`` takes the labels from the model, and so needs all logits.
@@ -183,6 +184,8 @@ class _Pass:
     def _told(self, operation: str) -> None:
         if self._is_running:
             self._say(f"the model uses its logits in another way ({operation})")
+        elif torch.is_grad_enabled():  # a loss; metrics are computed without gradients
+            self._say("code outside the model uses them, and a Budget does not count that")
 
     def end(self) -> bool:
         """The model's forward is over; return whether it called its head."""

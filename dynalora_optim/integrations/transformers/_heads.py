@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from dynalora_optim._base.torch_private import active_ddp
-from dynalora_optim._base.torch_private_hooks import forward_hooks
+from dynalora_optim._base.torch_private_hooks import forward_hooks, has_backward_hooks
 from dynalora_optim.importance._forward_hook import ForwardHook
 from dynalora_optim.switching._anchor import _Tied
 
@@ -66,9 +66,11 @@ def obstacle(head: Any) -> str | None:
         return f"the head, {type(head).__name__}, is not linear"
     if any(hasattr(p, "full_tensor") or hasattr(p, "ds_id") for p in head.parameters()):
         return "the head's weight is sharded"
-    if any(forward_hooks(child) for child in head.modules() if child is not head):
+    within = [child for child in head.modules() if child is not head]
+    if any(forward_hooks(child) or has_backward_hooks(child) for child in within):
         return "modules within the head have hooks"
-    if not all(map(_takes_lazy_logits, forward_hooks(head).values())):
+    # A hook of the backward pass would never run: the head returns no tensor.
+    if has_backward_hooks(head) or not all(map(_takes_lazy_logits, forward_hooks(head).values())):
         return "the head has hooks"
     return None
 
