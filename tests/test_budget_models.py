@@ -157,8 +157,23 @@ def recurrent_gemma() -> TinyModel:
     return TinyModel("recurrent_gemma", model, {"input_ids": ids, "labels": ids}, [], [])
 
 
+def jamba() -> TinyModel:
+    """One list of two classes of layers: those with attention, and those with Mamba."""
+    transformers = pytest.importorskip("transformers")
+    config = transformers.JambaConfig(
+        **TEXT, attn_layer_period=2, attn_layer_offset=1, num_experts=1, mamba_d_state=4,
+        mamba_dt_rank=4, use_mamba_kernels=False,
+    )  # fmt: skip
+    model = transformers.JambaForCausalLM(config)
+    inject(model, LoRAConfig(rank=4, alpha=8, targets=["q_proj", "v_proj", "in_proj"]))
+    ids = torch.randint(3, 120, (4, 16))
+    model.train()
+    return TinyModel("jamba", model, {"input_ids": ids, "labels": ids}, [], [])
+
+
 MODELS: dict[str, Callable[[], TinyModel]] = {
     "llava": llava,
+    "jamba": jamba,
     "recurrent_gemma": recurrent_gemma,
     "llava_deeper_tower": lambda: llava(deeper_tower=True),
     "decoder_of_t5": encoder_decoder,

@@ -26,10 +26,10 @@ def find_blocks(model: nn.Module, members: Collection[nn.Module] = ()) -> list[B
     The blocks are the items of each ``ModuleList`` or ``Sequential`` of two or more modules of one
     class that is not inside another one (so that the experts of a block are not blocks), and in
     which much trains (tensors are counted) or one of the ``members`` lies. A ``ModuleList`` may mix
-    a few classes, as do models with two kinds of layers (attention, and Mamba or cross-attention). So an encoder and a
-    decoder, or a tower for images and one for text, are two lists. They come in the order of the
-    model's definition, which need not be the order in which they run. Of a list of lists, whose
-    items are never called, the inner lists count.
+    a few classes, as do models with two kinds of layers (attention, and Mamba or cross-attention).
+    So an encoder and a decoder, or a tower for images and one for text, are two lists. They come in
+    the order of the model's definition, which need not be the order in which they run. Of a list of
+    lists, whose items are never called, the inner lists count.
 
     Raises:
         ValueError: A list holds one module twice.
