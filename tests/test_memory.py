@@ -75,8 +75,8 @@ def test_under_autocast_too(name, how):
             return tiny.loss()
 
     # The copy of block 0's input that its graph holds may be the one cast, or the first one.
-    # Autocast keeps the casts of some of peft's weights; measuring does without that cache.
-    check_prediction(tiny, loss, over=HIDDEN, under=0 if how == "ours" else 12 * 1024)
+    # Autocast keeps the casts of peft's weights in the lowest block, also those that no graph holds.
+    check_prediction(tiny, loss, over=HIDDEN, under=0 if how == "ours" else 1024)
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.1])

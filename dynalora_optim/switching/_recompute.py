@@ -6,14 +6,32 @@ that ``block.compile()`` made is wrapped; or the switch of a transformers layer 
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from functools import partial
 from typing import Any
 
+import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from dynalora_optim._base.torch_private import COMPILED_CALL
+
+
+def _recomputed(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Return ``function(*args, **kwargs)`` under torch's non-reentrant checkpoint.
+
+    Autocast keeps its casts of the parameters that train until it ends, which takes as much memory
+    as the checkpoint saves where much trains. Here it keeps none of them.
+    """
+    is_cast = any(map(torch.is_autocast_enabled, ("cpu", "cuda")))
+    caches = torch.is_autocast_cache_enabled()
+    if torch.compiler.is_compiling() or not (is_cast and caches):
+        return checkpoint(function, *args, use_reentrant=False, **kwargs)
+    torch.set_autocast_cache_enabled(False)
+    try:
+        return checkpoint(function, *args, use_reentrant=False, **kwargs)
+    finally:
+        torch.set_autocast_cache_enabled(True)
 
 
 class _CheckpointedForward:
@@ -31,7 +49,7 @@ class _CheckpointedForward:
         forward = self._previous or partial(type(self._block).forward, self._block)
         if not self._block.training:
             return forward(*args, **kwargs)
-        return checkpoint(forward, *args, use_reentrant=False, **kwargs)
+        return _recomputed(forward, *args, **kwargs)
 
     def remove(self) -> None:
         if self._previous is None:
@@ -64,7 +82,7 @@ class _LayerSwitch:
             self._ours = {self._FLAG: vars(block)[self._FLAG], self._FUNCTION: found}
             self._function = found
         else:
-            self._function = _Function(checkpoint, use_reentrant=False)
+            self._function = _Function(_recomputed)
             self._function.users = {}
 
     def hold(self, *, on: bool) -> None:
@@ -110,7 +128,7 @@ class _CheckpointedCode:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if not self._block.training:
             return self._previous(*args, **kwargs)
-        return checkpoint(self._previous, *args, use_reentrant=False, **kwargs)
+        return _recomputed(self._previous, *args, **kwargs)
 
     def remove(self) -> None:
         if self._block.__dict__.get(COMPILED_CALL) is self:  # else the block was compiled again
