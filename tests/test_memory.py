@@ -75,7 +75,7 @@ def test_under_autocast_too(name, how):
             return tiny.loss()
 
     # The copy of block 0's input that its graph holds may be the one cast, or the first one.
-    # Autocast keeps the casts of peft's weights in the lowest block, also those that no graph holds.
+    # Autocast keeps casts of peft's weights in the lowest block, also those that no graph holds.
     check_prediction(tiny, loss, over=HIDDEN, under=0 if how == "ours" else 1024)
 
 
