@@ -60,8 +60,7 @@ def chunk_loss(
 
     Raises:
         TypeError: There is no causal language model in ``model``, or more than one head.
-        ValueError: An option is wrong, the model has this already, or ``liger`` without a GPU. The
-            first forward raises it if the model is not on the GPU.
+        ValueError: An option is wrong, the model has this already, or ``liger`` is not on a GPU.
         ImportError: ``liger`` without the packages liger_kernel and triton.
 
     Example:
