@@ -121,10 +121,12 @@ class Case:
             optimizer.step()
         if not self.zeroes_late or self.accumulate > 1:
             clear(tiny)
-        if self.evaluates and optimizer:
-            with torch.no_grad():
-                tiny.model.eval()(**next(self.batches(step)))
-            tiny.model.train()
+
+    def evaluate(self, tiny: TinyModel, step: int) -> None:
+        """Evaluate between two steps; what that takes is no part of training."""
+        with torch.no_grad():
+            tiny.model.eval()(**next(self.batches(step)))
+        tiny.model.train()
 
     def peaks(
         self, tiny: TinyModel, optimizer: Any, steps: int = STEPS, measured: list[int] | None = None
@@ -138,6 +140,8 @@ class Case:
                 memory.restart()
                 self.step(tiny, optimizer, step)
                 found.append(memory.peak)
+                if self.evaluates and optimizer:
+                    self.evaluate(tiny, step)
         return found
 
     @property

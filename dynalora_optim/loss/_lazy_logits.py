@@ -230,8 +230,7 @@ class LazyLogits:
         return (
             self.ndim == 2
             and isinstance(target, Tensor)
-            and not target.is_floating_point()  # probabilities
-            and target.dtype != torch.uint8  # torch takes it; others are an error
+            and not (target.is_floating_point() or target.dtype == torch.uint8)
             and weight is None
             and deprecated == (None, None)
             and not (options.get("reduction") == "none" and trains)
