@@ -8,13 +8,21 @@ import math
 import numpy as np
 import pytest
 import torch
+from budgets import adapted
 from hypothesis import given
 from hypothesis import strategies as st
+from tiny_models import TINY
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from toy import ToyModel, backward, batch, names, same, train, weights, wrapped
 
-from dynalora_optim import Ema, GradientNorm, ImportanceTracker, Sensitivity
+from dynalora_optim import (
+    DynamicAllocationOptimizer,
+    Ema,
+    GradientNorm,
+    ImportanceTracker,
+    Sensitivity,
+)
 
 
 def gradients(model: ToyModel, name: str) -> list[np.ndarray]:
@@ -326,3 +334,35 @@ def test_foreign_modules_are_probed_too():
     assert sum(p.grad is not None for p in model.parameters()) == 2
     assert all(score > 0 for score in optimizer.tracker.scores().values())
     optimizer.step()
+
+
+@pytest.mark.parametrize("checkpoints", [False, True])
+def test_several_forwards_before_the_backward_that_scores_have_all_modules_active(checkpoints):
+    """What is inactive gets no gradient, from no forward, and a checkpoint recomputes what ran."""
+
+    def trained(active: float) -> dict[str, torch.Tensor]:
+        torch.manual_seed(0)
+        tiny = adapted("llama", sizes=TINY)
+        tiny.model.double()
+        if checkpoints:
+            tiny.model.gradient_checkpointing_enable({"use_reentrant": False})
+        inner = torch.optim.SGD([p for p in tiny.model.parameters() if p.requires_grad], lr=0.1)
+        importance = ImportanceTracker("gradient", probe=True)
+        options = {"active": active, "period": 1, "importance": importance}
+        optimizer = DynamicAllocationOptimizer(inner, tiny.model, **options)
+        first, second = tiny.loss(), 2 * tiny.loss()
+        first.backward()
+        third = tiny.loss()
+        second.backward()
+        third.backward()
+        named = tiny.model.named_parameters()
+        found = {name: p.grad for name, p in named if p.grad is not None}
+        optimizer.step()
+        scores = optimizer.tracker.scores()
+        assert all(score > 0 for score in scores.values())
+        return found
+
+    everything, some = trained(1.0), trained(0.3)
+    assert 0 < len(some) < len(everything)
+    for name, gradient in some.items():
+        torch.testing.assert_close(gradient, everything[name], rtol=0, atol=1e-12)

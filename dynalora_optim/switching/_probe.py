@@ -4,10 +4,14 @@ In the first backward pass of a period every module gets a gradient. The gradien
 module is removed from its parameters as it arrives, and deleted as soon as the module has all of it
 and is scored. So the gradient of one such module is held at a time, and no clipping, no other rank
 and no update uses it.
+
+If several forwards are alive when that backward begins, the modules stay active until each of these
+has had its own: their graphs, and what checkpoints recompute of them, have all modules active.
 """
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Collection
 from functools import partial
 from typing import Any
@@ -16,11 +20,24 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from dynalora_optim._base.torch_private_autograd import keeps_graph
+from dynalora_optim._base.trees import tensors
 from dynalora_optim.allocation._choice import Choice
 from dynalora_optim.groups._module_group import ModuleGroup
 from dynalora_optim.importance._tracker import ImportanceTracker
 from dynalora_optim.switching._gradients import set_aside, temporary_gradients
 from dynalora_optim.switching._module_switch import ModuleSwitch
+
+
+class _Graph:
+    """The graph of a forward with all modules active; nodes of the graph refer to it."""
+
+    def __init__(self) -> None:
+        self.is_used = False
+
+    def __call__(self, gradients: Any) -> None:
+        """A backward begins in this graph."""
+        self.is_used = self.is_used or not keeps_graph()
 
 
 class GradientProbe:
@@ -36,16 +53,21 @@ class GradientProbe:
         self._waiting: dict[str, set[int]] = {}
         self._aside: dict[Tensor, Tensor] = {}  # gradients of inactive modules not scored yet
         self._seen = False
+        self._graphs: list[weakref.ref[_Graph]] = []
 
     @property
     def is_waiting(self) -> bool:
-        """Whether the backward pass of this period is still to come."""
-        return bool(self._handles) and not self._seen
+        """Whether backward passes with all modules active are still to come in this period."""
+        return bool(self._handles) and not self._is_over()
+
+    def _is_over(self) -> bool:
+        graphs = (graph() for graph in self._graphs)
+        return self._seen and all(graph is None or graph.is_used for graph in graphs)
 
     def __getstate__(self) -> dict[str, Any]:
         # The hook of a copied model finds no groups to make inactive; an optimizer copied with it
         # applies its choice itself.
-        return {**self.__dict__, "_groups": ()}
+        return {**self.__dict__, "_groups": (), "_graphs": []}
 
     def open(self, groups: Collection[ModuleGroup], everyone: Choice, choice: Choice) -> None:
         """Apply ``everyone``, with all groups active, for one backward pass, then ``choice``."""
@@ -58,7 +80,8 @@ class GradientProbe:
             for parameter in parameters:
                 handle = parameter.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
                 self._handles.append(handle)
-        self._handles.append(self._model.register_forward_pre_hook(self._close_if_seen))
+        self._handles.append(self._model.register_forward_pre_hook(self._close_if_over))
+        self._handles.append(self._model.register_forward_hook(self._follow))
         self._switch.apply(groups, everyone)
 
     def close(self) -> None:
@@ -68,6 +91,7 @@ class GradientProbe:
                 handle.remove()
             self._handles = []
             self._aside.clear()
+            self._graphs.clear()
             self._switch.apply(self._groups, self._choice)
 
     def _take(self, group: ModuleGroup, parameter: Tensor) -> None:
@@ -88,7 +112,18 @@ class GradientProbe:
         with torch.no_grad(), temporary_gradients(own):
             self._tracker.observe(group)
 
-    def _close_if_seen(self, module: nn.Module, args: Any) -> None:
+    def _close_if_over(self, module: nn.Module, args: Any) -> None:
         """Apply the choice before the forward of the next micro-batch."""
-        if self._seen:
+        if self._is_over():
             self.close()
+
+    def _follow(self, module: nn.Module, args: Any, output: Any) -> None:
+        """Note the graph of a forward."""
+        if torch.compiler.is_compiling() or not self._groups:
+            return
+        graph = _Graph()
+        nodes = {id(node): node for t in tensors(output) if (node := t.grad_fn) is not None}
+        for node in nodes.values():
+            node.register_prehook(graph)
+        if nodes:
+            self._graphs.append(weakref.ref(graph))
