@@ -115,7 +115,14 @@ def test_every_way_to_call_it(inputs, log):
 SEQ2SEQ: dict[str, tuple[str, dict[str, Any], list[str]]] = {
     "scaled states": (  # the decoder's states are scaled before the head
         "T5Config",
-        {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2, "dropout_rate": 0},
+        {
+            "d_model": 16,
+            "d_kv": 8,
+            "d_ff": 32,
+            "num_layers": 1,
+            "num_heads": 2,
+            "dropout_rate": 0.0,
+        },
         [],
     ),
     "bias of the logits": (

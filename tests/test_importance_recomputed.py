@@ -8,6 +8,7 @@ from functools import partial
 import pytest
 import torch
 from torch import nn
+from torch.torch_version import TorchVersion
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 from toy import ToyModel, batch, living_tensors, names
 
@@ -44,6 +45,7 @@ def with_hooks_inside(layer, x):
     return checkpoint(run, x, use_reentrant=False)
 
 
+OLD = TorchVersion(torch.__version__) < "2.12"
 recorded = partial(checkpoint, use_reentrant=False)
 reentrant = partial(checkpoint, use_reentrant=True)
 
@@ -202,7 +204,9 @@ class Masked(Run):
 
 
 @in_ways(TOLD)
-def test_each_recomputed_pass_has_the_mask_of_its_own_forward(ways) -> None:
+def test_each_recomputed_pass_has_the_mask_of_its_own_forward(request, ways) -> None:
+    if OLD and "non-reentrant in reentrant" in request.node.name:
+        pytest.xfail("docs/versions.md: such a pass has the mask of another forward")
     run, expected = Masked(ways), Masked([plain] * LAYERS)
     expected.losses()
     for loss in run.losses():

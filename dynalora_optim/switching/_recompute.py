@@ -17,7 +17,9 @@ from torch.utils.checkpoint import checkpoint
 from dynalora_optim._base.torch_private import COMPILED_CALL
 
 
-def _recomputed(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+def _recomputed(
+    function: Callable[..., Any], *args: Any, use_reentrant: bool = False, **kwargs: Any
+) -> Any:
     """Return ``function(*args, **kwargs)`` under torch's non-reentrant checkpoint.
 
     Autocast keeps its casts of the parameters that train until it ends, which takes as much memory
@@ -26,10 +28,10 @@ def _recomputed(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     is_cast = any(map(torch.is_autocast_enabled, ("cpu", "cuda")))
     caches = torch.is_autocast_cache_enabled()
     if torch.compiler.is_compiling() or not (is_cast and caches):
-        return checkpoint(function, *args, use_reentrant=False, **kwargs)
+        return checkpoint(function, *args, use_reentrant=use_reentrant, **kwargs)
     torch.set_autocast_cache_enabled(False)
     try:
-        return checkpoint(function, *args, use_reentrant=False, **kwargs)
+        return checkpoint(function, *args, use_reentrant=use_reentrant, **kwargs)
     finally:
         torch.set_autocast_cache_enabled(True)
 
@@ -82,7 +84,7 @@ class _LayerSwitch:
             self._ours = {self._FLAG: vars(block)[self._FLAG], self._FUNCTION: found}
             self._function = found
         else:
-            self._function = _Function(_recomputed)
+            self._function = _Function(_recomputed, use_reentrant=False)
             self._function.users = {}
 
     def hold(self, *, on: bool) -> None:

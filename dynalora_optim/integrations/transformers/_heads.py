@@ -57,6 +57,9 @@ def _head_of(model: PreTrainedModel) -> nn.Module | None:
 def classes_of(head: Any) -> int | None:
     """Return the number of outputs of a linear layer, adapted or not; None for other modules."""
     classes = getattr(head, "out_features", None)
+    # transformers before 5.17 does not set it anew when it resizes tied embeddings.
+    if isinstance(head, nn.Linear) and head.weight.shape[1:] == (head.in_features,):
+        classes = head.weight.shape[0]
     return classes if isinstance(classes, int) else None
 
 
