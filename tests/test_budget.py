@@ -217,6 +217,16 @@ def test_the_least_peak_of_given_blocks_is_that_of_brute_force(costs, data):
     assert least_peak(costs, min(plan.active), plan.active) == least
 
 
+def test_in_a_loop_of_several_forwards_the_plan_of_one_block_trains_what_can_train():
+    """If what comes before the blocks trains, the first one stands for the route, trained or not."""
+    costs = replace(layered(3), group_blocks=(1, 2), prefix=Use(50, 40, 60, 60, 20))
+    costs = costs.in_loop(standing=1, waiting=2, followers=(costs,))
+    least = min(costs.peak(plan) for plan in ending_at(costs, 0))
+    for limit in (least, 10 * least):
+        plan = best_plan(costs, [0.0, 1.0, 2.0], limit, 0)
+        assert plan in [plan for plan in ending_at(costs, 0) if costs.peak(plan) <= limit]
+
+
 def test_a_later_list_in_which_nothing_can_train_runs_without_a_graph():
     """What its blocks take then counts, although they would take less with a graph."""
     costs = layered(4)

@@ -79,8 +79,17 @@ def best_plan(
         plan = _best_plans(choosing, *shared).get(lowest)
     if costs.loop.is_even or (plan and whole.peak(plan) <= limit):
         return plan
-    plan = cheapest_plan(whole, whole.pinned | {lowest}, limit)
-    return plan if plan and (flops is None or whole.flops(plan) <= flops) else None
+    plans = (cheapest_plan(whole, whole.pinned | {block}, limit) for block in _alone(costs, lowest))
+    fit = (plan for plan in plans if plan and (flops is None or whole.flops(plan) <= flops))
+    return max(fit, key=lambda plan: sum(values[block] for block in plan.active), default=None)
+
+
+def _alone(costs: Costs, lowest: int) -> Collection[int]:
+    """Return the blocks any of which may train alone if the backward pass ends at ``lowest``."""
+    if not costs.prefix:
+        return [lowest]
+    stop = costs.routes[0].first if costs.routes else len(costs.blocks)
+    return costs.trainable.intersection(range(lowest, stop))
 
 
 def cheapest_plan(costs: Costs, active: Collection[int], limit: int) -> Plan | None:
