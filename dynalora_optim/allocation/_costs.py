@@ -196,7 +196,7 @@ class Costs:
         held = self.prefix.held if self.prefix else 0
         trained = self.outer_gradients + self.gradients(plan)
         standing, waiting = trained * self.loop.standing, trained * self.loop.waiting
-        above = (self.head_gradients + self.gradients(plan)) * self.loop.grows
+        grown = above = (self.head_gradients + self.gradients(plan)) * self.loop.grows
         reached = dict(self.uses(plan))
         yield self.before + self.loop.stale + standing
         for block in range(self.first, len(self.blocks)):
@@ -213,7 +213,6 @@ class Costs:
         if self.loop.followers:
             yield held + self.left_beside + self.loop.stale + self.loop.later(plan.active)
         if self.prefix:
-            grown = (self.head_gradients + self.gradients(plan)) * self.loop.grows
             yield back + self.in_backward(self.prefix) + waiting + grown + self.kept
         yield trained + self.loop.temporary(self.gradients(plan))
 
@@ -253,7 +252,7 @@ class Costs:
     def left(self, plan: Plan) -> int:
         """Return the bytes that a forward leaves alive for its backward, its output included."""
         here, _ = self.route_of(plan)
-        return here.held(plan) - here.head.held + here.left_beside + here.outside
+        return here.held(plan) + here.backward_base + here.output_alone + here.outside
 
     def held(self, plan: Plan) -> int:
         """Return the bytes that autograd keeps at the end of the forward pass."""

@@ -9,7 +9,8 @@ from typing import Any
 
 from torch import Tensor
 
-from dynalora_optim._base.torch_private_autograd import backward_number, keeps_graph
+from dynalora_optim._base.forward_graph import ForwardGraph
+from dynalora_optim._base.torch_private_autograd import backward_number
 from dynalora_optim._base.trees import tensors
 from dynalora_optim.allocation._costs import Costs
 
@@ -29,33 +30,24 @@ class Around:
     stale: int = 0
 
 
-class Graph:
-    """The graph of one forward; it exists as long as nodes of the graph refer to it.
+class Graph(ForwardGraph):
+    """The graph of one forward, with what it takes.
 
     Attributes:
         costs: The costs of the forward.
         held: The bytes that it leaves alive.
-        is_used: Whether its backward has run, so that nothing is held any more.
     """
 
-    def __init__(self, costs: Costs, held: int) -> None:
+    def __init__(self, costs: Costs, held: int, passes: Passes) -> None:
+        super().__init__()
         self.costs = costs
         self.held = held
-        self.is_used = False
-
-
-class _BeforeBackward:
-    """The hook on the nodes of a forward's output, called when a backward begins there."""
-
-    def __init__(self, graph: Graph, passes: Passes) -> None:
-        self._graph = graph
         self._passes = weakref.ref(passes)
 
-    def __call__(self, gradients: Any) -> None:
-        passes = self._passes()
-        if passes and not self._graph.is_used:
+    def begin_backward(self) -> None:
+        """Tell the passes, if they still exist."""
+        if passes := self._passes():
             passes.begin_backward()
-        self._graph.is_used = self._graph.is_used or not keeps_graph()
 
 
 class Passes:
@@ -76,18 +68,13 @@ class Passes:
 
     def follow(self, output: Any, costs: Costs, held: int) -> None:
         """Follow the forward that has returned ``output`` and leaves ``held`` bytes alive."""
-        graph = Graph(costs, held)
-        found = list(tensors(output))
-        nodes = {id(node): node for tensor in found if (node := tensor.grad_fn) is not None}
-        if not nodes:
+        graph = Graph(costs, held, self)
+        if not graph.follow(output):
             return
-        hook = _BeforeBackward(graph, self)
-        for node in nodes.values():
-            node.register_prehook(hook)
         alive = weakref.ref(graph)
         self._graphs = [other for other in self._graphs if other()] + [alive]
         self._outputs = [entry for entry in self._outputs if entry[0]() is not None]
-        for holder in _holders(output, found):
+        for holder in _holders(output):
             self._outputs.append((weakref.ref(holder), alive, costs.output))
 
     def alive(self) -> list[Graph]:
@@ -132,12 +119,12 @@ def _is_waiting(graph: Graph | None) -> bool:
     return graph is not None and not graph.is_used
 
 
-def _holders(output: Any, found: list[Tensor]) -> list[Any]:
+def _holders(output: Any) -> list[Any]:
     """Return the objects that are alive as long as the user keeps the output."""
     try:
         weakref.ref(output)
     except TypeError:  # a tuple or dict: its tensors, except the loss
-        return [tensor for tensor in found if tensor.numel() > 1]
+        return [tensor for tensor in tensors(output) if tensor.numel() > 1]
     if isinstance(output, Tensor) and output.numel() == 1:
         return []
     return [output]

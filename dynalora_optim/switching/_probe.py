@@ -20,24 +20,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from dynalora_optim._base.torch_private_autograd import keeps_graph
-from dynalora_optim._base.trees import tensors
+from dynalora_optim._base.forward_graph import ForwardGraph
 from dynalora_optim.allocation._choice import Choice
 from dynalora_optim.groups._module_group import ModuleGroup
 from dynalora_optim.importance._tracker import ImportanceTracker
 from dynalora_optim.switching._gradients import set_aside, temporary_gradients
 from dynalora_optim.switching._module_switch import ModuleSwitch
-
-
-class _Graph:
-    """The graph of a forward with all modules active; nodes of the graph refer to it."""
-
-    def __init__(self) -> None:
-        self.is_used = False
-
-    def __call__(self, gradients: Any) -> None:
-        """A backward begins in this graph."""
-        self.is_used = self.is_used or not keeps_graph()
 
 
 class GradientProbe:
@@ -53,7 +41,7 @@ class GradientProbe:
         self._waiting: dict[str, set[int]] = {}
         self._aside: dict[Tensor, Tensor] = {}  # gradients of inactive modules not scored yet
         self._seen = False
-        self._graphs: list[weakref.ref[_Graph]] = []
+        self._graphs: list[weakref.ref[ForwardGraph]] = []
 
     @property
     def is_waiting(self) -> bool:
@@ -121,9 +109,6 @@ class GradientProbe:
         """Note the graph of a forward."""
         if torch.compiler.is_compiling() or not self._groups:
             return
-        graph = _Graph()
-        nodes = {id(node): node for t in tensors(output) if (node := t.grad_fn) is not None}
-        for node in nodes.values():
-            node.register_prehook(graph)
-        if nodes:
+        graph = ForwardGraph()
+        if graph.follow(output):
             self._graphs.append(weakref.ref(graph))
