@@ -97,3 +97,19 @@ CUDA = pytest.param(
 def device(request: pytest.FixtureRequest) -> str:
     """Where a test runs: on the CPU everywhere, and on a GPU where there is one."""
     return str(request.param)
+
+
+@pytest.fixture
+def lean_passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """One entry for every node of autograd that a LoRA layer makes of base and delta together."""
+    from dynalora_adapters._lora_function import LoRAFunction
+
+    found: list[int] = []
+    forward = LoRAFunction.forward
+
+    def counted(*args: Any) -> torch.Tensor:
+        found.append(1)
+        return forward(*args)
+
+    monkeypatch.setattr(LoRAFunction, "forward", staticmethod(counted))
+    return found

@@ -16,23 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from dynalora_adapters import LoRAConfig, LoRALinear, inject, merge
 from dynalora_adapters._layers import AdapterLinear
-from dynalora_adapters._lora_function import LoRAFunction
 
 Run = tuple[Tensor, ...]
-
-
-@pytest.fixture
-def steps(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """One entry for every pass through the lean step, so that a test knows which path it sees."""
-    taken: list[int] = []
-    forward = LoRAFunction.forward
-
-    def counted(*args: Any) -> Tensor:
-        taken.append(1)
-        return forward(*args)
-
-    monkeypatch.setattr(LoRAFunction, "forward", staticmethod(counted))
-    return taken
 
 
 def adapted(base: nn.Module, **options: Any) -> LoRALinear:
@@ -172,12 +157,12 @@ def test_first_and_second_derivatives(trained: str) -> None:
     assert torch.autograd.gradgradcheck(call, needed)
 
 
-def test_a_layer_used_twice_gathers_both_gradients(steps: list[int]) -> None:
+def test_a_layer_used_twice_gathers_both_gradients(lean_passes: list[int]) -> None:
     layer = adapted(nn.Linear(4, 4).double())
     x = torch.randn(2, 5, 4, dtype=torch.float64, requires_grad=True)
     seed = torch.randn(4, dtype=torch.float64).expand(2, 5, 4)
     ours = run(lambda x: layer(layer(x).relu_()), factors(layer), x, seed)
-    assert len(steps) == 2
+    assert len(lean_passes) == 2
     expected = run(lambda x: composed(layer, composed(layer, x).relu()), factors(layer), x, seed)
     assert_close(ours, expected, 1e-12)
 
@@ -209,14 +194,14 @@ def test_the_input_and_the_ranks_are_all_that_is_kept(x_needed: bool, low: bool)
     assert bytes_of(layer, dtype) == []
 
 
-def test_an_inactive_layer_pays_for_the_input_gradient_only(steps: list[int]) -> None:
+def test_an_inactive_layer_pays_for_the_input_gradient_only(lean_passes: list[int]) -> None:
     layer = adapted(nn.Linear(5, 4))
     x, seed = torch.randn(2, 3, 5, requires_grad=True), torch.randn(2, 3, 4)
     active, count = run(layer, [], x, seed), operations(layer, x)
     layer.active = False
     assert all(torch.equal(a, b) for a, b in zip(active, run(layer, [], x, seed), strict=True))
     assert count - operations(layer, x) >= 4  # two products, each of a transposed matrix
-    assert len(steps) == 4
+    assert len(lean_passes) == 4
 
 
 @pytest.mark.parametrize("x_dtype", [torch.float32, torch.bfloat16])
@@ -249,7 +234,9 @@ def test_a_backward_under_autocast_keeps_the_precision_of_the_forward() -> None:
 
 
 @pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
-def test_float32_adapters_over_a_half_precision_base(half: torch.dtype, steps: list[int]) -> None:
+def test_float32_adapters_over_a_half_precision_base(
+    half: torch.dtype, lean_passes: list[int]
+) -> None:
     """The products are in half precision, as under autocast; A, B and their gradients are not."""
     layer = adapted(nn.Linear(48, 32).to(half))
     x = torch.randn(2, 9, 48, dtype=half, requires_grad=True)
@@ -258,7 +245,7 @@ def test_float32_adapters_over_a_half_precision_base(half: torch.dtype, steps: l
     assert kept(lambda: layer(x), layer) == [18 * 3 * 2, 18 * 48 * 2]
     assert [g.dtype for g in ours] == [half, half, torch.float32, torch.float32]
     expected = run(lambda x: composed(layer, x), factors(layer), x, seed)
-    assert len(steps) == 2
+    assert len(lean_passes) == 2
     assert_close(ours, expected, 4 * torch.finfo(half).eps)
     with torch.autocast("cpu", half):
         assert_close(run(layer, factors(layer), x, seed), ours, 0)
@@ -277,7 +264,7 @@ def test_half_precision_agrees_with_pefts_products_in_float32(half: torch.dtype)
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
 @pytest.mark.parametrize("make", [nn.Linear, conv1d])
 def test_outputs_gradients_and_draws_are_pefts(
-    make: Callable[[int, int], nn.Module], dropout: float, steps: list[int]
+    make: Callable[[int, int], nn.Module], dropout: float, lean_passes: list[int]
 ) -> None:
     layer = adapted(make(6, 4), dropout=dropout)
     options = {"lora_dropout": dropout, "fan_in_fan_out": make is conv1d}
@@ -286,10 +273,10 @@ def test_outputs_gradients_and_draws_are_pefts(
     for module in (layer, twin):
         torch.manual_seed(3)
         results.append(run(module, factors(module), x.clone().requires_grad_(), seed))
-    assert bool(steps) is (dropout == 0)
+    assert bool(lean_passes) is (dropout == 0)
     assert_close(*results, 2e-6)
     layer.eval()(x)
-    assert steps, "nothing is dropped in evaluation"
+    assert lean_passes, "nothing is dropped in evaluation"
 
 
 def transpose_in(kind: type) -> type:
@@ -321,15 +308,15 @@ CHANGES: dict[str, Callable[[LoRALinear, nn.Module], object]] = {
 
 @pytest.mark.parametrize("change", CHANGES)
 def test_what_is_not_a_plain_frozen_linear_computes_by_itself(
-    change: str, steps: list[int]
+    change: str, lean_passes: list[int]
 ) -> None:
     layer, x = adapted(nn.Linear(5, 5)), torch.randn(5, 5)
     layer(x)
-    assert len(steps) == 1
+    assert len(lean_passes) == 1
     CHANGES[change](layer, layer.base_layer)
     x = x.to(layer.weight.dtype)
     assert_close((layer(x),), (composed(layer, x),), 0)
-    assert len(steps) == 1
+    assert len(lean_passes) == 1
 
 
 def test_arguments_of_the_base_reach_it() -> None:
@@ -352,11 +339,11 @@ def test_a_hook_on_the_base_sees_the_base_alone() -> None:
         seen.clear()
 
 
-def test_nested_inputs(steps: list[int]) -> None:
+def test_nested_inputs(lean_passes: list[int]) -> None:
     layer, rows = adapted(nn.Linear(5, 4)), [torch.randn(2, 5), torch.randn(3, 5)]
     for layout in (torch.strided, torch.jagged):
         out = layer(torch.nested.nested_tensor(rows, layout=layout))
-        assert not steps
+        assert not lean_passes
         for mine, row in zip(out.unbind(), rows, strict=True):
             torch.testing.assert_close(mine, composed(layer, row))
 
