@@ -43,7 +43,8 @@ SHAPES = ("Llama-3.2-1B, 2 x 2048", "Llama-3.2-1B, 2 x 4096", "Llama-3.1-8B, 2 x
 # The peak of a row, as a share of that of peft's LoRA, and the speed.
 LIMITS = {
     "all active": (1.00, "tokens_per_s", 1.05),
-    "Budget(0.5, 0.6)": (0.50, "tokens_per_s_mean", 1.25),  # refused where the loss alone is more
+    # Refused where the loss alone takes more; tried on the first shape only.
+    "Budget(0.5, 0.6)": (0.50, "tokens_per_s_mean", 1.25),
     "Budget(0.5, 0.6), chunked loss": (0.50, "tokens_per_s_mean", 1.25),
     "Budget(0.3, 0.6), chunked loss": (0.30, "tokens_per_s_mean", 1.25),
     "Budget(0.15, 0.6), chunked loss": (0.15, "tokens_per_s_mean", 1.30),
@@ -53,6 +54,8 @@ LIMITS = {
 def _of_shape(shape: str) -> Iterator[Bar]:
     peft = f"{shape}: peft LoRA"
     for name, (peak, speed, least) in LIMITS.items():
+        if name == "Budget(0.5, 0.6)" and shape != SHAPES[0]:
+            continue
         row = f"{shape}: ours, {name}"
         yield Bar(f"{shape}: {name}: peak / peft LoRA", row, peft, "peak_above", peak)
         yield Bar(f"{shape}: {name}: tokens/s / peft LoRA", row, peft, speed, least, operator.ge)
