@@ -161,7 +161,7 @@ LLAMA_128K = replace(
     config=partial(LLAMA.config, vocab_size=128256),
     rows=1,
     budgets=((0.4, 1.0), (0.4, 0.6), (0.15, 0.6), (0.07, 1.0)),
-    chunk=256,
+    chunk=128,
 )
 ON_CPU = (ROBERTA, LLAMA, SMOLLM2, LLAMA_128K)
 
