@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from dynalora_optim._base.checks import whole_number
-from dynalora_optim._base.torch_private_hooks import forward_hooks, forward_pre_hooks
 from dynalora_optim.loss._chunks import ChunkedLoss, ModuleHead, PlainHead, Task
+from dynalora_optim.loss._head import is_plain, mixing
 
 REDUCTIONS = ("mean", "sum", "none")
 
@@ -55,7 +55,7 @@ def linear_cross_entropy(
     _check_tensors(hidden, labels)
     rows, flat, each = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1), reduction == "none"
     grad = torch.is_grad_enabled()
-    part = _head(head, bias, trains=not (each and grad))
+    part = _head(head, bias, hidden, trains=not (each and grad))
     task = Task(part, transform, flat, ignore_index, label_smoothing, chunk, each, grad)
     loss = cast(Tensor, ChunkedLoss.apply(task, rows, *part.parameters.values()))  # type: ignore[no-untyped-call]
     if reduction != "mean":
@@ -63,23 +63,20 @@ def linear_cross_entropy(
     return loss / (flat != ignore_index).sum().clamp(min=1).to(loss.device)
 
 
-def is_plain(head: nn.Module) -> bool:
-    """Whether calling ``head`` does nothing but multiply with its dense weight."""
-    return (
-        type(head) is nn.Linear
-        and type(head.weight) in (Tensor, nn.Parameter)
-        and "forward" not in vars(head)  # as accelerate replaces it
-        and not forward_hooks(head)
-        and not forward_pre_hooks(head)
-    )
-
-
-def _head(head: nn.Module | Tensor, bias: Tensor | None, *, trains: bool) -> PlainHead | ModuleHead:
+def _head(
+    head: nn.Module | Tensor, bias: Tensor | None, hidden: Tensor, *, trains: bool
+) -> PlainHead | ModuleHead:
     """Return the head as a part of a `Task`; with ``trains=False`` it must not train."""
     found: PlainHead | ModuleHead
     if isinstance(head, nn.Module):
         if bias is not None:
             raise ValueError("bias goes with a weight, but head is a module; leave bias out.")
+        reason = mixing(head, hidden)
+        if reason:
+            raise ValueError(
+                f"head={type(head).__name__} {reason}, and chunks need a module that maps each "
+                "row by itself; use torch.nn.functional.cross_entropy(head(hidden), labels)."
+            )
         plain = isinstance(head, nn.Linear) and is_plain(head)
         found = PlainHead(head.weight, head.bias) if plain else ModuleHead(head)  # type: ignore[arg-type]
     elif not isinstance(head, Tensor):

@@ -24,14 +24,13 @@ from dynalora_optim.integrations.transformers._cross_entropy import (
     liger_kernel,
 )
 from dynalora_optim.integrations.transformers._heads import (
-    WithoutHooks,
     causal_model,
     classes_of,
     has_labels,
     obstacle,
 )
 from dynalora_optim.loss import LazyLogits
-from dynalora_optim.loss._linear_cross_entropy import is_plain
+from dynalora_optim.loss._head import WithoutHooks, is_plain, mixing
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +47,7 @@ def chunk_loss(
 
     Args:
         model: A model of transformers with a linear head, or one that contains it, such as peft's.
-            A head of your own class must map each row by itself.
+            A head of your own class must map each row by itself; it is tried with three rows.
         chunk: Rows whose logits exist at one time.
         label_smoothing: As in `torch.nn.functional.cross_entropy`. The Trainer's own
             ``label_smoothing_factor`` takes the labels from the model, and so needs all logits.
@@ -172,6 +171,10 @@ class _Pass:
         if kwargs or len(args) > 1 or not isinstance(hidden, Tensor):
             self._say("the model passes more than hidden states to its head")
             return head.forward(*args, **kwargs)
+        reason = mixing(head, hidden)
+        if reason:
+            self._say(f"the head, {type(head).__name__}, {reason}")
+            return head.forward(hidden)
         return LazyLogits(
             hidden,
             head if is_plain(head) else WithoutHooks(head),

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from dynalora_optim.loss import linear_cross_entropy
-from dynalora_optim.loss._linear_cross_entropy import is_plain
+from dynalora_optim.loss._head import is_plain
 
 
 class ChunkedCrossEntropy:

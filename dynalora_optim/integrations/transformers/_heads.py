@@ -6,26 +6,13 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 
 from dynalora_optim._base.torch_private import active_ddp
 from dynalora_optim._base.torch_private_hooks import forward_hooks, has_backward_hooks
 from dynalora_optim.importance._forward_hook import ForwardHook
 from dynalora_optim.switching._anchor import _Tied
-
-
-class WithoutHooks(nn.Module):
-    """Calls a module without its hooks, which have seen the model's own call of it."""
-
-    def __init__(self, module: nn.Module) -> None:
-        super().__init__()
-        self.module = module
-
-    def forward(self, rows: Tensor) -> Tensor:
-        """Return what the module's forward returns."""
-        out: Tensor = self.module.forward(rows)
-        return out
 
 
 def causal_model(model: nn.Module) -> PreTrainedModel:
