@@ -21,7 +21,7 @@ from dynalora_optim.importance._tracker import ImportanceTracker
 from dynalora_optim.memory._announce import announce
 from dynalora_optim.memory._block_meter import BlockMeter
 from dynalora_optim.memory._passes import Around
-from dynalora_optim.memory._shapes import Shape, shape_of
+from dynalora_optim.memory._shapes import Measure, Shape, shape_of
 from dynalora_optim.update._pause import PausedState
 from dynalora_optim.update._rule import UpdateRule
 
@@ -97,7 +97,7 @@ class StepCosting(CostingState):
             self._habits.resident = reduce(Resident.merged, gathered(self._habits.resident))
         self._habits.standing |= self._ranks.has_gradients()
         batch, around = (shape_of(args, kwargs), elements(args, kwargs)), self._passes.around()
-        measure = partial(self._measured, args, kwargs)
+        measure = partial(self._shapes.measured, (args, kwargs), self._measured)
         if self._ranks.is_together:
             agreed = self._ranks.agree(batch, around, measure, self._fits)
             costs, around, of_ranks = agreed.joined, agreed.around, agreed.costs
@@ -116,15 +116,15 @@ class StepCosting(CostingState):
         if holdings and (not known or holdings.has_new_state()):
             self._habits.resident = holdings.count(args, kwargs)
 
-    def _known(
-        self, batch: tuple[Shape, int], around: Around, measure: Callable[[], Costs]
-    ) -> Costs | None:
+    def _known(self, batch: tuple[Shape, int], around: Around, measure: Measure) -> Costs | None:
         """Return costs that hold for this batch; measure it if no measured one will do."""
         shape, size = batch
         costs = self._shapes.find(shape, size)
-        if costs and (self._shapes.is_of(shape, costs) or self._fits(costs, around)):
+        if costs is None:
+            costs = self._costs_of(*measure(exact=False))
+        if costs is None or self._shapes.is_of(shape, costs) or self._fits(costs, around):
             return costs
-        return self._costs_of(shape, measure)
+        return self._costs_of(*measure(exact=True))
 
     def _fits(self, costs: Costs, around: Around) -> bool:
         """Return whether the budget holds a forward of these costs, which are of a larger batch."""
@@ -153,18 +153,18 @@ class StepCosting(CostingState):
             self._allocation.count_forward(costs.flops(plan), costs.flops(costs.all_active))
             self._passes.follow(output, costs, here.left(plan))
 
-    def _costs_of(self, shape: Shape, measure: Callable[[], Costs]) -> Costs | None:
-        """Measure this batch; the result is None for a batch without rows, which has no costs."""
-        measured = [measure()]
+    def _costs_of(self, shape: Shape, found: Costs) -> Costs | None:
+        """Keep what was measured; the result is None for a batch without rows: it has no costs."""
+        measured = [found]
         if self._allocation.costs is None:  # all ranks run their first forward together
             measured = gathered(measured[0])
         measured = [costs for costs in measured if costs.flops(costs.all_active)]
         if not measured:
             return None
-        found = reduce(joined, measured)
-        self._shapes.add(shape, found)
+        costs = reduce(joined, measured)
+        self._shapes.add(shape, costs)
         self._plans.clear()  # its keys hold for as long as the measured costs are kept
-        return found
+        return costs
 
     def _measured(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Costs:
         is_probing = self._driver.is_probing

@@ -15,7 +15,7 @@ from dynalora_optim.allocation._costs import Costs
 from dynalora_optim.memory._block_meter import BlockMeter
 from dynalora_optim.memory._habits import Habits
 from dynalora_optim.memory._passes import Around
-from dynalora_optim.memory._shapes import MeasuredShapes, Shape
+from dynalora_optim.memory._shapes import Measure, MeasuredShapes, Shape
 from dynalora_optim.memory._together import Agreed, Together
 
 
@@ -61,7 +61,7 @@ class Ranks:
         self,
         batch: tuple[Shape, int],
         around: Around,
-        measure: Callable[[], Costs],
+        measure: Measure,
         fits: Callable[[Costs, Around], bool],
     ) -> Agreed:
         """Return what all ranks know of a forward.
@@ -69,7 +69,7 @@ class Ranks:
         Args:
             batch: The shape of this rank's batch, and the number of its elements.
             around: What is alive on this rank.
-            measure: Measures this rank's batch.
+            measure: Measures this rank's batch, or one that covers it.
             fits: Whether a forward of these costs fits. If not, costs of larger batches do not do.
 
         Raises:

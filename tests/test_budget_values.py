@@ -10,7 +10,8 @@ from budgets import TRANSFORMERS, adapted, clear, costs_of, measured, on_budget,
 from mixed_models import MIXED, Mixtures, mixtures
 from torch import nn
 
-from dynalora_optim import Budget
+from dynalora_optim import Blocks, Budget, DynamicAllocationOptimizer
+from dynalora_optim.allocation._cover import most_needed
 from dynalora_optim.groups._blocks import find_blocks
 from dynalora_optim.memory._reads import ReadsMade
 from dynalora_optim.memory._routing import Routing
@@ -23,6 +24,12 @@ def predicted(optimizer: Any) -> int:
     """The peak of the forward that runs now, in a loop that does nothing else."""
     _, here, plan = optimizer._costing._now
     return int(here.in_no_loop().peak(plan))
+
+
+def sizes_of(optimizer: Any, path: str) -> list[tuple[int, ...]]:
+    """The sizes of one argument in each measured batch; the last is 1 for a mask that hides."""
+    entries = optimizer._costing._shapes.entries
+    return [size for shape, _ in entries for found, _, size in shape if found == path]
 
 
 @pytest.mark.parametrize("name", ["llama", "bert"])
@@ -44,6 +51,89 @@ def test_a_padded_batch_is_measured_after_one_of_its_shape_without_padding(name)
     if name != "llama" or TRANSFORMERS >= "5.7":
         assert peaks[1] > peaks[2] + SLACK
     assert len(optimizer._costing._shapes.entries) == 2
+
+
+def cut(batch: dict[str, Any], length: int) -> dict[str, Any]:
+    """The first tokens of a batch, the last of which is padding in one row."""
+    names = [name for name, value in batch.items() if value.ndim == 2]
+    shorter = {**batch, **{name: batch[name][:, :length] for name in names}}
+    mask = torch.ones_like(shorter["attention_mask"])
+    mask[0, -1] = 0
+    return {**shorter, "attention_mask": mask}
+
+
+def without_padding(tiny: Any) -> dict[str, Any]:
+    return {**tiny.batch, "attention_mask": torch.ones_like(tiny.batch["attention_mask"])}
+
+
+@pytest.mark.parametrize("name", ["llama", "bert"])
+def test_batches_with_padding_are_measured_once_at_the_size_of_the_largest(name):
+    tiny = adapted(name)
+    whole = without_padding(tiny)
+    optimizer = on_budget(tiny, Budget(memory=10**9), lr=0.0)
+    optimizer._costing._shapes.recomputes = False  # else smaller ones are worth a measurement
+    for tiny.batch in [whole, *(cut(whole, length) for length in (3, 9, 20)), whole]:
+        tiny.loss()  # measures it
+        clear(tiny)
+        peak, _ = measured(tiny.loss)
+        assert peak <= predicted(optimizer)
+        optimizer.step()
+    plain, padded = (shape for shape, _ in optimizer._costing._shapes.entries)
+    assert [size[:-1] for *_, size in plain] == [size[:-1] for *_, size in padded]
+    assert covers(padded, plain)
+
+
+def test_a_budget_that_holds_a_small_batch_with_padding_but_no_large_one_is_not_refused():
+    def needed(batch: dict[str, Any]) -> int:
+        tiny = adapted("bert")
+        tiny.batch = batch
+        optimizer = on_budget(tiny, Budget(memory=10**9), lr=0.0)
+        tiny.loss()
+        return most_needed(costs_of(optimizer), every_lowest=True)[1]
+
+    tiny = adapted("bert")
+    whole = without_padding(tiny)
+    small = cut(whole, 9)
+    limit = needed(whole) + SLACK
+    assert needed(small) < limit < needed(cut(whole, whole["input_ids"].shape[1]))
+    optimizer = on_budget(tiny, Budget(memory=limit), lr=0.0)
+    for tiny.batch in (whole, small):
+        tiny.loss().backward()
+        clear(tiny)
+        optimizer.step()
+    assert sizes_of(optimizer, ".input_ids") == [(4, 32, 0), (4, 32, 0), (4, 9, 0)]
+
+
+class Paired(nn.Module):
+    """Takes a mask whose length it compares with a number beside it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.Sequential(*(nn.Linear(8, 8) for _ in range(3)))
+
+    def forward(self, x: torch.Tensor, mask: torch.Tensor, length: int) -> torch.Tensor:
+        if mask.shape[1] != length:
+            raise RuntimeError(f"the mask has not {length} columns")
+        hidden = self.blocks(x)
+        return (hidden * mask[..., None]).sum() if not mask.all() else hidden.sum()
+
+
+def test_a_batch_whose_parts_belong_together_in_another_way_is_measured_as_it_is():
+    torch.manual_seed(0)
+    model = Paired()
+    optimizer = DynamicAllocationOptimizer(
+        torch.optim.SGD(model.parameters(), lr=0.0),
+        model,
+        groups=Blocks(outside="frozen"),
+        allocator=Budget(memory=10**9),
+    )
+    for length, hides in ((9, False), (5, True), (9, True)):
+        mask = torch.ones(2, length, dtype=torch.bool)
+        mask[0, 0] = not hides
+        model(torch.randn(2, length, 8), mask, length).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert sizes_of(optimizer, ".1") == [(2, 9, 0), (2, 5, 1), (2, 9, 1)]
 
 
 def test_a_mask_that_hides_something_covers_one_that_does_not():

@@ -6,14 +6,15 @@ hides anything is a size of this mask, its last one: 1 is more than 0.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from operator import ge
-from typing import Any, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
 
+from dynalora_optim._base.trees import replaced
 from dynalora_optim.allocation._costs import Costs
 from dynalora_optim.allocation._joined import joined
 from dynalora_optim.allocation._saved_costs import restored_costs, saved_costs
@@ -22,9 +23,19 @@ from dynalora_optim.allocation._saved_costs import restored_costs, saved_costs
 # last of these is 1 if it is a mask that hides something.
 Shape: TypeAlias = "tuple[tuple[str, str, tuple[int, ...]], ...]"
 
+Call: TypeAlias = "tuple[tuple[Any, ...], dict[str, Any]]"  # positional and keyword arguments
+
 _KEPT = 32  # shapes whose costs are kept
 _LOOSE = 2  # a batch this many times smaller than each measured one is worth a measurement
 _FREE, _PER = 2, 200  # how many such measurements there may be, and one more per so many forwards
+
+
+class Measure(Protocol):
+    """A function that measures a batch, or, unless it must be ``exact``, one that covers it."""
+
+    def __call__(self, *, exact: bool) -> tuple[Shape, Costs]:
+        """Return the shape of the batch that was measured, and its costs."""
+        ...
 
 
 def shape_of(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Shape:
@@ -34,22 +45,28 @@ def shape_of(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Shape:
         for kind in ("cpu", "cuda")
         if torch.is_autocast_enabled(kind)
     ]
-    return (("", ",".join(casts), ()), *_leaves("", args), *_leaves("", kwargs))
+    return (("", ",".join(casts), ()), *_leaves(args), *_leaves(kwargs))
 
 
-def _leaves(path: str, tree: Any) -> Iterator[tuple[str, str, tuple[int, ...]]]:
-    if isinstance(tree, Tensor):
-        kind = f"{tree.dtype}{'+' * tree.requires_grad}"
-        yield path, kind, (*tree.shape, int(_hides(path, tree)))
-    elif isinstance(tree, Mapping):
+def _leaves(tree: Any) -> Iterator[tuple[str, str, tuple[int, ...]]]:
+    for path, leaf in _places("", tree):
+        if isinstance(leaf, Tensor):
+            kind = f"{leaf.dtype}{'+' * leaf.requires_grad}"
+            yield path, kind, (*leaf.shape, int(_hides(path, leaf)))
+        else:  # a flag may change what is computed; a number, such as the count of items, does not
+            is_flag = leaf is None or isinstance(leaf, (bool, str))
+            yield path, repr(leaf) if is_flag else type(leaf).__name__, ()
+
+
+def _places(path: str, tree: Any) -> Iterator[tuple[str, Any]]:
+    if isinstance(tree, Mapping):
         for key in sorted(tree, key=str):
-            yield from _leaves(f"{path}.{key}", tree[key])
+            yield from _places(f"{path}.{key}", tree[key])
     elif isinstance(tree, (list, tuple)):
         for number, item in enumerate(tree):
-            yield from _leaves(f"{path}.{number}", item)
-    else:  # a flag may change what is computed; a number, such as the count of items, does not
-        is_flag = tree is None or isinstance(tree, (bool, str))
-        yield path, repr(tree) if is_flag else type(tree).__name__, ()
+            yield from _places(f"{path}.{number}", item)
+    else:
+        yield path, tree
 
 
 def _hides(path: str, tensor: Tensor) -> bool:
@@ -79,6 +96,20 @@ def covers(large: Shape, small: Shape) -> bool:
         a[:2] == b[:2] and len(a[2]) == len(b[2]) and all(map(ge, a[2], b[2]))
         for a, b in zip(large, small, strict=True)
     )
+
+
+def enlarged(call: Call, sizes: Shape) -> Call:
+    """Return a call's arguments with zeros at the end of their tensors, up to these ``sizes``.
+
+    A mask of zeros hides something, and 0 is a position in any table.
+    """
+    larger, at = call, {path: size[:-1] for path, _, size in sizes if size}
+    for path, tensor in (place for part in call for place in _places("", part)):
+        if isinstance(tensor, Tensor) and tuple(tensor.shape) != at[path]:
+            padded = tensor.new_zeros(at[path])
+            padded[tuple(map(slice, tensor.shape))] = tensor.detach()
+            larger = replaced(larger, tensor, padded.requires_grad_(tensor.requires_grad))
+    return larger
 
 
 @dataclass
@@ -113,6 +144,42 @@ class MeasuredShapes:
             self._extra += 1
             return None
         return found
+
+    def around(self, shape: Shape) -> Shape | None:
+        """Return the shape of the largest measured batch that would cover this one with its mask.
+
+        It is None if a measured batch covers this one already.
+        """
+        if any(covers(other, shape) for other, _ in self.entries):
+            return None
+        bare = _without_masks(shape)
+        found = [entry for entry in self.entries if covers(_without_masks(entry[0]), bare)]
+        return max(found, key=lambda entry: entry[1].batch)[0] if found else None
+
+    def measured(
+        self, call: Call, measure: Callable[..., Costs], *, exact: bool
+    ) -> tuple[Shape, Costs]:
+        """Return the shape and the costs of this batch, or of a larger one with its mask.
+
+        If only the mask is new, such as that of the first batch with padding, the largest batch is
+        measured with such a mask, so that later ones need no measurement.
+
+        Args:
+            call: The arguments of the model.
+            measure: Returns the costs of a call with such arguments.
+            exact: Whether only the batch itself will do.
+        """
+        shape = shape_of(*call)
+        larger = None if exact else self.around(shape)
+        if larger:
+            try:
+                wide = enlarged(call, larger)
+                found = shape_of(*wide)
+                if covers(found, shape):
+                    return found, measure(*wide)
+            except (RuntimeError, ValueError, TypeError, LookupError):
+                pass  # its arguments belong together in another way; the batch itself will do
+        return shape, measure(*call)
 
     def add(self, shape: Shape, costs: Costs) -> None:
         """Keep the costs of a batch of this shape; drop the smallest if there are too many."""
@@ -168,6 +235,10 @@ class MeasuredShapes:
             return MeasuredShapes(entries, *numbers, bool(state.get("recomputes", True)))
         except (KeyError, TypeError) as error:
             raise ValueError(f"state_dict has shapes of another form: {error!r}.") from error
+
+
+def _without_masks(shape: Shape) -> Shape:
+    return tuple((path, kind, sizes[:-1]) for path, kind, sizes in shape)
 
 
 def _plain(shape: Shape) -> list[list[Any]]:

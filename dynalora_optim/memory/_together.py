@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import reduce
+from functools import partial, reduce
 
 import torch
 
@@ -21,7 +21,7 @@ from dynalora_optim.allocation._joined import joined
 from dynalora_optim.allocation._saved_costs import saved_costs
 from dynalora_optim.memory._habits import Habits, merged
 from dynalora_optim.memory._passes import Around
-from dynalora_optim.memory._shapes import MeasuredShapes, Shape
+from dynalora_optim.memory._shapes import Measure, MeasuredShapes, Shape
 
 _UNKNOWN, _EMPTY = -1, -2
 _KEPT = 256  # numbers of costs that are kept
@@ -64,7 +64,7 @@ class Together:
         batch: tuple[Shape, int],
         around: Around,
         device: torch.device,
-        measure: Callable[[], Costs],
+        measure: Measure,
         *,
         exact: bool = False,
     ) -> Agreed:
@@ -74,7 +74,7 @@ class Together:
             batch: The shape of this rank's batch, and the number of its elements.
             around: What is alive on this rank.
             device: For the communication.
-            measure: Measures this rank's batch, if no measured one covers it.
+            measure: Measures this rank's batch, or one that covers it, if no measured one does.
             exact: Whether only the costs of just this shape will do.
 
         Raises:
@@ -93,32 +93,40 @@ class Together:
         before = around.before if len(set(loops)) == 1 else self._merged(around)
         found = [self._shapes.entries[p][1] if p >= 0 else None for p in places]
         if _UNKNOWN in places:
-            answers = self._measured(shape, measure if place == _UNKNOWN else None)
-            found = [new or old for new, old in zip(answers, found, strict=True)]
-            exacts = tuple(e or p == _UNKNOWN for e, p in zip(exacts, places, strict=True))
+            must = partial(measure, exact=exact) if place == _UNKNOWN else None
+            answers = self._measured(shape, must)
+            found = [new or old for (new, _), old in zip(answers, found, strict=True)]
+            exacts = tuple(e or new for e, (_, new) in zip(exacts, answers, strict=True))
         around = Around(before, max(carried), max(stale))
         return Agreed(tuple(costs for costs in found if costs), around, all(exacts))
 
-    def _measured(self, shape: Shape, measure: Callable[[], Costs] | None) -> list[Costs | None]:
-        """Measure on the ranks that must; return what each has measured, and remember it."""
+    def _measured(
+        self, shape: Shape, measure: Callable[[], tuple[Shape, Costs]] | None
+    ) -> list[tuple[Costs | None, bool]]:
+        """Measure on the ranks that must, and remember it.
+
+        Return what each has measured, and whether that is of just the shape of its batch.
+        """
         found: tuple[Shape, Costs] | None = None
         failed: Exception | None = None
         try:
-            found = (shape, measure()) if measure else None
+            found = measure() if measure else None
         except Exception as error:
             failed = error
-        answers = gathered((found, str(failed) if failed else ""))
+        is_exact = bool(found and found[0] == shape)
+        answers = gathered((found, is_exact, str(failed) if failed else ""))
         if failed:
             raise failed
-        for rank, (_, why) in enumerate(answers):
+        for rank, (*_, why) in enumerate(answers):
             if why:
                 raise ValueError(f"rank {rank} cannot measure its batch: {why}")
-        costs: list[Costs | None] = []
-        for answer, _ in answers:
-            costs.append(answer[1] if answer and answer[1].flops(answer[1].all_active) else None)
-            if answer and costs[-1]:
+        results: list[tuple[Costs | None, bool]] = []
+        for answer, is_exact, _ in answers:
+            has_rows = answer is not None and answer[1].flops(answer[1].all_active)
+            results.append((answer[1] if answer and has_rows else None, is_exact))
+            if answer and has_rows:
                 self._shapes.add(*answer)
-        return costs
+        return results
 
     def _merged(self, around: Around) -> tuple[Costs, ...]:
         """Learn what the loops of the others do; return the costs of all forwards before this."""
