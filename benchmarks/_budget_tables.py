@@ -146,3 +146,21 @@ def soak(rows: Sequence[Row]) -> str:
     ]
     head += ["measuring took more", "the most, of the budget"]
     return f"{described(rows, 'transformers', 'peft')}\n\n{markdown(['', *head], lines)}"
+
+
+def measuring(rows: Sequence[Row]) -> str:
+    """Return the table of `benchmarks/quality/measuring.py`, whose rows need not be stored."""
+    head = [
+        *("method", "steps", "different lengths", "measured", "of these after 100 steps"),
+        *("the first: FLOPs, in steps of LoRA", "its time, in these", "the others, of all time"),
+    ]
+    lines = [
+        [
+            *(row["row"], *(str(row[key]) for key in ("steps", "lengths", "measured"))),
+            str(row["measured_late"]),
+            *(f"{row['first_flops']:.2f}", f"{row['first_time']:.2f}"),
+            f"{row['other_seconds'] / row['seconds']:.1%}",
+        ]
+        for row in rows
+    ]
+    return f"{described(rows, 'transformers')}\n\n{markdown(head, lines)}"

@@ -5,32 +5,37 @@
 
 A budget measures each batch that no measured batch covers. Here the batches are rows of similar
 lengths, padded to the longest of them, so that their shapes differ from step to step. The first
-measurement is counted apart, because every run has it.
+measurement is counted apart, because every run has it: in steps of LoRA on the same batch.
 """
 
 from __future__ import annotations
 
 import argparse
+import statistics
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from _shared import positive
-from cost import new_loop, parser_of
-from sweep import names
+from _training import Loop, prepare, started
+from cost import RATE, new_loop, parser_of
+from sweep import names, settings
 
+from dynalora_optim import DynamicAllocationOptimizer, LiveBytes
 from dynalora_optim._costing import StepCosting
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from _measure import markdown
+from _budget_tables import measuring as measuring_table
 from _stored import run_of, write
 
 METHODS = "budget-0.40,budget-0.75"
 EARLY = 100  # steps in which most shapes are new
+REPEATS = 5  # steps and measurements of one batch
 
 
 @contextmanager
@@ -50,6 +55,45 @@ def timed_measurements(found: list[float]) -> Iterator[None]:
         yield
     finally:
         setattr(StepCosting, plain.__name__, plain)
+
+
+def first(name: str, options: argparse.Namespace) -> dict[str, float]:
+    """Return what measuring the first batch takes, in steps of LoRA on this batch.
+
+    The two are done in turn several times; CPU times are compared by their medians.
+    """
+    chosen = settings(options, options.task, name, RATE)
+    work = prepare(chosen.suite, options.task, chosen.model, chosen.max_length)
+    model, optimizer = started(chosen, work)
+    assert isinstance(optimizer, DynamicAllocationOptimizer)
+    loops = new_loop(options.task, "lora", options), Loop(model, optimizer, chosen, work)
+    batch = next(loops[0].batches())
+    works: dict[str, Callable[[], object]] = {
+        "step": partial(loops[0].step, batch),
+        "measure": partial(optimizer.memory_report, **batch),  # it measures this batch again
+    }
+    for loop in loops:  # what comes first imports and allocates
+        loop.step(batch)
+    times = [{what: timed(work) for what, work in works.items()} for _ in range(REPEATS)]
+    flops = {what: counted(work) for what, work in works.items()}
+    for loop in loops:
+        loop.close()
+    step, measured = (statistics.median(found[what] for found in times) for what in works)
+    return {"first_flops": flops["measure"] / flops["step"], "first_time": measured / step}
+
+
+def timed(work: Callable[[], object]) -> float:
+    """Return the CPU seconds of some work."""
+    start = time.process_time()
+    work()
+    return time.process_time() - start
+
+
+def counted(work: Callable[[], object]) -> int:
+    """Return the FLOPs of some work."""
+    with LiveBytes() as memory:
+        work()
+    return memory.flops
 
 
 def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
@@ -75,23 +119,8 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
         "seconds": total,
         "first_seconds": seconds[0],
         "other_seconds": sum(seconds[1:]),
+        **first(name, options),
     }
-
-
-def table(rows: Sequence[dict[str, Any]]) -> str:
-    """Return a table of the rows."""
-    head = [
-        *("method", "steps", "different lengths", "measured", f"after {EARLY} steps"),
-        *("first, in steps", "the others, share of the time"),
-    ]
-    return markdown(head, [_line(row) for row in rows])
-
-
-def _line(row: dict[str, Any]) -> list[str]:
-    step = (row["seconds"] - row["first_seconds"] - row["other_seconds"]) / row["steps"]
-    counts = [str(row[key]) for key in ("steps", "lengths", "measured", "measured_late")]
-    others = row["other_seconds"] / row["seconds"]
-    return [row["row"], *counts, f"{row['first_seconds'] / step:.1f}", f"{others:.2%}"]
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -112,12 +141,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
     torch.set_num_threads(1)
     try:
-        rows = [measure(name, options) for name in options.methods]
+        found = [measure(name, options) for name in options.methods]
     except (OSError, ValueError) as error:
         sys.exit(f"measuring: {error}")
-    print(table(rows))
+    run = run_of(__file__, arguments)
+    print(measuring_table([{**row, "run": run} for row in found]))
     if options.output:
-        write(options.output, "measuring", rows, run_of(__file__, arguments))
+        write(options.output, "measuring", found, run)
     return 0
 
 

@@ -66,6 +66,7 @@ TABLES: dict[str, Table] = {
     },
     **{f"memory_{shape}": _memory(shape, memory.main_table) for shape in SHAPES},
     **{f"memory_{shape}_bars": _memory(shape, memory.bars_table) for shape in SHAPES},
+    "measuring": _of("measuring.jsonl", "measuring", budget.measuring),
     "soak": _of("soak.jsonl", "soak", budget.soak),
     "memory_readme": _memory("roberta", memory.readme_table),
     "planned_lora": _of("planned_lora.jsonl", "planned LoRA", planned_lora_table),
