@@ -14,6 +14,7 @@ it is for. If a name is missing, there are two cases:
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -154,9 +155,21 @@ def _pytree(name: str) -> Callable[..., Any]:
     return _private(module, name, feature="counting memory")  # type: ignore[no-any-return]
 
 
+def without_modes() -> AbstractContextManager[object]:
+    """Return a context in which operations are those of tensors with data, in a dispatch mode."""
+    module = _private(torch.utils, "_python_dispatch", feature="a Budget under fully_shard")
+    found = _private(module, "_disable_current_modes", feature="a Budget under fully_shard")
+    return found()  # type: ignore[no-any-return]
+
+
 # What is dispatched when Python reads a value. None if torch lacks it: torch then raises its own
 # error if a model reads a value on the meta device.
 READ_SCALAR = getattr(getattr(torch.ops.aten, "_local_scalar_dense", None), "default", None)
+
+
+# The product of experts' weights with the rows that each gets. None if torch lacks it: then nothing
+# calls it.
+GROUPED_PRODUCT: Any = getattr(getattr(torch.ops.aten, "_grouped_mm", None), "default", None)
 
 
 # The position of the query among the arguments of each fused attention of torch. An operation that

@@ -115,6 +115,11 @@ def fake_mode() -> Any:
     return module.FakeTensorMode()
 
 
+def is_fake(thing: object) -> bool:
+    """Return whether ``thing`` is a tensor of a `fake_mode`."""
+    return isinstance(thing, _private(torch, "_subclasses", feature=_FEATURE).FakeTensor)
+
+
 def unusual(model: nn.Module) -> str | None:
     """Return what a parameter is that is sharded in a way of its own; None if there is none."""
     for state in _states(model):

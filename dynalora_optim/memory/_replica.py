@@ -10,6 +10,7 @@ import copy
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -28,7 +29,8 @@ from dynalora_optim._base.torch_private_fsdp import (
 from dynalora_optim._base.trees import tensors
 from dynalora_optim.groups._blocks import Block
 from dynalora_optim.groups._module_group import ModuleGroup
-from dynalora_optim.memory._reads import ReadsMade
+from dynalora_optim.memory._caches import no_fakes_cached
+from dynalora_optim.memory._reads import KnownNumbers, is_plain
 from dynalora_optim.switching._detach import ActiveCopies, drop_copied_hooks
 
 
@@ -74,28 +76,33 @@ class Replica:
         """Enter a context in which the copy can be run, and yield a function for its arguments.
 
         Args:
-            padded: Whether code that looks into a mask finds that it hides something.
+            padded: Whether code that looks into a mask finds that it hides something, if the mask
+                has too many elements to have values here.
 
         Raises:
             ValueError: The model cannot be run without data; it replaces the error of torch.
         """
         with ExitStack() as stack:
             stack.enter_context(_explained(self.model))
+            stack.enter_context(no_fakes_cached())
             stack.enter_context(uncounted())
             stack.enter_context(self._fake)
-            stack.enter_context(ReadsMade(padded=padded))
-            yield self._call
+            numbers = KnownNumbers(self._like, padded=padded)
+            stack.enter_context(numbers)
+            yield partial(self._call, numbers)
 
-    def _call(self, arguments: Any) -> Any:
-        """Return fake tensors in the place of those among ``arguments``."""
-        faked: dict[int, Tensor] = {}
+    def _call(self, numbers: KnownNumbers, arguments: Any) -> Any:
+        """Return other tensors in the place of those among ``arguments``."""
+        others: dict[int, Tensor] = {}
 
-        def fake(leaf: Any) -> Any:
+        def other(leaf: Any) -> Any:
             if not isinstance(leaf, Tensor):
                 return leaf
-            return faked.setdefault(id(leaf), self._like(leaf).requires_grad_(leaf.requires_grad))
+            if id(leaf) not in others:
+                others[id(leaf)] = numbers.argument(leaf)
+            return others[id(leaf)]
 
-        return tree_map(fake, arguments)
+        return tree_map(other, arguments)
 
     def _like(self, tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """Return a fake tensor of the same shape; of a sharded parameter, of its whole shape."""
@@ -122,7 +129,8 @@ class Replica:
                     self._memo[id(found)] = nn.Parameter(fake, requires_grad=found.requires_grad)
             others = [module.buffers(recurse=False), tensors(list(vars(module).values()))]
             for tensor in (tensor for found in others for tensor in found):
-                self._memo.setdefault(id(tensor), self._like(tensor))
+                if id(tensor) not in self._memo and not _is_known(tensor):
+                    self._memo[id(tensor)] = self._like(tensor)
 
     def _copied(self, model: nn.Module) -> Any:
         # fully_shard gave these modules a class that cannot be copied.
@@ -148,6 +156,11 @@ class Replica:
                 module.register_forward_hook(
                     lambda _, args, output, dtype=outputs: _in_dtype(output, dtype)
                 )
+
+
+def _is_known(tensor: Tensor) -> bool:
+    """Whether a buffer is copied with its numbers, such as positions; statistics are not."""
+    return is_plain(tensor) and not tensor.is_floating_point() and tensor.is_leaf
 
 
 def _nothing(*args: Any, **kwargs: Any) -> None:

@@ -19,6 +19,7 @@ from dynalora_optim.groups._module_group import ModuleGroup
 from dynalora_optim.memory._block_list import Layout
 from dynalora_optim.memory._block_profiler import Profiler
 from dynalora_optim.memory._block_run import BlockRunner
+from dynalora_optim.memory._routing import Routing
 from dynalora_optim.memory._stand_ins import undisturbed
 from dynalora_optim.switching._module_switch import ModuleSwitch
 
@@ -149,6 +150,7 @@ def _order(model: nn.Module, lists: Sequence[Sequence[Block]], batch: Batch) -> 
     with ExitStack() as stack:
         stack.enter_context(undisturbed(model))
         stack.enter_context(torch.no_grad())
+        stack.enter_context(Routing())  # without data no scores can be compared
         for block in (block for found in lists for block in found):
             hook = partial(_note, ran, block)
             stack.callback(block.module.register_forward_pre_hook(hook).remove)

@@ -50,24 +50,30 @@ class Routing(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> object:
         result = func(*args, **(kwargs or {}))
-        if func in _CHOICES:
-            self.choices += 1
-            with uncounted():
-                self._choose(func, args, result)
-        return result
+        if func not in _CHOICES:
+            return result
+        self.choices += 1
+        best, found = result if func is _ATEN.topk.default else (None, result)
+        # Not written into what was found: that may have no data.
+        like = {"dtype": found.dtype, "device": found.device}
+        shape, found, result = tuple(found.shape), None, None
+        found = torch.empty(shape, **like)
+        with uncounted():
+            self._choose(func, args, found)
+        return found if best is None else (best, found)
 
-    def _choose(self, func: Any, args: Any, result: Any) -> None:
-        """Write other positions into those that ``func`` has found."""
+    def _choose(self, func: Any, args: Any, found: Tensor) -> None:
+        """Write positions into ``found``, which has the shape of those that ``func`` has found."""
         scores: Tensor = args[0]
         if func is _ATEN.topk.default:
             dim = args[2] if len(args) > 2 else -1
-            found, count = result[1].movedim(dim, -1), args[1]
+            found, count = found.movedim(dim, -1), args[1]
         else:  # without a dim it is a position in the whole tensor
             dim = args[1] if len(args) > 1 else None
             if dim is None:
                 return
             keeps = len(args) > 2 and args[2]
-            found, count = (result.movedim(dim, -1) if keeps else result.unsqueeze(-1)), 1
+            found, count = (found.movedim(dim, -1) if keeps else found.unsqueeze(-1)), 1
         if scores.ndim == 0:
             return
         rows = found.numel() // count if count else 0

@@ -26,7 +26,8 @@ Shape: TypeAlias = "tuple[tuple[str, str, tuple[int, ...]], ...]"
 Call: TypeAlias = "tuple[tuple[Any, ...], dict[str, Any]]"  # positional and keyword arguments
 
 _KEPT = 32  # shapes whose costs are kept
-_LOOSE = 2  # a batch this many times smaller than each measured one is worth a measurement
+_LOOSE = 2  # a batch this many times smaller than each measured one is worth a measurement,
+_WORTH = 8  # unless it is smaller than the largest by more than this: then there is little to save
 _FREE, _PER = 2, 200  # how many such measurements there may be, and one more per so many forwards
 
 
@@ -139,7 +140,10 @@ class MeasuredShapes:
             (costs.batch, other, costs) for other, costs in self.entries if covers(other, shape)
         ]
         _, _, found = min(known, key=lambda entry: entry[:2], default=(0, (), None))
-        is_loose = found is not None and found.batch >= _LOOSE * elements > 0 and self.recomputes
+        largest = max((costs.batch for _, costs in self.entries), default=0)
+        is_loose = found is not None and found.batch >= _LOOSE * elements
+        if not (self.recomputes and 0 < elements >= largest / _WORTH):
+            is_loose = False
         if is_loose and self._extra < _FREE + self.forwards // _PER:
             self._extra += 1
             return None

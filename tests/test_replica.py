@@ -1,0 +1,182 @@
+"""A copy of a model without data costs what the model costs, and knows the numbers of its batch.
+
+A `Budget` measures such a copy under FSDP2. The tests of FSDP2 run it on two ranks.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import lru_cache, partial
+from typing import Any
+
+import pytest
+import torch
+from budgets import MODELS, adapted, on_budget
+from hypothesis import given
+from hypothesis import strategies as st
+from listed_models import LISTED
+from mixed_models import MIXED
+from torch import Tensor, nn
+from torch._subclasses import FakeTensor, FakeTensorMode
+
+from dynalora_optim import Blocks, Budget, DynamicAllocationOptimizer, LiveBytes
+from dynalora_optim.memory._block_meter import BlockMeter
+from dynalora_optim.memory._reads import KnownNumbers
+from dynalora_optim.memory._sharding import Sharding
+
+FAMILIES: dict[str, Callable[[], Any]] = {
+    **{name: partial(adapted, name) for name in MODELS},
+    **LISTED,
+    **MIXED,
+}
+# Those in which code reads values: a mask, the places of an image, positions, chosen experts.
+READ = ("bart", "llava", "qwen2_vl", "mixtral", "mixtures", "gemma3")
+
+
+def costs_of(make: Callable[[], Any], *, padded: bool | None) -> Any:
+    tiny = make()
+    if padded is not None:
+        tiny.batch["attention_mask"] = torch.ones_like(tiny.batch["attention_mask"])
+        tiny.batch["attention_mask"][0, 0] = not padded
+    optimizer = on_budget(tiny)
+    tiny.loss()
+    return optimizer._allocation.costs
+
+
+def same_costs(make: Callable[[], Any], monkeypatch: pytest.MonkeyPatch, **options: Any) -> None:
+    real = costs_of(make, **options)
+    with monkeypatch.context() as patch:
+        patch.setattr(BlockMeter, "is_sharded", True)
+        patch.setattr(Sharding, "added_to", lambda self, costs, **options: costs)
+        assert costs_of(make, **options) == real
+
+
+@pytest.mark.parametrize("name", READ)
+def test_a_copy_without_data_costs_what_the_model_costs(name, monkeypatch):
+    same_costs(FAMILIES[name], monkeypatch, padded=None)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(set(FAMILIES) - set(READ)))
+def test_a_copy_of_any_family_costs_what_the_model_costs(name, monkeypatch):
+    same_costs(FAMILIES[name], monkeypatch, padded=None)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("name", ["bert", "llama"])
+def test_code_that_looks_into_a_mask_finds_what_is_in_it(name, padded, monkeypatch):
+    same_costs(FAMILIES[name], monkeypatch, padded=padded)
+
+
+@contextmanager
+def numbers(*, padded: bool = False) -> Iterator[KnownNumbers]:
+    mode = FakeTensorMode()
+
+    def fake(tensor: Tensor) -> Tensor:
+        with mode:
+            return torch.empty(tensor.shape, dtype=tensor.dtype)
+
+    with mode, KnownNumbers(fake, padded=padded) as found:
+        yield found
+
+
+def test_what_is_made_of_a_batchs_numbers_is_known():
+    mask = torch.tensor([[1, 1, 0], [1, 0, 0]])
+    weight = torch.randn(5, 2)
+    with numbers() as known:
+        fake = known.argument(weight.requires_grad_())
+        given = known.argument(mask)
+        assert given.sum(1).tolist() == [2, 1]
+        assert int(given.sum(1).max()) == 2
+        assert not given.bool().all()
+        hidden = torch.nn.functional.embedding(given, fake)
+        assert isinstance(hidden, FakeTensor)
+        assert hidden.shape == (2, 3, 2)
+        chosen = hidden[given.bool()]
+        assert isinstance(chosen, FakeTensor)
+        assert chosen.shape == (3, 2)
+        assert torch.arange(4).tolist() == [0, 1, 2, 3]
+        positions = torch.full((2, 3), 7).masked_fill(given == 0, 0)
+        assert positions.tolist() == [[7, 7, 0], [7, 0, 0]]
+        given.zero_()
+    assert mask.tolist() == [[1, 1, 0], [1, 0, 0]]  # the batch itself does not change
+
+
+def test_what_is_made_of_weights_is_not_known():
+    weight = torch.randn(4, 4, requires_grad=True)
+    with numbers() as known, torch.no_grad(), LiveBytes() as memory:
+        hidden = known.argument(weight)
+        assert (hidden > 0).all().item() is True
+        assert hidden.sum().item() == 1.0
+        out = torch.zeros(4, 4)
+        out += hidden  # plain, in place: it stays so, and what it holds is not known
+        assert out.shape == (4, 4)
+        out[:2] = hidden[:2]
+        assert memory.live == 64  # of out: an argument is no new tensor
+    with numbers(padded=True) as known:
+        assert (known.argument(weight) > 0).all().item() is False
+
+
+@pytest.mark.parametrize("size", [2**20, 2**20 + 1])
+def test_a_large_tensor_has_no_numbers(size):
+    with numbers() as known:
+        assert isinstance(known.argument(torch.ones(size)), FakeTensor) == (size > 2**20)
+        assert isinstance(torch.zeros(size), FakeTensor) == (size > 2**20)
+        assert isinstance(torch.zeros(1).expand(size), FakeTensor) == (size > 2**20)
+
+
+@given(st.lists(st.integers(0, 5), min_size=1, max_size=6), st.integers(1, 3))
+def test_positions_from_lengths_are_those_of_plain_tensors(lengths, width):
+    def made(lengths: Tensor) -> Tensor:
+        mask = torch.arange(6)[None] < lengths[:, None]
+        starts = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
+        return torch.cat([starts, mask.nonzero().flatten(), mask.sum().view(1)]) * width
+
+    plain = made(torch.tensor(lengths))
+    with numbers() as known:
+        assert made(known.argument(torch.tensor(lengths))).tolist() == plain.tolist()
+
+
+@lru_cache(maxsize=8)
+def grid(size: int) -> list[Tensor]:
+    """As models make positions, once for each size."""
+    return [torch.arange(size * 2.0**18).view(size, -1)]
+
+
+@lru_cache
+def of_a_size(size: int) -> int:
+    return size
+
+
+class Gridded(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Linear(4, 4) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + grid(len(x))[0].mean() * of_a_size(1)
+        for block in self.blocks:
+            x = block(x)
+        return x.sum()
+
+
+def test_what_a_function_caches_is_not_left_without_data(monkeypatch):
+    torch.manual_seed(0)
+    gc.unfreeze()  # as outside of these tests, where caches can be found
+    grid(2)
+    of_a_size(2)
+    model = Gridded()
+    optimizer = DynamicAllocationOptimizer(
+        torch.optim.SGD(model.parameters(), lr=0.1),
+        model,
+        groups=Blocks(outside="frozen"),
+        allocator=Budget(memory=1.0),
+    )
+    monkeypatch.setattr(BlockMeter, "is_sharded", True)
+    monkeypatch.setattr(Sharding, "added_to", lambda self, costs, **options: costs)
+    model(torch.randn(8, 4)).backward()  # its grid is too large to have numbers in the copy
+    optimizer.step()
+    assert type(grid(8)[0]) is Tensor
+    assert of_a_size.cache_info().currsize == 2  # what holds no tensor stays
