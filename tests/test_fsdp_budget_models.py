@@ -5,11 +5,15 @@ Run by ``pytest -m slow tests/test_fsdp_budget_models.py``.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
 from budgets import MODELS, adapted, clear, costs_of, on_budget, shape, some_plans
+from listed_models import LISTED
+from mixed_models import MIXED
 from processes import on_ranks
 from tiny_models import ROOMY, TinyModel
 from torch.distributed.fsdp import fully_shard
@@ -21,7 +25,15 @@ pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 BLOCKS = 4
 SHARE = 0.1  # of the peak: what one unit gathers or reduces, in models as small as these
 WITHIN = 4096
-CASES = [(name, units) for name in MODELS for units in ("whole", "blocks")]
+MOST = 1.4
+FAMILIES: dict[str, Callable[[], TinyModel]] = {
+    **{name: partial(adapted, name, sizes=replace(ROOMY, blocks=BLOCKS)) for name in MODELS},
+    **LISTED,
+    **MIXED,
+}
+del FAMILIES["clip"]  # it has a parameter without dimensions, which FSDP2 refuses
+UNITS = ("whole", "blocks")
+CASES = [(name, units) for name in FAMILIES for units in UNITS]
 CASES += [("bert", "outside too"), ("vit", "outside too")]
 
 
@@ -50,7 +62,7 @@ def peak(tiny: TinyModel) -> int:
 
 def predictions(name: str, units: str) -> list[tuple[int, int]]:
     """The predicted and the counted peak of some plans."""
-    tiny = sharded(adapted(name, sizes=replace(ROOMY, blocks=BLOCKS)), units)
+    tiny = sharded(FAMILIES[name](), units)
     optimizer = on_budget(tiny)
     tiny.loss().backward()
     costs, found = costs_of(optimizer), []
@@ -107,8 +119,10 @@ def test_the_predicted_peak_is_the_counted_one(name, units, ranks):
     for rank in ranks:  # what is counted may differ: when a communication ends depends on threads
         for predicted, counted in rank[name, units]:
             assert counted <= predicted
-            if units != "outside too":  # else the order in which units run is not known
+            if units == "whole" and name in MODELS:  # else the order of units is not known, or
+                # the buffer of one may be counted twice, and several lists have what they have
                 assert predicted - counted <= max(WITHIN, SHARE * counted)
+            assert predicted <= MOST * counted
 
 
 def test_a_model_that_checkpoints_itself_stays_within_the_limit_and_its_graph_is_cut(ranks):

@@ -180,3 +180,42 @@ def test_what_a_function_caches_is_not_left_without_data(monkeypatch):
     optimizer.step()
     assert type(grid(8)[0]) is Tensor
     assert of_a_size.cache_info().currsize == 2  # what holds no tensor stays
+
+
+@pytest.mark.parametrize("name", ["bert", "qwen2_vl"])
+def test_a_model_that_is_too_large_to_measure_is_measured_without_data(name):
+    real = costs_of(FAMILIES[name], padded=None)
+    tiny = FAMILIES[name]()
+    optimizer = on_budget(tiny)
+    fails = []
+
+    def full(module: nn.Module, args: Any, output: Any) -> None:
+        if type(output) is Tensor and not fails:
+            fails.append(module)
+            raise torch.OutOfMemoryError("there is no memory left")
+
+    linear = next(m for m in tiny.model.modules() if isinstance(m, nn.Linear))
+    linear.register_forward_hook(full)
+    tiny.loss().backward()
+    assert fails
+    assert optimizer._allocation.costs == real
+    optimizer.step()
+
+
+def test_what_has_no_copy_without_data_says_that_there_is_no_memory():
+    class Full(Gridded):
+        def forward(self, x: Tensor) -> Tensor:
+            if optimizer._costing._is_measuring:
+                raise torch.OutOfMemoryError("there is no memory left")
+            return super().forward(x)
+
+    model = Full()
+    optimizer = DynamicAllocationOptimizer(
+        torch.optim.SGD(model.parameters(), lr=0.1),
+        model,
+        groups=Blocks(outside="frozen"),
+        allocator=Budget(memory=1.0),
+    )
+    with pytest.raises(torch.OutOfMemoryError, match="no memory left"):
+        model(torch.randn(8, 4))
+    assert all(p.grad is None for p in model.parameters())

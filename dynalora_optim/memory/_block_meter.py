@@ -94,9 +94,15 @@ class BlockMeter:
         switch.clear(groups)
         if self.is_sharded:
             return self._measure_replica(groups, args, kwargs, known)
-        routes = Routes(self.model, self.blocks, groups, switch)
-        with self._uncompiled(), _own_checkpoints_refused():
-            costs = routes.measure(Batch(args, kwargs), known)
+        try:
+            routes = Routes(self.model, self.blocks, groups, switch)
+            with self._uncompiled(), _own_checkpoints_refused():
+                costs = routes.measure(Batch(args, kwargs), known)
+        except torch.OutOfMemoryError as full:
+            try:  # a copy without data needs none, and the plan may need less than measuring
+                return self._measure_replica(groups, args, kwargs, known)
+            except Exception:
+                raise full from None
         self._check_prefix(groups, routes.prefix_parameters)
         return costs
 
@@ -107,7 +113,7 @@ class BlockMeter:
         kwargs: dict[str, Any],
         known: Costs | None,
     ) -> Costs:
-        """Measure a copy that is not sharded, and add what sharding takes."""
+        """Measure a copy that is not sharded and has no data, and add what sharding takes."""
         replica = Replica(self.model)
         blocks, groups = list(map(replica.block, self.blocks)), list(map(replica.group, groups))
         switch = ModuleSwitch(blocks, holds=self._holds)
@@ -116,6 +122,8 @@ class BlockMeter:
         with self._uncompiled(), _own_checkpoints_refused(), replica.running(padded=padded) as fake:
             costs = routes.measure(Batch(*fake((args, kwargs))), known)
         self._check_prefix(groups, routes.prefix_parameters)
+        if not self.is_sharded:
+            return costs
         in_order = [blocks[place] for place in costs.positions]
         sharding = Sharding(replica, in_order, routes.prefix_parameters)
         return sharding.added_to(costs, reduces=self.reduces)

@@ -28,7 +28,7 @@ Call: TypeAlias = "tuple[tuple[Any, ...], dict[str, Any]]"  # positional and key
 _KEPT = 32  # shapes whose costs are kept
 _LOOSE = 2  # a batch this many times smaller than each measured one is worth a measurement,
 _WORTH = 8  # unless it is smaller than the largest by more than this: then there is little to save
-_FREE, _PER = 2, 200  # how many such measurements there may be, and one more per so many forwards
+_FREE, _PER = 1, 500  # how many such measurements there may be, and one more per so many forwards
 
 
 class Measure(Protocol):

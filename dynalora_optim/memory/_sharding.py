@@ -20,8 +20,7 @@ from dynalora_optim.allocation._costs import BlockCost, BlockUses, Costs, Use
 from dynalora_optim.groups._blocks import Block
 from dynalora_optim.memory._replica import Replica
 
-# Small tensors of communication that another thread still holds when torch has let go of them. What
-# was seen beyond the rest of the prediction, over gloo, is at most 481 bytes.
+# Small tensors of communication that another thread still holds when torch has let go of them.
 IN_FLIGHT = 1024
 
 
@@ -49,6 +48,9 @@ class Sharding:
             self._sort(unit)
         kept = (unit for unit in self._units if unit in self._large or not all(unit.frees))
         self._base = sum(unit.gathered for unit in kept) + IN_FLIGHT
+        if all(parameter.device.type == "cpu" for parameter in replica.model.parameters()):
+            # The thread of gloo may hold what it has gathered while the next is gathered already.
+            self._base += _most(unit for unit in self._units if unit not in self._large)
 
     def _sort(self, unit: ShardedUnit) -> None:
         places = {self._block_of(module) for module in unit.modules}
