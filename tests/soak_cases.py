@@ -129,9 +129,16 @@ class Case:
         tiny.model.train()
 
     def peaks(
-        self, tiny: TinyModel, optimizer: Any, steps: int = STEPS, measured: list[int] | None = None
+        self,
+        tiny: TinyModel,
+        optimizer: Any,
+        steps: int = STEPS,
+        measured: list[tuple[int, int]] | None = None,
     ) -> list[int]:
-        """The counted peak of each step; those of its measurements go to ``measured``."""
+        """The counted peak of each step; those of its measurements go to ``measured``.
+
+        With each of these are the bytes that were alive when it began.
+        """
         found = []
         with LiveBytes() as memory:
             if measured is not None:
@@ -156,14 +163,15 @@ class Case:
         return replace(self, shapes=((max(rows), max(lengths)),))
 
 
-def count_apart(optimizer: Any, memory: LiveBytes, measured: list[int]) -> None:
+def count_apart(optimizer: Any, memory: LiveBytes, measured: list[tuple[int, int]]) -> None:
     """Count the peaks of measurements in ``measured``, not in those of the steps."""
     measure = optimizer._costing.measure
 
     def counted(*batch: Any) -> Any:
-        before, memory.peak = memory.peak, memory.live
+        alive, before = memory.live, memory.peak
+        memory.peak = alive
         costs = measure(*batch)
-        measured.append(memory.peak)
+        measured.append((alive, memory.peak))
         memory.peak = before
         return costs
 
@@ -197,7 +205,7 @@ def check(case: Case) -> Outcome:
     limit = round(case.memory * whole)
     optimizer = on_budget(tiny, Checked(memory=limit, base="random"), period=1, seed=case.seed)
     try:
-        measured: list[int] = []
+        measured: list[tuple[int, int]] = []
         found = case.peaks(tiny, optimizer, measured=measured)
         check_gradients(case, tiny, unshaped)
     except ValueError as error:
@@ -208,24 +216,21 @@ def check(case: Case) -> Outcome:
     finally:
         optimizer.close()
     assert max(found) <= limit, f"exceeded: {[round(peak / limit, 4) for peak in found]}"
-    stands = case.accumulate > 1 or case.zeroes_late
-    most = max(limit, one_block(optimizer, stands=stands)) + 2 * case.hidden_state
-    assert max(measured) <= most, f"measuring: {max(measured)} beyond {limit}"
-    return Outcome("held", max(measured) / limit)
+    more = one_block(optimizer) + 2 * case.hidden_state
+    for alive, peak in measured:
+        assert peak <= max(limit, alive + more), (
+            f"measuring: {peak} beyond {limit}, of which {alive} stood"
+        )
+    return Outcome("held", max(peak for _, peak in measured) / limit)
 
 
-def one_block(optimizer: Any, *, stands: bool) -> int:
-    """The most bytes that one block takes by itself, in any role: measuring needs these, too.
-
-    They are alive beside the gradients, if these stand.
-    """
+def one_block(optimizer: Any) -> int:
+    """The most bytes that one block takes by itself, in any role: measuring needs these, too."""
     most = 0
     for _, costs in optimizer._costing._shapes.entries:
         roles = (r for block in costs.blocks for r in (block.lowest, block.active, block.idle))
         uses = [use for role in roles for use in (role.full, role.checkpointed)]
-        base = costs.forward_base
-        base += (costs.gradients(costs.all_active) + costs.outer_gradients) * stands
-        most = max(most, base + max(max(use.forward, use.backward) for use in uses))
+        most = max(most, costs.forward_base + max(max(use.forward, use.backward) for use in uses))
     return most
 
 
