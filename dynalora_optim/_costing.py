@@ -264,7 +264,7 @@ class StepCosting(CostingState):
         try:
             with self._tracker.paused():
                 switch, known = self._driver.switch, self._allocation.costs
-                return self._meter.measure(groups, switch, args, kwargs, known)
+                return self._meter.measure(groups, switch, args, kwargs, known, room=self._room())
         finally:
             self._is_measuring = False
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from dynalora_optim._driver import ModuleDriver
-from dynalora_optim._holdings import Holdings
+from dynalora_optim._holdings import Holdings, given_limit
 from dynalora_optim._ranks import Ranks
 from dynalora_optim.allocation._allocation import Allocation
 from dynalora_optim.allocation._costs import Costs, Plan
@@ -13,6 +13,7 @@ from dynalora_optim.memory._block_meter import BlockMeter
 from dynalora_optim.memory._habits import Habits
 from dynalora_optim.memory._loop_state import restored_loop, saved_loop
 from dynalora_optim.memory._passes import Passes
+from dynalora_optim.memory._room import gradient_bytes
 from dynalora_optim.memory._shapes import MeasuredShapes
 from dynalora_optim.memory._updates import Updates
 
@@ -48,6 +49,14 @@ class CostingState:
     def __getstate__(self) -> dict[str, Any]:
         # The keys of the plans are ids of objects that a copy has not; holdings are the owner's.
         return {**vars(self), "_plans": {}, "_holdings": None}
+
+    def _room(self) -> int | None:
+        """Return the bytes that measuring may take now; None if no amount of them is given."""
+        limit = given_limit(self._allocation.allocator, self._allocation.costs)
+        if limit is None:
+            return None
+        around = self._passes.around()
+        return limit - around.carried - around.stale - gradient_bytes(self._meter.model)
 
     def state(self) -> dict[str, Any]:
         """Return the values that a resumed run needs, as plain numbers, strings and lists."""

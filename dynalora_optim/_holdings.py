@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from dynalora_optim._base.live_bytes import flattened, storage_bytes, tensor_bytes
 from dynalora_optim._base.trees import tensors
 from dynalora_optim.allocation._amounts import DEVICE
+from dynalora_optim.allocation._budget import Budget
+from dynalora_optim.allocation._costs import Costs
 from dynalora_optim.allocation._resident import Resident, rate
 from dynalora_optim.groups._blocks import Block
 from dynalora_optim.memory._device import capacity, in_use, rounding
@@ -46,6 +48,16 @@ def total_of(allocator: object) -> int | str | None:
     inner = getattr(allocator, "allocator", None)
     total: int | str | None = getattr(allocator, "total", None)
     return total if total is not None or inner is None else total_of(inner)
+
+
+def given_limit(allocator: object, costs: Costs | None) -> int | None:
+    """Return the bytes that a step may take, where they are given; a share is one of all costs."""
+    if isinstance(allocator, Budget):
+        if isinstance(allocator.memory, int):
+            return allocator.memory
+        return allocator.limit(costs) if costs and allocator.total is not None else None
+    inner = getattr(allocator, "allocator", None)
+    return None if inner is None else given_limit(inner, costs)
 
 
 class Holdings:

@@ -18,6 +18,7 @@ from dynalora_optim.groups._blocks import Block, model_blocks
 from dynalora_optim.groups._layout import blocks_of
 from dynalora_optim.groups._module_group import ModuleGroup
 from dynalora_optim.memory._replica import Replica
+from dynalora_optim.memory._room import NoRoom
 from dynalora_optim.memory._routes import Batch, Routes
 from dynalora_optim.memory._shapes import is_padded, shape_of
 from dynalora_optim.memory._sharding import Sharding
@@ -80,10 +81,14 @@ class BlockMeter:
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
         known: Costs | None,
+        *,
+        room: int | None = None,
     ) -> Costs:
         """Return the costs of every choice among ``groups`` for this batch.
 
-        Several lists of blocks have the order of the ``known`` costs, if there are any.
+        Several lists of blocks have the order of the ``known`` costs, if there are any. If this
+        takes more memory than the device has, or more bytes than ``room``, a copy without data is
+        measured in place of the model.
 
         The flags that ``switch`` has set are lost; the caller must set them again.
 
@@ -95,14 +100,27 @@ class BlockMeter:
         if self.is_sharded:
             return self._measure_replica(groups, args, kwargs, known)
         try:
-            routes = Routes(self.model, self.blocks, groups, switch)
-            with self._uncompiled(), _own_checkpoints_refused():
-                costs = routes.measure(Batch(args, kwargs), known)
-        except torch.OutOfMemoryError as full:
-            try:  # a copy without data needs none, and the plan may need less than measuring
+            return self._measure_model(groups, switch, args, kwargs, known, room)
+        except (torch.OutOfMemoryError, NoRoom) as full:
+            try:
                 return self._measure_replica(groups, args, kwargs, known)
             except Exception:
+                if isinstance(full, NoRoom):  # there is no such copy, of quantised weights say
+                    return self._measure_model(groups, switch, args, kwargs, known, None)
                 raise full from None
+
+    def _measure_model(  # noqa: PLR0917 - as measure
+        self,
+        groups: Sequence[ModuleGroup],
+        switch: ModuleSwitch,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        known: Costs | None,
+        room: int | None,
+    ) -> Costs:
+        routes = Routes(self.model, self.blocks, groups, switch, room)
+        with self._uncompiled(), _own_checkpoints_refused():
+            costs = routes.measure(Batch(args, kwargs), known)
         self._check_prefix(groups, routes.prefix_parameters)
         return costs
 

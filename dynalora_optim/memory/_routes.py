@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dynalora_optim._base.live_bytes import LiveBytes
 from dynalora_optim.allocation._costs import Costs
 from dynalora_optim.groups._blocks import Block, in_lists
 from dynalora_optim.groups._layout import blocks_of
@@ -19,6 +18,7 @@ from dynalora_optim.groups._module_group import ModuleGroup
 from dynalora_optim.memory._block_list import Layout
 from dynalora_optim.memory._block_profiler import Profiler
 from dynalora_optim.memory._block_run import BlockRunner
+from dynalora_optim.memory._room import counter
 from dynalora_optim.memory._routing import Routing
 from dynalora_optim.memory._stand_ins import undisturbed
 from dynalora_optim.switching._module_switch import ModuleSwitch
@@ -40,6 +40,7 @@ class Routes:
         blocks: Its blocks, as it defines them.
         groups: The allocated groups, all of them active.
         switch: Makes groups active and inactive; what it has set is lost.
+        room: The bytes that measuring may take; None for any number.
 
     Attributes:
         prefix_parameters: The parameters that train before a list of blocks, which the gradient of
@@ -52,7 +53,9 @@ class Routes:
         blocks: Sequence[Block],
         groups: Sequence[ModuleGroup],
         switch: ModuleSwitch,
+        room: int | None = None,
     ) -> None:
+        self._room = room
         self._model = model
         self._blocks = blocks
         self._groups = groups
@@ -94,7 +97,7 @@ class Routes:
         self, batch: Batch, layout: Layout, ranges: Sequence[range], runs: Sequence[bool]
     ) -> list[Costs]:
         """Return the costs of each route, from that of the first list on."""
-        runner, routes = BlockRunner(LiveBytes(), self._switch), []
+        runner, routes = BlockRunner(counter(self._room), self._switch), []
         for number, found in enumerate(ranges):
             if not runs[number]:
                 continue
