@@ -201,7 +201,7 @@ def test_whatever_chooses_gets_the_first_ones_or_all_in_turn():
         sorted(set(pair)) == sorted(pair) for pair in even[1].movedim(1, -1).flatten(0, 1).tolist()
     )
     assert even[2].flatten().tolist() == [0, 1, 2, 3, 0, 1]
-    assert routing.choices == 7
+    assert routing.choices == 6
 
 
 def test_the_blocks_of_a_list_of_lists_are_those_that_are_called():

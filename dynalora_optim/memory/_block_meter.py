@@ -101,13 +101,15 @@ class BlockMeter:
             return self._measure_replica(groups, args, kwargs, known)
         try:
             return self._measure_model(groups, switch, args, kwargs, known, room)
-        except (torch.OutOfMemoryError, NoRoom) as full:
-            try:
-                return self._measure_replica(groups, args, kwargs, known)
-            except Exception:
-                if isinstance(full, NoRoom):  # there is no such copy, of quantised weights say
-                    return self._measure_model(groups, switch, args, kwargs, known, None)
+        except (torch.OutOfMemoryError, NoRoom) as error:
+            full = error.with_traceback(None)  # whose frames hold what was measured
+        try:
+            return self._measure_replica(groups, args, kwargs, known)
+        except Exception:
+            if not isinstance(full, NoRoom):
                 raise full from None
+        # There is no such copy, of quantised weights say.
+        return self._measure_model(groups, switch, args, kwargs, known, None)
 
     def _measure_model(  # noqa: PLR0917 - as measure
         self,

@@ -50,7 +50,8 @@ class Routing(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> object:
         result = func(*args, **(kwargs or {}))
-        if func not in _CHOICES:
+        dim = _dimension(func, args)
+        if dim is None:
             return result
         self.choices += 1
         best, found = result if func is _ATEN.topk.default else (None, result)
@@ -59,27 +60,31 @@ class Routing(TorchDispatchMode):  # type: ignore[no-untyped-call]
         shape, found, result = tuple(found.shape), None, None
         found = torch.empty(shape, **like)
         with uncounted():
-            self._choose(func, args, found)
+            whole = found if _keeps(func, args) else found.unsqueeze(dim)
+            self._choose(args[0].shape[dim], whole.movedim(dim, -1))
         return found if best is None else (best, found)
 
-    def _choose(self, func: Any, args: Any, found: Tensor) -> None:
-        """Write positions into ``found``, which has the shape of those that ``func`` has found."""
-        scores: Tensor = args[0]
-        if func is _ATEN.topk.default:
-            dim = args[2] if len(args) > 2 else -1
-            found, count = found.movedim(dim, -1), args[1]
-        else:  # without a dim it is a position in the whole tensor
-            dim = args[1] if len(args) > 1 else None
-            if dim is None:
-                return
-            keeps = len(args) > 2 and args[2]
-            found, count = (found.movedim(dim, -1) if keeps else found.unsqueeze(-1)), 1
-        if scores.ndim == 0:
-            return
+    def _choose(self, classes: int, found: Tensor) -> None:
+        """Write positions among so many ``classes`` into ``found``, (..., positions)."""
+        count = found.shape[-1]
         rows = found.numel() // count if count else 0
         first = torch.arange(rows, device=found.device) * (count * self._is_even)
         chosen = first[:, None] + torch.arange(count, device=found.device)
-        found.copy_((chosen % scores.shape[dim]).view(found.shape))
+        found.copy_((chosen % classes).view(found.shape))
+
+
+def _dimension(func: Any, args: Any) -> int | None:
+    """Return along which dimension ``func`` chooses; None if it does not choose."""
+    if func not in _CHOICES or args[0].ndim == 0:
+        return None
+    if func is _ATEN.topk.default:
+        return args[2] if len(args) > 2 else -1
+    return args[1] if len(args) > 1 else None  # without one, a position in the whole tensor
+
+
+def _keeps(func: Any, args: Any) -> bool:
+    """Whether the result has the dimension along which is chosen."""
+    return func is _ATEN.topk.default or (len(args) > 2 and args[2])
 
 
 def worst(few: Use, even: Use, gradients: int) -> Use:
