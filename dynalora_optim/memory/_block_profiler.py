@@ -4,7 +4,7 @@ The model runs forward once without a graph. During this pass every block is als
 forward and backward, in each role that it can have. The bytes that it holds, and the most bytes
 alive, are counted exactly (`LiveBytes`). Only one block's graph is alive at a time, so that
 measuring needs the memory to train one block, and two hidden states. That is less than any budget
-in which each of several blocks can train.
+in which each of several blocks can train. See `_room` for smaller ones.
 
 A model with several lists of blocks runs once for each list in which a backward pass can end (see
 `Costs`). What runs between two lists and after the last one records its graph in this pass, which
