@@ -48,7 +48,8 @@ def mixing(head: nn.Module, hidden: Tensor) -> str | None:
     """
     head = head.module if isinstance(head, WithoutHooks) else head
     # On the meta device, or while something traces it, there are no numbers to compare.
-    if is_plain(head) or type(hidden) not in (Tensor, nn.Parameter) or hidden.is_meta:
+    has_numbers = type(hidden) in (Tensor, nn.Parameter) and not hidden.is_meta
+    if is_plain(head) or not has_numbers or torch.compiler.is_compiling():
         return None
     kind = (head.training, tuple(type(part) for part in head.modules()))
     if _TRIED.get(head, (None, None))[0] != kind:

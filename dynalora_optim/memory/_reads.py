@@ -71,7 +71,7 @@ class KnownNumbers(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return self._known(func, args, kwargs)
         if is_read(func):
             return answer(func, args, padded=self._padded)
-        if is_plain(args[0]) and str(func.overloadpacket).endswith("_"):
+        if args and is_plain(args[0]) and str(func.overloadpacket).endswith("_"):
             # A plain tensor is changed in place by numbers that are not known. It stays plain.
             return self._known(func, *tree_map(_zeros, (args, kwargs)))
         if func is _ATEN.index.Tensor:

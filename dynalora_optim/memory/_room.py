@@ -7,8 +7,11 @@ import torch
 from dynalora_optim._base.live_bytes import LiveBytes
 
 
-class NoRoom(Exception):  # noqa: N818 - nobody sees it
-    """A measurement would take more bytes than there is room for."""
+class NoRoom(BaseException):
+    """A measurement would take more bytes than there is room for.
+
+    It is no Exception, so that no code of a model goes on in another way.
+    """
 
 
 class Within(LiveBytes):  # type: ignore[no-untyped-call]
