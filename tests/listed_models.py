@@ -160,6 +160,32 @@ def qwen2_vl() -> TinyModel:
     return adapted(model, r".*\.(qkv|proj|q_proj|v_proj)", batch)
 
 
+def mllama() -> TinyModel:
+    transformers = pytest.importorskip("transformers")
+    from transformers.models.mllama.configuration_mllama import MllamaTextConfig, MllamaVisionConfig
+
+    vision = MllamaVisionConfig(
+        hidden_size=WIDTH, num_hidden_layers=2, num_global_layers=2, attention_heads=4,
+        intermediate_size=2 * WIDTH, vision_output_dim=2 * WIDTH, image_size=16, patch_size=4,
+        max_num_tiles=2, intermediate_layers_indices=[0],
+        supported_aspect_ratios=[[1, 1], [1, 2], [2, 1]],
+    )  # fmt: skip
+    text = MllamaTextConfig(**LANGUAGE, cross_attention_layers=[1])
+    config = transformers.MllamaConfig(vision_config=vision, text_config=text)
+    model = transformers.MllamaForConditionalGeneration(config)
+    tokens = ids()
+    batch = {
+        "input_ids": tokens,
+        "labels": tokens,
+        "attention_mask": torch.ones_like(tokens),
+        "pixel_values": pictures(2 * ROWS).view(ROWS, 1, 2, 3, 16, 16),
+        "aspect_ratio_ids": torch.ones(ROWS, 1, dtype=torch.long),
+        "aspect_ratio_mask": torch.ones(ROWS, 1, 2, dtype=torch.long),
+        "cross_attention_mask": torch.ones(ROWS, LENGTH, 1, 2, dtype=torch.long),
+    }
+    return adapted(model, r".*\.(q|v)_proj", batch)
+
+
 def clip() -> TinyModel:
     transformers = pytest.importorskip("transformers")
     config = transformers.CLIPConfig(
@@ -235,6 +261,7 @@ LISTED: dict[str, Callable[[], Any]] = {
     "llava_projector": lambda: llava(["multi_modal_projector"]),
     "paligemma": paligemma,
     "qwen2_vl": qwen2_vl,
+    "mllama": mllama,
     "clip": clip,
     "towers": towers,
     "towers_with_heads": lambda: towers(trainable=["out"]),

@@ -125,7 +125,7 @@ class Profiler:
             head_gradients=sum(map(tensor_bytes, self._head_parameters())),
             prefix=after_all(self._lists, self._prefix),
             batch=elements(args, kwargs),
-            before=self._before_blocks,
+            before=self._before_blocks + _SCALARS,
             prefix_gradients=sum(map(tensor_bytes, self.prefix_parameters)),
             first=first.blocks.start,
             own=tuple((one.blocks.start, one.reached) for one in self._lists if one is not first),
