@@ -281,7 +281,7 @@ def whole_peak(batch: dict[str, Tensor]) -> int:
 def test_a_share_is_of_the_batch_measured_in_advance():
     """Short rows come first, but the share is of long ones; and these are not measured again."""
     tiny = adapted("bert", sizes=ROOMY)
-    short, long = rows(tiny, 4, 4), rows(tiny, 4, 64)
+    short, long = rows(tiny, 4, 10), rows(tiny, 4, 64)
     limit = 0.45 * whole_peak(long)
     optimizer = on_budget(tiny, Budget(memory=0.45, base="random"), period=1)
     before = torch.get_rng_state(), {n: v.clone() for n, v in tiny.model.state_dict().items()}
