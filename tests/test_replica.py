@@ -17,7 +17,7 @@ from budgets import MODELS, adapted, on_budget
 from hypothesis import given
 from hypothesis import strategies as st
 from listed_models import LISTED
-from mixed_models import MIXED
+from mixed_models import MIXED, skip_unless_it_runs
 from torch import Tensor, nn
 from torch._subclasses import FakeTensor, FakeTensorMode
 
@@ -46,6 +46,7 @@ def costs_of(make: Callable[[], Any], *, padded: bool | None) -> Any:
 
 
 def same_costs(make: Callable[[], Any], monkeypatch: pytest.MonkeyPatch, **options: Any) -> None:
+    skip_unless_it_runs(make())
     real = costs_of(make, **options)
     with monkeypatch.context() as patch:
         patch.setattr(BlockMeter, "is_sharded", True)
