@@ -61,6 +61,7 @@ class ModuleDriver:
         self._probe = GradientProbe(model, self.switch, tracker)
         self._anchor = Anchor()
         self._choice = Choice(frozenset())
+        self._outer: list[Tensor] = []  # what trains in no group
         self._has_diverged = False  # from the weights of other ranks
         self._has_told = False  # of active groups that the user has frozen
         self.add(groups)
@@ -148,6 +149,9 @@ class ModuleDriver:
             )
         if probe:
             self._probe.open(groups, probe, choice)
+        in_groups = {id(p) for group in self.groups() for p in group.parameters()}
+        trained = (p for p in self._model.parameters() if p.requires_grad)
+        self._outer = [p for p in trained if id(p) not in in_groups]
 
     def _tell_of_frozen(self, choice: Choice) -> None:
         frozen = [
@@ -172,7 +176,10 @@ class ModuleDriver:
         self.switch.recompute(blocks)
 
     def has_gradients(self) -> bool:
-        """Return whether an active group has a gradient now."""
+        """Return whether an active group, or what trains outside of all, has a gradient now."""
+        for parameter in self._outer:
+            if parameter.grad is not None:
+                return True
         for name in self._choice.active:  # loops: a generator takes a call for each slot
             for slot in self._groups[name].slots:
                 if slot.parameter.grad is not None:

@@ -237,6 +237,26 @@ def test_measuring_ragged_rows_is_rare():
     assert sum(at >= 100 for at in measured) <= 4
 
 
+def test_gradients_of_the_head_stand_though_those_of_blocks_that_take_turns_are_gone():
+    tiny = adapted("bert", sizes=ROOMY)
+    optimizer = on_budget(tiny, Budget(memory=10**9), lr=0.0)
+    with LiveBytes() as memory:
+        tiny.loss().backward()
+        optimizer.step()
+        for name, parameter in tiny.model.named_parameters():
+            if "lora" in name:
+                parameter.grad = None
+        assert gradients(tiny)
+        memory.restart()
+        loss = tiny.loss()
+        _, here, plan = optimizer._costing._now
+        clear(tiny)  # late
+        loss.backward()
+    assert memory.peak <= here.peak(plan)
+    assert here.peak(plan) > here.in_no_loop().peak(plan)
+    assert optimizer._costing._habits.standing
+
+
 def test_modules_that_join_later_are_measured_with_the_others():
     tiny = made("bert", "ours")
     late = [p for n, p in tiny.model.named_parameters() if ".layer.3." in n and p.requires_grad]

@@ -21,6 +21,11 @@ def test_what_a_budget_promises_holds_in_every_loop(case):
     event(check(case).kind)
 
 
+@pytest.mark.parametrize("number", [4416, 5910])
+def test_what_the_soak_has_found_stays_mended(number):
+    assert check(soak.case_of(0, number)).kind in ("held", "refused")
+
+
 def test_the_soak_goes_on_where_it_ended_and_repeats_what_failed(tmp_path, monkeypatch):
     path, tried, broken = tmp_path / "soak.jsonl", [], {2, 51}
 
