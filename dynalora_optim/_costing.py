@@ -97,7 +97,7 @@ class StepCosting(CostingState):
             self._habits.resident = reduce(Resident.merged, gathered(self._habits.resident))
         self._habits.standing |= self._ranks.has_gradients()
         batch, around = (shape_of(args, kwargs), elements(args, kwargs)), self._passes.around()
-        measure = partial(self._shapes.measured, (args, kwargs), self._measured)
+        measure = partial(self._shapes.measured, (args, kwargs), batch[0], self._measured)
         if self._ranks.is_together:
             agreed = self._ranks.agree(batch, around, measure, self._fits)
             costs, around, of_ranks = agreed.joined, agreed.around, agreed.costs

@@ -24,7 +24,6 @@ from torch._subclasses import FakeTensor, FakeTensorMode
 from dynalora_optim import Blocks, Budget, DynamicAllocationOptimizer, LiveBytes
 from dynalora_optim.memory._block_meter import BlockMeter
 from dynalora_optim.memory._reads import KnownNumbers
-from dynalora_optim.memory._sharding import Sharding
 
 FAMILIES: dict[str, Callable[[], Any]] = {
     **{name: partial(adapted, name) for name in MODELS},
@@ -50,7 +49,6 @@ def same_costs(make: Callable[[], Any], monkeypatch: pytest.MonkeyPatch, **optio
     real = costs_of(make, **options)
     with monkeypatch.context() as patch:
         patch.setattr(BlockMeter, "is_sharded", True)
-        patch.setattr(Sharding, "added_to", lambda self, costs, **options: costs)
         assert costs_of(make, **options) == real
 
 
@@ -163,20 +161,20 @@ class Gridded(nn.Module):
         return x.sum()
 
 
+def by_blocks(model: nn.Module) -> DynamicAllocationOptimizer:
+    inner = torch.optim.SGD(model.parameters(), lr=0.1)
+    groups, allocator = Blocks(outside="frozen"), Budget(memory=1.0)
+    return DynamicAllocationOptimizer(inner, model, groups=groups, allocator=allocator)
+
+
 def test_what_a_function_caches_is_not_left_without_data(monkeypatch):
     torch.manual_seed(0)
     gc.unfreeze()  # as outside of these tests, where caches can be found
     grid(2)
     of_a_size(2)
     model = Gridded()
-    optimizer = DynamicAllocationOptimizer(
-        torch.optim.SGD(model.parameters(), lr=0.1),
-        model,
-        groups=Blocks(outside="frozen"),
-        allocator=Budget(memory=1.0),
-    )
+    optimizer = by_blocks(model)
     monkeypatch.setattr(BlockMeter, "is_sharded", True)
-    monkeypatch.setattr(Sharding, "added_to", lambda self, costs, **options: costs)
     model(torch.randn(8, 4)).backward()  # its grid is too large to have numbers in the copy
     optimizer.step()
     assert type(grid(8)[0]) is Tensor
@@ -211,12 +209,7 @@ def test_what_has_no_copy_without_data_says_that_there_is_no_memory():
             return super().forward(x)
 
     model = Full()
-    optimizer = DynamicAllocationOptimizer(
-        torch.optim.SGD(model.parameters(), lr=0.1),
-        model,
-        groups=Blocks(outside="frozen"),
-        allocator=Budget(memory=1.0),
-    )
+    optimizer = by_blocks(model)
     with pytest.raises(torch.OutOfMemoryError, match="no memory left"):
         model(torch.randn(8, 4))
     assert all(p.grad is None for p in model.parameters())

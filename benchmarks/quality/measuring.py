@@ -1,6 +1,6 @@
 """Count how often a `Budget` measures on ragged batches, and what share of the time it takes.
 
-    python benchmarks/quality/measuring.py --steps 60 --layers 2
+    python benchmarks/quality/measuring.py --steps 60 --layers 2 --methods budget-0.75
     python benchmarks/quality/measuring.py --output benchmarks/results/measuring.jsonl
 
 A budget measures each batch that no measured batch covers. Here the batches are rows of similar
@@ -11,7 +11,6 @@ measurement is counted apart, because every run has it: in steps of LoRA on the 
 from __future__ import annotations
 
 import argparse
-import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -31,6 +30,7 @@ from dynalora_optim._costing import StepCosting
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from _budget_tables import measuring as measuring_table
+from _measure import median_seconds
 from _stored import run_of, write
 
 METHODS = "budget-0.40,budget-0.75"
@@ -74,19 +74,14 @@ def first(name: str, options: argparse.Namespace) -> dict[str, float]:
     }
     for loop in loops:  # what comes first imports and allocates
         loop.step(batch)
-    times = [{what: timed(work) for what, work in works.items()} for _ in range(REPEATS)]
+    seconds = median_seconds(works, rounds=REPEATS, warm_up=0, clock=time.process_time)
     flops = {what: counted(work) for what, work in works.items()}
     for loop in loops:
         loop.close()
-    step, measured = (statistics.median(found[what] for found in times) for what in works)
-    return {"first_flops": flops["measure"] / flops["step"], "first_time": measured / step}
-
-
-def timed(work: Callable[[], object]) -> float:
-    """Return the CPU seconds of some work."""
-    start = time.process_time()
-    work()
-    return time.process_time() - start
+    return {
+        "first_flops": flops["measure"] / flops["step"],
+        "first_time": seconds["measure"] / seconds["step"],
+    }
 
 
 def counted(work: Callable[[], object]) -> int:

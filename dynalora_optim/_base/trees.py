@@ -19,6 +19,11 @@ def tensors(tree: Any) -> Iterator[Tensor]:
             yield from tensors(item)
 
 
+def has_data(tensor: Tensor) -> bool:
+    """Return whether ``tensor`` has numbers of its own: no fake, no meta, no class of its own."""
+    return type(tensor) in (Tensor, nn.Parameter) and not tensor.is_meta
+
+
 def _items(tree: Any) -> Iterable[Any]:
     if isinstance(tree, Mapping):
         return tree.values()

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from dynalora_optim._base.torch_private_hooks import forward_hooks, forward_pre_hooks
+from dynalora_optim._base.trees import has_data
 
 _TRIED: WeakKeyDictionary[nn.Module, tuple[object, str | None]] = WeakKeyDictionary()
 
@@ -48,8 +49,7 @@ def mixing(head: nn.Module, hidden: Tensor) -> str | None:
     """
     head = head.module if isinstance(head, WithoutHooks) else head
     # On the meta device, or while something traces it, there are no numbers to compare.
-    has_numbers = type(hidden) in (Tensor, nn.Parameter) and not hidden.is_meta
-    if is_plain(head) or not has_numbers or torch.compiler.is_compiling():
+    if is_plain(head) or not has_data(hidden) or torch.compiler.is_compiling():
         return None
     kind = (head.training, tuple(type(part) for part in head.modules()))
     if _TRIED.get(head, (None, None))[0] != kind:

@@ -97,52 +97,47 @@ class BlockMeter:
         """
         self.check(groups)
         switch.clear(groups)
+        batch = Batch(args, kwargs)
         if self.is_sharded:
-            return self._measure_replica(groups, args, kwargs, known)
+            return self._measure_replica(groups, batch, known)
         try:
-            return self._measure_model(groups, switch, args, kwargs, known, room)
+            return self._measure_model(groups, switch, batch, known, room)
         except (torch.OutOfMemoryError, NoRoom) as error:
             full = error.with_traceback(None)  # whose frames hold what was measured
         try:
-            return self._measure_replica(groups, args, kwargs, known)
+            return self._measure_replica(groups, batch, known)
         except Exception:
             if not isinstance(full, NoRoom):
                 raise full from None
         # There is no such copy, of quantised weights say.
-        return self._measure_model(groups, switch, args, kwargs, known, None)
+        return self._measure_model(groups, switch, batch, known, None)
 
-    def _measure_model(  # noqa: PLR0917 - as measure
+    def _measure_model(
         self,
         groups: Sequence[ModuleGroup],
         switch: ModuleSwitch,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
+        batch: Batch,
         known: Costs | None,
         room: int | None,
     ) -> Costs:
         routes = Routes(self.model, self.blocks, groups, switch, room)
         with self._uncompiled(), _own_checkpoints_refused():
-            costs = routes.measure(Batch(args, kwargs), known)
+            costs = routes.measure(batch, known)
         self._check_prefix(groups, routes.prefix_parameters)
         return costs
 
     def _measure_replica(
-        self,
-        groups: Sequence[ModuleGroup],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        known: Costs | None,
+        self, groups: Sequence[ModuleGroup], batch: Batch, known: Costs | None
     ) -> Costs:
         """Measure a copy that is not sharded and has no data, and add what sharding takes."""
         replica = Replica(self.model)
         blocks, groups = list(map(replica.block, self.blocks)), list(map(replica.group, groups))
-        switch = ModuleSwitch(blocks, holds=self._holds)
-        routes = Routes(replica.model, blocks, groups, switch)
-        padded = is_padded(shape_of(args, kwargs))
+        routes = Routes(replica.model, blocks, groups, ModuleSwitch(blocks, holds=self._holds))
+        padded = is_padded(shape_of(batch.args, batch.kwargs))
         with self._uncompiled(), _own_checkpoints_refused(), replica.running(padded=padded) as fake:
-            costs = routes.measure(Batch(*fake((args, kwargs))), known)
+            costs = routes.measure(Batch(*fake((batch.args, batch.kwargs))), known)
         self._check_prefix(groups, routes.prefix_parameters)
-        if not self.is_sharded:
+        if not replica.units:
             return costs
         in_order = [blocks[place] for place in costs.positions]
         sharding = Sharding(replica, in_order, routes.prefix_parameters)

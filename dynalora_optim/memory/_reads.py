@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dynalora_optim._base.torch_private import (
     GROUPED_PRODUCT,
@@ -15,7 +15,7 @@ from dynalora_optim._base.torch_private import (
     tree_map,
     without_modes,
 )
-from dynalora_optim._base.trees import tensors
+from dynalora_optim._base.trees import has_data, tensors
 
 _ATEN = torch.ops.aten
 _READS = (READ_SCALAR, _ATEN.allclose.default, _ATEN.equal.default)
@@ -59,7 +59,7 @@ class KnownNumbers(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def argument(self, tensor: Tensor) -> Tensor:
         """Return a copy of an argument of the model if its numbers are to be known, or a fake."""
         with without_modes():
-            if is_plain(tensor) and tensor.numel() <= _LIMIT and not tensor.requires_grad:
+            if has_data(tensor) and tensor.numel() <= _LIMIT and not tensor.requires_grad:
                 return tensor.detach().clone()
             return self._fake(tensor).requires_grad_(tensor.requires_grad)
 
@@ -67,11 +67,11 @@ class KnownNumbers(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> object:
         kwargs = kwargs or {}
-        if all(map(is_plain, tensors((args, kwargs)))):
+        if all(map(has_data, tensors((args, kwargs)))):
             return self._known(func, args, kwargs)
         if is_read(func):
             return answer(func, args, padded=self._padded)
-        if args and is_plain(args[0]) and str(func.overloadpacket).endswith("_"):
+        if args and has_data(args[0]) and str(func.overloadpacket).endswith("_"):
             # A plain tensor is changed in place by numbers that are not known. It stays plain.
             return self._known(func, *tree_map(_zeros, (args, kwargs)))
         if func is _ATEN.index.Tensor:
@@ -91,7 +91,7 @@ class KnownNumbers(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Return indices in which masks have become positions, of which a fake has no number."""
         found: list[Tensor | None] = []
         for index in indices:
-            if index is not None and is_plain(index) and index.dtype == torch.bool:
+            if index is not None and has_data(index) and index.dtype == torch.bool:
                 with without_modes():
                     found += index.nonzero(as_tuple=True)
             else:
@@ -99,12 +99,7 @@ class KnownNumbers(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return found
 
     def _faked(self, leaf: Any) -> Any:
-        return self._fake(leaf) if isinstance(leaf, Tensor) and is_plain(leaf) else leaf
-
-
-def is_plain(tensor: object) -> bool:
-    """Return whether ``tensor`` has data of its own, and is of no class of its own."""
-    return type(tensor) in (Tensor, nn.Parameter) and not cast(Tensor, tensor).is_meta
+        return self._fake(leaf) if isinstance(leaf, Tensor) and has_data(leaf) else leaf
 
 
 def _grouped_product(args: Any, kwargs: Any) -> Tensor:
@@ -115,7 +110,7 @@ def _grouped_product(args: Any, kwargs: Any) -> Tensor:
 
 
 def _zeros(leaf: Any) -> Any:
-    if not isinstance(leaf, Tensor) or is_plain(leaf):
+    if not isinstance(leaf, Tensor) or has_data(leaf):
         return leaf
     with without_modes():
         return torch.zeros(tuple(leaf.shape), dtype=leaf.dtype, device=leaf.device)

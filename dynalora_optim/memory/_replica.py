@@ -1,4 +1,4 @@
-"""A copy of a model that ``fully_shard`` has sharded, with whole parameters that take no memory.
+"""A copy of a model with parameters that take no memory, whole ones also under ``fully_shard``.
 
 Its tensors are fake: they have a shape, a dtype and a device, but no data. So its blocks can be run
 one by one, which those of a sharded model cannot, on no device memory and without other ranks.
@@ -26,11 +26,11 @@ from dynalora_optim._base.torch_private_fsdp import (
     things_of_units,
     units,
 )
-from dynalora_optim._base.trees import tensors
+from dynalora_optim._base.trees import has_data, tensors
 from dynalora_optim.groups._blocks import Block
 from dynalora_optim.groups._module_group import ModuleGroup
 from dynalora_optim.memory._caches import no_fakes_cached
-from dynalora_optim.memory._reads import KnownNumbers, is_plain
+from dynalora_optim.memory._reads import KnownNumbers
 from dynalora_optim.switching._detach import ActiveCopies, drop_copied_hooks
 
 
@@ -160,7 +160,7 @@ class Replica:
 
 def _is_known(tensor: Tensor) -> bool:
     """Whether a buffer is copied with its numbers, such as positions; statistics are not."""
-    return is_plain(tensor) and not tensor.is_floating_point() and tensor.is_leaf
+    return has_data(tensor) and not tensor.is_floating_point() and tensor.is_leaf
 
 
 def _nothing(*args: Any, **kwargs: Any) -> None:

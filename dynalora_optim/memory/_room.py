@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import torch
+from torch import nn
 
-from dynalora_optim._base.live_bytes import LiveBytes
+from dynalora_optim._base.live_bytes import LiveBytes, tensor_bytes
 
 
 class NoRoom(BaseException):
@@ -39,6 +39,6 @@ def counter(room: int | None) -> LiveBytes:
     return LiveBytes() if room is None else Within(room)
 
 
-def gradient_bytes(model: torch.nn.Module) -> int:
+def gradient_bytes(model: nn.Module) -> int:
     """Return the bytes of the gradients that a model has."""
-    return sum(p.grad.nbytes for p in model.parameters() if p.grad is not None)
+    return sum(tensor_bytes(p.grad) for p in model.parameters() if p.grad is not None)

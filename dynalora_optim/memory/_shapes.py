@@ -141,9 +141,8 @@ class MeasuredShapes:
         ]
         _, _, found = min(known, key=lambda entry: entry[:2], default=(0, (), None))
         largest = max((costs.batch for _, costs in self.entries), default=0)
-        is_loose = found is not None and found.batch >= _LOOSE * elements
-        if not (self.recomputes and 0 < elements >= largest / _WORTH):
-            is_loose = False
+        is_worth_it = self.recomputes and 0 < elements >= largest / _WORTH
+        is_loose = is_worth_it and found is not None and found.batch >= _LOOSE * elements
         if is_loose and self._extra < _FREE + self.forwards // _PER:
             self._extra += 1
             return None
@@ -161,7 +160,7 @@ class MeasuredShapes:
         return max(found, key=lambda entry: entry[1].batch)[0] if found else None
 
     def measured(
-        self, call: Call, measure: Callable[..., Costs], *, exact: bool
+        self, call: Call, shape: Shape, measure: Callable[..., Costs], *, exact: bool
     ) -> tuple[Shape, Costs]:
         """Return the shape and the costs of this batch, or of a larger one with its mask.
 
@@ -170,10 +169,10 @@ class MeasuredShapes:
 
         Args:
             call: The arguments of the model.
+            shape: Their shape.
             measure: Returns the costs of a call with such arguments.
             exact: Whether only the batch itself will do.
         """
-        shape = shape_of(*call)
         larger = None if exact else self.around(shape)
         if larger:
             try:

@@ -122,9 +122,9 @@ class Together:
                 raise ValueError(f"rank {rank} cannot measure its batch: {why}")
         results: list[tuple[Costs | None, bool]] = []
         for answer, is_exact, _ in answers:
-            has_rows = answer is not None and answer[1].flops(answer[1].all_active)
-            results.append((answer[1] if answer and has_rows else None, is_exact))
-            if answer and has_rows:
+            costs = answer[1] if answer and answer[1].flops(answer[1].all_active) else None
+            results.append((costs, is_exact))
+            if answer and costs:
                 self._shapes.add(*answer)
         return results
 
