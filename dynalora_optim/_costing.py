@@ -173,8 +173,8 @@ class StepCosting(CostingState):
         finally:
             self._resume(is_probing)
 
-    def _take_costs(self) -> None:
-        """Let the allocation know what a step takes now; groups that do not fit become inactive."""
+    def _take_costs(self, *, is_between: bool) -> None:
+        """Make groups inactive that a step has no room for, also if it ``is_between`` forwards."""
         known = self._allocation.costs
         if known is not None and (self._ranks.may_differ or self._version == self._habits.version):
             return
@@ -183,7 +183,8 @@ class StepCosting(CostingState):
         if expected != known:
             is_probing = self._driver.is_probing and not self._allocation.is_trial
             self._allocation.take_costs(expected)
-            self._resume(is_probing)
+            with self._driver.switch.former.recalled(is_between):
+                self._resume(is_probing)
             self._driver.drop_gradients(before - self._allocation.chosen)
 
     def _planned(self, costs: Costs, around: Around) -> tuple[Costs, Plan]:
@@ -198,7 +199,7 @@ class StepCosting(CostingState):
             pattern = self._habits.pattern
             try:
                 self._habits.see_forward(costs, len(before))
-                self._take_costs()
+                self._take_costs(is_between=bool(before))
                 here = self._habits.in_loop(costs, before, carried=carried, stale=stale)
                 plan = self._allocation.plan_at(here, self._active())
             except ValueError:
@@ -262,7 +263,7 @@ class StepCosting(CostingState):
         self._driver.close_probe()
         groups = [self._driver.group(name) for name in self._allocation.names]
         try:
-            with self._tracker.paused():
+            with self._tracker.paused(), self._driver.switch.former.paused():
                 switch, known = self._driver.switch, self._allocation.costs
                 return self._meter.measure(groups, switch, args, kwargs, known, room=self._room())
         finally:

@@ -241,6 +241,7 @@ class ModuleDriver:
     def before_update(self) -> None:
         """Score the gradients of the backward passes, before an optimizer step uses them."""
         self.switch.restore()
+        self.switch.former.forget()
         self._probe.close()
         self._tracker.observe_step(
             g for name, g in self._groups.items() if name in self._choice.active

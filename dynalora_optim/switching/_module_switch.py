@@ -16,6 +16,7 @@ from dynalora_optim.groups._blocks import Block
 from dynalora_optim.groups._layout import blocks_of
 from dynalora_optim.groups._module_group import ModuleGroup
 from dynalora_optim.switching._detach import DetachedForward, has_flag
+from dynalora_optim.switching._former_flags import Flagged, FormerFlags
 from dynalora_optim.switching._recompute import Recomputer, is_compiled
 
 
@@ -29,12 +30,14 @@ class ModuleSwitch:
 
     Attributes:
         held: The blocks whose own checkpoints are held.
+        former: What was active in forwards whose backward is still to come.
     """
 
     def __init__(self, blocks: Sequence[Block], *, holds: bool = False) -> None:
         self._blocks = [block.module for block in blocks]
         self._detached: dict[str, list[DetachedForward]] = {}
         self._recomputer = Recomputer()
+        self.former = FormerFlags()
         self.held = self._blocks if holds else []
 
     def apply(self, groups: Iterable[ModuleGroup], choice: Choice) -> None:
@@ -61,6 +64,7 @@ class ModuleSwitch:
 
     def close(self, groups: Iterable[ModuleGroup]) -> None:
         """Make all ``groups`` active, recompute nothing, and remove all hooks."""
+        self.former.forget()
         self.clear(groups)
         for hooks in self._detached.values():
             for hook in hooks:
@@ -70,25 +74,23 @@ class ModuleSwitch:
     def set_flags(self, groups: Iterable[ModuleGroup], active: Collection[str]) -> None:
         """Make the groups named in ``active`` active, the others inactive, and change no block."""
         for group in groups:
-            for switch in self._switches(group):
-                switch.active = group.name in active
+            for module, switch in self._switches(group):
+                self.former.change(module, switch, active=group.name in active)
 
     def set_gated(self, groups: Iterable[ModuleGroup], gated: Collection[str]) -> None:
         """Use gates in the groups that ``gated`` names; other groups compile once per state."""
         for group in groups:
-            for switch in self._switches(group):
+            for _, switch in self._switches(group):
                 if hasattr(switch, "gated"):
                     switch.gated = group.name in gated
 
-    def _switches(self, group: ModuleGroup) -> list[nn.Module | DetachedForward]:
-        """Return the objects with the flags of a group: modules, or hooks for those without one."""
+    def _switches(self, group: ModuleGroup) -> list[tuple[nn.Module, Flagged]]:
+        """Return the modules of a group, each with what has its flag: itself, or hooks of it."""
+        bare = [module for module in group.modules if not has_flag(module)]
         if group.name not in self._detached:
-            self._detached[group.name] = [
-                DetachedForward(module, group.slots)
-                for module in group.modules
-                if not has_flag(module)
-            ]
-        return [*filter(has_flag, group.modules), *self._detached[group.name]]
+            self._detached[group.name] = [DetachedForward(m, group.slots) for m in bare]
+        flagged = ((module, module) for module in filter(has_flag, group.modules))
+        return [*flagged, *zip(bare, self._detached[group.name], strict=True)]
 
     def replace(self, group: ModuleGroup) -> None:
         """Detach the parameters of ``group``, which holds more than the one of the same name."""

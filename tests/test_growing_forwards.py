@@ -1,0 +1,78 @@
+"""Modules become inactive between two forwards of one backward: each is recomputed as it ran."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+import torch
+from budgets import adapted, gradients
+from test_budget_loops import WIDE, rows
+from tiny_models import TinyModel
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from dynalora_optim import DynamicAllocationOptimizer
+
+SMALL, LARGE = (1, 6), (8, 16)
+
+
+def loss(tiny: TinyModel, shape: tuple[int, int]) -> Tensor:
+    return tiny.model(**rows(tiny, *shape)).loss
+
+
+def checkpoint_blocks(tiny: TinyModel, how: str) -> None:
+    """Checkpoint the blocks as a user does: by the model's switch, or in their code."""
+    blocks = next(module for module in tiny.model.modules() if isinstance(module, nn.ModuleList))
+    if how in ("switch", "reentrant"):
+        tiny.model.gradient_checkpointing_enable({"use_reentrant": how == "reentrant"})
+        tiny.model.enable_input_require_grads()
+    for block in blocks if how in ("block", "parts") else ():
+        for module in block.children() if how == "parts" else [block]:
+            module.forward = partial(checkpoint, module.forward, use_reentrant=False)
+
+
+def all_active(tiny: TinyModel) -> DynamicAllocationOptimizer:
+    inner = torch.optim.SGD(tiny.model.parameters(), lr=0.01)
+    return DynamicAllocationOptimizer(inner, tiny.model, active=1.0)
+
+
+def deactivate_between_forwards(optimizer: DynamicAllocationOptimizer) -> set[str]:
+    """Make every other group inactive, as a budget does; return those that stay active."""
+    switch, stay = optimizer._driver.switch, set(optimizer.groups[::2])
+    with switch.former.recalled(True):
+        switch.set_flags(list(optimizer._driver.groups()), stay)
+    return stay
+
+
+@pytest.mark.parametrize("checkpoints", ["none", "switch", "reentrant", "block", "parts"])
+@pytest.mark.parametrize("adapters", ["ours", "peft"])
+@pytest.mark.parametrize("name", ["bert", "llama"])
+def test_a_forward_is_recomputed_with_what_was_active_in_it(name, adapters, checkpoints):
+    tiny, plain = (adapted(name, adapters, sizes=WIDE) for _ in range(2))
+    plain.model.load_state_dict(tiny.model.state_dict())
+    checkpoint_blocks(tiny, checkpoints)
+    optimizer = all_active(tiny)
+    first = loss(tiny, SMALL)
+    stay = deactivate_between_forwards(optimizer)
+    (first + loss(tiny, LARGE)).backward()
+    (loss(plain, SMALL) + loss(plain, LARGE)).backward()
+    found, want = gradients(tiny), gradients(plain)
+    names = [key for key in want if not any(f"{group}." in key for group in optimizer.groups)]
+    names += [key for key in want if any(f"{group}." in key for group in stay)]
+    assert len(names) < len(want)
+    for key in names:
+        torch.testing.assert_close(found[key], want[key], rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("adapters", ["ours", "peft"])
+def test_after_the_step_no_hook_is_left(adapters):
+    tiny = adapted("llama", adapters, sizes=WIDE)
+    optimizer = all_active(tiny)
+    loss(tiny, SMALL).backward()
+    counts = [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in tiny.model.modules()]
+    deactivate_between_forwards(optimizer)
+    loss(tiny, SMALL).backward()
+    optimizer.step()
+    after = [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in tiny.model.modules()]
+    assert after == counts
