@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import contextmanager
 from functools import partial, reduce
-from typing import Any, TypeVar
+from typing import Any
 
 from torch.utils.hooks import RemovableHandle
 
@@ -25,7 +26,6 @@ from dynalora_optim.memory._shapes import Measure, Shape, shape_of
 from dynalora_optim.update._pause import PausedState
 from dynalora_optim.update._rule import UpdateRule
 
-T = TypeVar("T")
 _KEPT = 1024  # plans that are kept
 
 
@@ -138,7 +138,7 @@ class StepCosting(CostingState):
         self, costs: Costs, around: Around, of_ranks: Iterable[Costs]
     ) -> tuple[Costs, Plan]:
         try:
-            return self._planned(costs, around)
+            return self._planned(costs, around, with_fewer=True)
         except ValueError:  # do not expect such a batch again, but as many forwards as there were
             for measured in of_ranks:
                 self._shapes.drop(measured)
@@ -174,21 +174,36 @@ class StepCosting(CostingState):
             self._resume(is_probing)
 
     def _take_costs(self, *, is_between: bool) -> None:
-        """Make groups inactive that a step has no room for, also if it ``is_between`` forwards."""
+        """Let the allocation know what a step takes now; groups that do not fit become inactive."""
         known = self._allocation.costs
         if known is not None and (self._ranks.may_differ or self._version == self._habits.version):
             return
-        expected, before = self._habits.expected(), self._allocation.chosen
+        expected = self._habits.expected()
         self._version = self._habits.version
         if expected != known:
-            is_probing = self._driver.is_probing and not self._allocation.is_trial
-            self._allocation.take_costs(expected)
-            with self._driver.switch.former.recalled(is_between):
-                self._resume(is_probing)
-            self._driver.drop_gradients(before - self._allocation.chosen)
+            keeps_probing = not self._allocation.is_trial
+            with self._fewer(keeps_probing=keeps_probing, is_between=is_between):
+                self._allocation.take_costs(expected)
 
-    def _planned(self, costs: Costs, around: Around) -> tuple[Costs, Plan]:
+    @contextmanager
+    def _fewer(self, *, keeps_probing: bool, is_between: bool) -> Iterator[None]:
+        """Let the allocation make groups inactive within it, then do so with their modules.
+
+        ``is_between``: the backward of earlier forwards is still to come.
+        """
+        is_probing = self._driver.is_probing and keeps_probing
+        before = self._allocation.chosen if is_probing else frozenset(self._active())
+        yield
+        with self._driver.switch.former.recalled(is_between):
+            self._resume(is_probing)
+        self._driver.drop_gradients(before - self._allocation.chosen, arriving=is_between)
+
+    def _planned(
+        self, costs: Costs, around: Around, *, with_fewer: bool = False
+    ) -> tuple[Costs, Plan]:
         """Return the costs of this forward in the loop, and its plan.
+
+        If other forwards precede it, groups may become inactive to fit it ``with_fewer``.
 
         Raises:
             ValueError: The forward cannot be held within the budget.
@@ -201,6 +216,8 @@ class StepCosting(CostingState):
                 self._habits.see_forward(costs, len(before))
                 self._take_costs(is_between=bool(before))
                 here = self._habits.in_loop(costs, before, carried=carried, stale=stale)
+                if with_fewer and before and not self._ranks.may_differ:
+                    self._fit(here)
                 plan = self._allocation.plan_at(here, self._active())
             except ValueError:
                 self._habits.pattern = pattern
@@ -212,6 +229,18 @@ class StepCosting(CostingState):
             self._plans[situation + self._what_applies()] = here, plan, costs, before
         return self._plans[situation + self._what_applies()][:2]
 
+    def _fit(self, here: Costs) -> None:
+        """Make groups inactive for which a forward that others precede leaves no room.
+
+        Raises:
+            ValueError: There is no room for any.
+        """
+        try:
+            self._allocation.plan_at(here, self._active())
+        except ValueError:
+            with self._fewer(keeps_probing=False, is_between=True):
+                self._allocation.fit(here)
+
     def _active(self) -> Collection[str]:
         """Return the groups that get gradients in the next backward."""
         is_probing = self._driver.is_probing
@@ -219,43 +248,6 @@ class StepCosting(CostingState):
 
     def _what_applies(self) -> tuple[object, ...]:
         return frozenset(self._active()), self._habits.version
-
-    def end_trial(self) -> None:
-        """After the passes of the first step, let the allocation select as the step ends.
-
-        Raises:
-            ValueError: The budget cannot hold a step of this loop. Then nothing is updated.
-        """
-        if not self._allocation.needs_costs or self._habits.is_known:
-            return
-        self._habits.is_known = True
-        self._merge()
-        if not self._allocation.is_trial:
-            return
-        try:
-            self._allocation.take_costs(self._habits.expected())
-        except ValueError:
-            self._habits.is_known = False
-            raise
-        self._allocation.end_trial()
-
-    def watched(self, update: Callable[[], T], largest: Callable[[], int]) -> T:
-        """Run an optimizer's ``update``; see `Updates`."""
-        watches = self._allocation.needs_costs
-        return self._updates.watched(update, largest) if watches else update()
-
-    def share(self) -> None:
-        """Share with all ranks what each has measured and seen, and take the costs of all."""
-        if not self._allocation.needs_costs:
-            return
-        self._merge()
-        if self._habits.pattern:
-            self._allocation.take_costs(self._habits.expected())
-
-    def _merge(self) -> None:
-        """Learn what all ranks have seen, so that they decide alike."""
-        for other in gathered(self._habits):
-            self._habits.merge(other)
 
     def measure(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Costs:
         """Return the costs of every choice for this batch; the caller then applies the choice."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
+from dynalora_optim._base.collectives import gathered
 from dynalora_optim._driver import ModuleDriver
 from dynalora_optim._holdings import Holdings, given_limit
 from dynalora_optim._ranks import Ranks
@@ -16,6 +18,8 @@ from dynalora_optim.memory._passes import Passes
 from dynalora_optim.memory._room import gradient_bytes
 from dynalora_optim.memory._shapes import MeasuredShapes
 from dynalora_optim.memory._updates import Updates
+
+T = TypeVar("T")
 
 
 class CostingState:
@@ -57,6 +61,43 @@ class CostingState:
             return None
         around = self._passes.around()
         return limit - around.carried - around.stale - gradient_bytes(self._meter.model)
+
+    def end_trial(self) -> None:
+        """After the passes of the first step, let the allocation select as the step ends.
+
+        Raises:
+            ValueError: The budget cannot hold a step of this loop. Then nothing is updated.
+        """
+        if not self._allocation.needs_costs or self._habits.is_known:
+            return
+        self._habits.is_known = True
+        self._merge()
+        if not self._allocation.is_trial:
+            return
+        try:
+            self._allocation.take_costs(self._habits.expected())
+        except ValueError:
+            self._habits.is_known = False
+            raise
+        self._allocation.end_trial()
+
+    def watched(self, update: Callable[[], T], largest: Callable[[], int]) -> T:
+        """Run an optimizer's ``update``; see `Updates`."""
+        watches = self._allocation.needs_costs
+        return self._updates.watched(update, largest) if watches else update()
+
+    def share(self) -> None:
+        """Share with all ranks what each has measured and seen, and take the costs of all."""
+        if not self._allocation.needs_costs:
+            return
+        self._merge()
+        if self._habits.pattern:
+            self._allocation.take_costs(self._habits.expected())
+
+    def _merge(self) -> None:
+        """Learn what all ranks have seen, so that they decide alike."""
+        for other in gathered(self._habits):
+            self._habits.merge(other)
 
     def state(self) -> dict[str, Any]:
         """Return the values that a resumed run needs, as plain numbers, strings and lists."""

@@ -186,10 +186,15 @@ class ModuleDriver:
                     return True
         return False
 
-    def drop_gradients(self, names: Collection[str]) -> None:
-        """Delete the gradients of the groups of these names, which have become inactive."""
+    def drop_gradients(self, names: Collection[str], *, arriving: bool) -> None:
+        """Delete the gradients of the groups of these names, which have become inactive.
+
+        With ``arriving`` also those that the backward of earlier forwards still brings.
+        """
         for name in names:
             drop_gradients(self._groups[name].parameters())
+            if arriving:
+                self.switch.former.drop_arriving(self._groups[name].parameters())
 
     def close_probe(self) -> None:
         """Apply the choice, even if the probe's backward pass has not run yet."""

@@ -206,13 +206,22 @@ def check(case: Case) -> Outcome:
     optimizer = on_budget(tiny, Checked(memory=limit, base="random"), period=1, seed=case.seed)
     try:
         measured: list[tuple[int, int]] = []
-        found = case.peaks(tiny, optimizer, measured=measured)
-        check_gradients(case, tiny, unshaped)
-    except ValueError as error:
-        if "cannot hold a step" not in str(error) or "pass at least memory=" not in str(error):
-            raise
-        check_refusal(case, limit, str(error))
-        return Outcome("refused")
+        refusal = ""
+        # A forward larger than any so far may find its memory taken by those before it, whose plans
+        # could not know of it. Where this is so, the next try knows of it.
+        for _ in range(1 + (case.calls > 1 and len(case.shapes) > 1)):
+            try:
+                found = case.peaks(tiny, optimizer, measured=measured)
+                check_gradients(case, tiny, unshaped)
+                break
+            except ValueError as error:
+                refusal = str(error)
+                if "cannot hold a step" not in refusal or "pass at least memory=" not in refusal:
+                    raise
+                clear(tiny)
+        else:
+            check_refusal(case, limit, refusal)
+            return Outcome("refused")
     finally:
         optimizer.close()
     assert max(found) <= limit, f"exceeded: {[round(peak / limit, 4) for peak in found]}"
@@ -235,13 +244,7 @@ def one_block(optimizer: Any) -> int:
 
 
 def check_refusal(case: Case, limit: int, why: str) -> None:
-    """No plan would have held: even with every block checkpointed, one block needs too much.
-
-    Batches that differ, several of them before a backward, may be more in a later step than what
-    the active blocks were chosen for. They cannot change between two of these forwards.
-    """
-    if case.calls > 1 and len(case.shapes) > 1 and "trains blocks [" in why:
-        return
+    """No plan would have held: even with every block checkpointed, one block needs too much."""
     least = least_peak(case.at_its_largest())
     enough = least * TOO_HIGH + SCALARS * case.calls
     assert enough > limit, f"{least} of {limit} bytes would do, but: {why}"

@@ -6,13 +6,13 @@ from functools import partial
 
 import pytest
 import torch
-from budgets import adapted, gradients
+from budgets import adapted, clear, gradients, on_budget
 from test_budget_loops import WIDE, rows
 from tiny_models import TinyModel
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from dynalora_optim import DynamicAllocationOptimizer
+from dynalora_optim import Budget, DynamicAllocationOptimizer, LiveBytes
 
 SMALL, LARGE = (1, 6), (8, 16)
 
@@ -76,3 +76,36 @@ def test_after_the_step_no_hook_is_left(adapters):
     optimizer.step()
     after = [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in tiny.model.modules()]
     assert after == counts
+
+
+@pytest.mark.parametrize("checkpoints", ["none", "switch"])
+@pytest.mark.parametrize(("adapters", "share"), [("ours", 0.4), ("peft", 0.38)])
+def test_a_budget_that_a_growing_forward_exceeds_trains_less_in_that_step(
+    checkpoints, share, adapters
+):
+    tiny, plain = (adapted("llama", adapters, sizes=WIDE) for _ in range(2))
+    with LiveBytes() as memory:
+        (loss(plain, SMALL) + loss(plain, LARGE)).backward()
+    limit = round(share * memory.peak)
+    checkpoint_blocks(tiny, checkpoints)
+    optimizer = on_budget(tiny, Budget(memory=limit), period=1)
+    while len(optimizer.record) < 2 or len(optimizer.active_groups) < len(optimizer.groups):
+        (loss(tiny, SMALL) + loss(tiny, SMALL)).backward()
+        optimizer.step()
+        clear(tiny)
+    clear(plain)
+    plain.model.load_state_dict(tiny.model.state_dict())
+
+    with LiveBytes() as memory:
+        first = loss(tiny, SMALL)
+        assert len(optimizer.active_groups) == len(optimizer.groups)
+        (first + loss(tiny, LARGE)).backward()
+    active = set(optimizer.active_groups)
+    assert memory.peak <= limit
+    assert 0 < len(active) < len(optimizer.groups)
+    (loss(plain, SMALL) + loss(plain, LARGE)).backward()
+    found, want = gradients(tiny), gradients(plain)
+    trained = {g for g in optimizer.groups if any(key.startswith(f"{g}.") for key in found)}
+    assert trained == active
+    for key, gradient in found.items():
+        torch.testing.assert_close(gradient, want[key], rtol=1e-5, atol=1e-7)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from _models import load_classifier, load_language_model
@@ -22,7 +22,12 @@ QUESTION = "\nQuestion: What is this text about?\nAnswer:"
 
 
 class Kind(Protocol):
-    """Loads a model for a task, tokenizes its rows, and predicts."""
+    """Loads a model for a task, tokenizes its rows, and predicts.
+
+    ``mixed_precision`` is Accelerate's: "no", or "bf16"; then frozen weights are bfloat16, too.
+    """
+
+    mixed_precision: ClassVar[str]
 
     def load(self, source: str, *, layers: int | None) -> nn.Module:
         """Return the pretrained model."""
@@ -54,6 +59,8 @@ def kind_of(task: SuiteTask, tokenizer: Any) -> Kind:
 class Classifier:
     """An encoder with a new head predicts a class, or a rating."""
 
+    mixed_precision: ClassVar[str] = "no"
+
     num_labels: int
     is_regression: bool
     tokenizer: Any
@@ -80,6 +87,8 @@ class Classifier:
 @dataclass(frozen=True)
 class NextToken:
     """A language model reads texts. The prediction of a row is its mean loss per token."""
+
+    mixed_precision: ClassVar[str] = "bf16"
 
     tokenizer: Any
 
@@ -115,6 +124,8 @@ class Answer:
     Raises:
         ValueError: Two answers begin with the same token.
     """
+
+    mixed_precision: ClassVar[str] = "bf16"
 
     answers: tuple[str, ...]
     tokenizer: Any

@@ -16,6 +16,7 @@ from torch import nn
 from dynalora_optim.integrations.transformers import chunk_loss
 
 LARGER = "all-mpnet-base-v2"
+LOSS_ROWS = 32  # a batch of the sweep has a few hundred tokens
 
 # The query and value projections, by transformers' ``config.model_type``. GPT-2 joins them.
 TARGETS = {
@@ -77,13 +78,13 @@ def load_classifier(
 
 
 def load_language_model(source: str, *, layers: int | None = None) -> nn.Module:
-    """Load the weights of a language model, whose loss is computed in chunks.
+    """Load the weights of a language model, whose loss is computed in chunks of `LOSS_ROWS`.
 
     ``layers`` limits the number of blocks; None: all.
     """
     cut = {} if layers is None else {"num_hidden_layers": layers}
     model: nn.Module = pretrained("AutoModelForCausalLM", source, dtype=torch.float32, **cut)
-    chunk_loss(model)
+    chunk_loss(model, chunk=LOSS_ROWS)
     return model
 
 

@@ -122,6 +122,10 @@ def started(settings: Settings, work: Work) -> tuple[nn.Module, Optimizer]:
     model = work.kind.load(work.source, layers=settings.layers)
     chosen = method(settings.method)
     model = adapt(model, chosen)
+    if work.kind.mixed_precision == "bf16":
+        for parameter in model.parameters():
+            if not parameter.requires_grad:
+                parameter.data = parameter.data.bfloat16()
     return model, build(model, chosen, lr=settings.lr, seed=settings.seed)
 
 
@@ -149,7 +153,7 @@ class Loop:
     ) -> None:
         from accelerate import Accelerator
 
-        self.accelerator = Accelerator()
+        self.accelerator = Accelerator(mixed_precision=work.kind.mixed_precision)
         self._settings, self._work = settings, work
         self._bare, self._inner = model, optimizer
         processes = self.accelerator.num_processes

@@ -94,10 +94,18 @@ class Allocation(AllocationState):
             if self.is_trial:
                 self._try_out(costs)
             else:
-                self._keep(self._spending.fitting(self._positions(self.chosen)))
+                self.fit(costs)
         except ValueError:
             self._spending.costs = former
             raise
+
+    def fit(self, costs: Costs) -> None:
+        """Fit the current choice to these ``costs``, which are of one forward of a step.
+
+        Raises:
+            ValueError: No group can stay active. Then nothing is changed.
+        """
+        self._keep(self._spending.fitting(costs, self._positions(self.chosen)))
 
     def plan_at(self, costs: Costs, names: Collection[str]) -> Plan:
         """Return the plan with these groups active at ``costs``; without a budget it keeps all.
@@ -120,7 +128,7 @@ class Allocation(AllocationState):
         least = min(reversed(alone(costs)), key=partial(least_peak_of_one, costs))
         active = costs.blocks_of([]) | {least}
         chosen = [g for g, block in enumerate(costs.group_blocks) if block in {None, *active}]
-        self._spending.fitting(chosen)
+        self._spending.fitting(costs, chosen)
         self._keep(chosen)
 
     def _keep(self, kept: Collection[int]) -> None:

@@ -155,7 +155,8 @@ class _BoundedByCosts(Bounded):
         Raises:
             ValueError: The allocator keeps none, or cannot keep the bound at these costs.
         """
-        self._inner.cover(costs, self.max_idle_periods + 1)
+        if not costs.loop.is_between:
+            self._inner.cover(costs, self.max_idle_periods + 1)
         return self._inner.fitting(costs, chosen)
 
     def _with_due(self, context: AllocationContext) -> AllocationContext:

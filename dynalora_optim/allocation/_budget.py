@@ -164,7 +164,7 @@ class Budget:
             ValueError: Not every block can train within the budget.
         """
         blocks = costs.group_blocks
-        if not self._is_fixed:
+        if not (self._is_fixed or costs.loop.is_between):
             self._plans(costs, [0.0] * len(costs.blocks))
         for lowest in sorted(costs.blocks_of(chosen)):
             kept = [m for m in chosen if (block := blocks[m]) is None or block >= lowest]

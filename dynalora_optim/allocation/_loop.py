@@ -51,6 +51,11 @@ class Loop:
         """Whether as many gradients are alive in the forward as in the backward."""
         return self.standing == self.waiting and not self.followers
 
+    @property
+    def is_between(self) -> bool:
+        """Whether this forward follows others of its backward; the first decides for all."""
+        return self.carried > 0
+
     def later(self, active: Collection[int]) -> int:
         """Return the most bytes of the further forwards if these blocks train.
 

@@ -50,15 +50,14 @@ class Spending:
             return Plan(costs.blocks_of(chosen))
         return self._allocator.plan(costs, chosen)
 
-    def fitting(self, chosen: Collection[int]) -> Collection[int]:
-        """Return those of the ``chosen`` modules that can stay active at the current costs.
+    def fitting(self, costs: Costs, chosen: Collection[int]) -> Collection[int]:
+        """Return those of the ``chosen`` modules that can stay active at these ``costs``.
 
         Raises:
             ValueError: No module can stay active.
         """
         assert self._allocator is not None
-        assert self.costs is not None
-        return self._allocator.fitting(self.costs, chosen)
+        return self._allocator.fitting(costs, chosen)
 
     def count_forward(self, flops: int, of_all: int) -> None:
         """Count the FLOPs of the backward of a forward, and what they are with all active."""

@@ -6,15 +6,16 @@ any before and needs the memory. What the checkpoints of the first recompute sti
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol
 
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from dynalora_optim._base.past import Past
 from dynalora_optim._base.torch_private_autograd import in_backward
+from dynalora_optim.switching._gradients import set_aside
 
 
 class Flagged(Protocol):
@@ -31,6 +32,7 @@ class FormerFlags:
 
     def __init__(self) -> None:
         self._former: dict[nn.Module, _FormerFlag] = {}
+        self._handles: list[RemovableHandle] = []
         self._recalls = False
 
     def change(self, module: nn.Module, flagged: Flagged, *, active: bool) -> None:
@@ -62,11 +64,25 @@ class FormerFlags:
             for former in self._former.values():
                 former.is_paused = False
 
+    def drop_arriving(self, parameters: Iterable[Tensor]) -> None:
+        """Delete each gradient that such a backward gives to ``parameters``, until `forget`."""
+        for parameter in parameters:
+            if parameter.requires_grad:
+                hook = parameter.register_post_accumulate_grad_hook(_drop)  # type: ignore[no-untyped-call]
+                self._handles.append(hook)
+
     def forget(self) -> None:
         """Remove the hooks: all such forwards have had their backward."""
         for former in self._former.values():
             former.remove()
+        for handle in self._handles:
+            handle.remove()
         self._former.clear()
+        self._handles.clear()
+
+
+def _drop(parameter: Tensor) -> None:
+    set_aside(parameter)
 
 
 class _FormerFlag:
