@@ -80,10 +80,12 @@ def load_classifier(
 def load_language_model(source: str, *, layers: int | None = None) -> nn.Module:
     """Load the weights of a language model, whose loss is computed in chunks of `LOSS_ROWS`.
 
-    ``layers`` limits the number of blocks; None: all.
+    ``layers`` limits the number of blocks; None: all. With rows as short as those of the sweep,
+    eager attention takes three quarters of the time of torch's fused attention on a CPU.
     """
     cut = {} if layers is None else {"num_hidden_layers": layers}
-    model: nn.Module = pretrained("AutoModelForCausalLM", source, dtype=torch.float32, **cut)
+    options = {"dtype": torch.float32, "attn_implementation": "eager", **cut}
+    model: nn.Module = pretrained("AutoModelForCausalLM", source, **options)
     chunk_loss(model, chunk=LOSS_ROWS)
     return model
 
