@@ -110,6 +110,7 @@ METHODS: dict[str, Method] = {
     "vera-peft": Method("vera-peft"),
     "dynavera": _dynamic("vera", importance="forward"),
     "lora-checkpointed": Method("lora", checkpointed=True),
+    "budget-0.15": _dynamic(memory=0.15, compute=0.6),
     "budget-0.30": _dynamic(memory=0.30, compute=0.6),
     "budget-0.40": _dynamic(memory=0.40, compute=0.6),
     "budget-0.75": _dynamic(memory=0.75, compute=1.0),
