@@ -200,6 +200,33 @@ def unequal_rows(rank: int) -> dict[str, Any]:
     return {**found.result(), "said": said, "bounded": bounded.peaks, "bound": limit}
 
 
+def growing(rank: int) -> dict[str, Any]:
+    """Two forwards before a backward; then the second one of rank 1 is larger than any before."""
+    limit = 600_000
+    found = Run(sharded(), Budget(memory=limit))
+    optimizer, small = found.optimizer, rows(0, rank, ROWS // 8)
+    active = []
+
+    def step(*batches: Tensor) -> int:
+        with LiveBytes() as memory:
+            losses = []
+            for x in batches:
+                losses.append(loss_of(found.model, x))
+                active.append(len(optimizer.active_groups))
+            sum(losses).backward()
+            losses.clear()
+        optimizer.step()
+        optimizer.zero_grad()
+        return memory.peak
+
+    while len(optimizer.record) < 2 or len(optimizer.active_groups) < BLOCKS:
+        step(small, small)
+    peak = step(small, rows(1, rank, 2 * ROWS if rank else ROWS // 8))
+    changed = active[-2:]
+    step(small, small)
+    return {"active": changed, "peak": peak, "limit": limit, "weights": full(found.model)}
+
+
 def refused_by_ddp(rank: int) -> dict[str, Any]:
     """Rank 1 has a batch that no plan holds; then both go on."""
     found = Run(DistributedDataParallel(Wide()), Budget(memory=0.5))
@@ -299,6 +326,7 @@ def everything(rank: int) -> dict[str, Any]:
         **{case: set_otherwise(rank, case) for case in SETTINGS},
         "unsynchronised": unsynchronised(rank),
         "unequal rows": unequal_rows(rank),
+        "growing": growing(rank),
         "refused by ddp": refused_by_ddp(rank),
         "failing": failing(rank),
         "gathers": gathers(rank) if COUNTS_GATHERS else None,
@@ -361,6 +389,15 @@ def test_ranks_with_unequal_batches_plan_and_refuse_together(ranks):
     assert "cannot hold a step" in one["said"][0][1]
     for found in (one, other):
         assert max(found["bounded"]) <= found["bound"]
+
+
+def test_all_ranks_train_less_if_a_forward_grows_on_one(ranks):
+    one, other = (rank["growing"] for rank in ranks)
+    assert one["active"] == other["active"]
+    assert 0 < one["active"][1] < one["active"][0] == BLOCKS
+    assert same(one["weights"], other["weights"])
+    for found in (one, other):
+        assert found["peak"] <= found["limit"]
 
 
 def test_a_rank_that_cannot_measure_stops_all_and_changes_nothing(ranks):
