@@ -134,5 +134,6 @@ def test_padding_takes_no_part_in_the_loss_of_a_text(settings):
 
 
 def test_the_suite_has_its_own_model():
-    assert script.parse(["--suite", "language"]).model == _shared.CAUSAL_LM
-    assert script.parse([]).model == _shared.CLASSIFIER
+    assert script.model_of(script.parse(["--suite", "language"])) == _shared.CAUSAL_LM
+    assert script.model_of(script.parse([])) == _shared.CLASSIFIER
+    assert script.model_of(script.parse(["--model", "my-folder"])) == "my-folder"

@@ -411,7 +411,7 @@ def test_processes_that_train_together_take_one_run_at_a_time(monkeypatch, optio
 
 @pytest.mark.slow
 def test_on_real_sentences_lora_and_a_random_choice_learn(tmp_path):
-    """The command of the README, in small: two layers of the real checkpoint, few steps."""
+    """The command of the README, in small: two layers of the real checkpoint."""
     assert not script.main(
         [
             *(
@@ -422,7 +422,7 @@ def test_on_real_sentences_lora_and_a_random_choice_learn(tmp_path):
                 "--tasks",
                 "rotten_tomatoes",
             ),
-            *("--seeds", "1", "--steps", "60", "--layers", "2", "--lrs", "5e-3"),
+            *("--seeds", "1", "--steps", "200", "--layers", "2", "--lrs", "5e-3"),
             *("--output", str(tmp_path)),
         ]
     )

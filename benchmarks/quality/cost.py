@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _shared import CLASSIFIER, positive
+from _shared import positive
+from _suite import SUITES
 from _training import Loop, prepare, started
 from sweep import names, settings
 
@@ -66,7 +67,7 @@ def measure(task: str, methods: Sequence[str], options: argparse.Namespace) -> l
 
 
 def new_loop(task: str, name: str, options: argparse.Namespace) -> Loop:
-    """Return the loop of a method on a task of the offline suite."""
+    """Return the loop of a method on a task."""
     chosen = settings(options, task, name, RATE)
     work = prepare(chosen.suite, task, chosen.model, chosen.max_length)
     return Loop(*started(chosen, work), chosen, work)
@@ -89,9 +90,10 @@ def parser_of(doc: str | None) -> argparse.ArgumentParser:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
-    add("--model", default=CLASSIFIER, help="hub id or local folder")
+    add("--suite", choices=SUITES, default="offline", help="offline: sentences; language: an LM")
+    add("--model", help="hub id or local folder; None: the suite's")
     add("--layers", type=positive, help="use only this many blocks, for a quick try")
-    parser.set_defaults(suite="offline", max_length=None)
+    parser.set_defaults(max_length=None)
     return parser
 
 
@@ -99,7 +101,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line."""
     parser = parser_of(__doc__)
     add = parser.add_argument
-    add("--tasks", type=names, default=list(TASKS), help="names of the offline suite, with commas")
+    add("--tasks", type=names, default=list(TASKS), help="names of the suite, with commas")
     add("--methods", type=names, default=METHODS, help="names, with commas; the first is 1.0")
     add("--steps", type=positive, default=160, help="steps of each method on each task")
     add("--batch-size", type=positive, default=16, help="rows per step")

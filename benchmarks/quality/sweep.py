@@ -124,6 +124,11 @@ def sweep(options: argparse.Namespace) -> list[Result]:
     return [run for final in finals for run in at_best_rate(runner.results(final, "")).runs]
 
 
+def model_of(options: argparse.Namespace) -> str:
+    """Return the model that is asked for, or else that of the suite."""
+    return str(options.model or DEFAULT_MODELS.get(options.suite, CLASSIFIER))
+
+
 def settings(options: argparse.Namespace, task: str, name: str, lr: float) -> Settings:
     """Return the settings of a run with the first seed."""
     usual = recipe(options.suite, task)
@@ -133,7 +138,7 @@ def settings(options: argparse.Namespace, task: str, name: str, lr: float) -> Se
         method=name,
         lr=lr,
         seed=0,
-        model=options.model,
+        model=model_of(options),
         steps=options.steps or usual.steps,
         batch_size=options.batch_size,
         max_length=options.max_length or usual.max_length,
@@ -186,7 +191,6 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--output", type=Path, default=Path("runs/quality"), help="folder for the finished runs")
     options = parser.parse_args(arguments)
     options.tasks = options.tasks or list(SUITES[options.suite])
-    options.model = options.model or DEFAULT_MODELS.get(options.suite, CLASSIFIER)
     return options
 
 
@@ -207,7 +211,7 @@ def check(options: argparse.Namespace) -> None:
         recipe(options.suite, task)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and options.jobs > 1:
         raise ValueError(f"--jobs {options.jobs} must be 1 if several processes train together")
-    if options.suite == "glue" or needs_hub(options.model):
+    if options.suite == "glue" or needs_hub(model_of(options)):
         go_offline_unless_reachable()
     for task in options.tasks:  # downloaded once here, not in every job
         one = settings(options, task, options.methods[0], options.lrs[0])
