@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 import sys
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -13,7 +14,7 @@ from _quality_tables import BLOCK_PAIRS, FOLDER, mean_and_less, stored
 from _stored import Row, described, read
 
 sys.path.insert(0, str(Path(__file__).resolve().parent / "quality"))
-from _compare import Sweep
+from _compare import Cell, Sweep
 from _store import finished
 from report import pairs_table, qualities, rates
 
@@ -115,23 +116,39 @@ def equal_rates() -> str:
 
 
 def language() -> str:
-    """Return the table of the runs of a language model, one line for each rate."""
-    runs = finished(FOLDER / "language" / "runs.jsonl")
-    reference = next(run for run in runs if run["settings"]["method"] == "lora")
-    names = list(dict.fromkeys(run["settings"]["method"] for run in runs))
-    lines = []
-    for name in names:
-        own = [run for run in runs if run["settings"]["method"] == name]
-        best = max(own, key=lambda run: run["validation"]["minus loss"])
-        for run in sorted(own, key=lambda run: run["settings"]["lr"]):
-            losses = [-run[part]["minus loss"] for part in ("validation", "test")]
-            share = run["active_parameters"] / reference["active_parameters"]
-            peak = run["peak_bytes"] / reference["peak_bytes"]
-            mark = " (best)" * (run is best)
-            line = [f"{name}{mark}", f"{run['settings']['lr']:g}"]
-            lines.append([*line, *(f"{x:.3f}" for x in losses), f"{share:.2f}", f"{peak:.2f}"])
-    head = ["method", "learning rate", "validation loss", "held-out loss"]
+    """Return the table of the runs of a language model, one line for each method and rate."""
+    sweep = stored("language")
+    lines = [line for name in sweep.methods for line in _language_lines(sweep, name)]
+    head = ["method", "learning rate", "seeds", "validation loss", "held-out loss", "minus lora"]
     return markdown([*head, "active parameters", "peak"], lines)
+
+
+def _language_lines(sweep: Sweep, name: str) -> list[list[str]]:
+    """Return a line for each rate of a method; at its best rate with the difference to LoRA."""
+    (task,) = sweep.tasks
+    best, lora = (sweep.cells[method, task] for method in (name, "lora"))
+    rates = defaultdict(list)
+    for run in finished(FOLDER / "language" / "runs.jsonl"):
+        if run["settings"]["method"] == name:
+            rates[run["settings"]["lr"]].append(run)
+    lines = []
+    for rate, runs in sorted(rates.items()):
+        cell, is_best = Cell(tuple(runs)), rate == best.lr
+        spread = f" ± {cell.deviation:.3f}" if len(runs) > 1 else ""
+        less = "-"
+        if is_best and name != "lora":
+            found = sweep.difference(name, "lora")  # of the loss with a minus
+            percent = [100 * x / lora.mean for x in (found.value, found.high, found.low)]
+            less = "{:+.1f}% [{:+.1f}, {:+.1f}]".format(*percent)
+        lines.append(
+            [
+                *(name + " (best)" * is_best, f"{rate:g}", str(len(runs))),
+                *(f"{cell.average('validation_loss'):.3f}", f"{-cell.mean:.3f}{spread}", less),
+                f"{cell.average('active_parameters') / lora.average('active_parameters'):.2f}",
+                f"{cell.largest('peak_bytes') / lora.largest('peak_bytes'):.2f}",
+            ]
+        )
+    return lines
 
 
 def soak(rows: Sequence[Row]) -> str:

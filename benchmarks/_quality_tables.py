@@ -135,6 +135,10 @@ def _equal() -> list[Result]:
     return [*_lines(FOLDER, ["lora", "random"]), *finished(FOLDER / "equal" / "runs.jsonl")]
 
 
+def _language() -> list[Result]:
+    return finished(FOLDER / "language" / "runs.jsonl")
+
+
 def _short_figures() -> list[Result]:
     """Return all runs except of methods that would hide the others, or are far from them."""
     left_out = {"full", "gradient", "vera", "dynavera"}
@@ -148,6 +152,7 @@ PARTS: dict[str, tuple[Callable[[], list[Result]], tuple[str, ...]]] = {
     "few": (_few, FEW_PAIRS),
     "blocks": (_blocks, BLOCK_PAIRS),
     "equal": (_equal, ()),
+    "language": (_language, ()),
 }
 
 

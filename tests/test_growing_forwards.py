@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from functools import partial
 
 import pytest
@@ -26,6 +27,7 @@ def checkpoint_blocks(tiny: TinyModel, how: str) -> None:
     blocks = next(module for module in tiny.model.modules() if isinstance(module, nn.ModuleList))
     if how in ("switch", "reentrant"):
         tiny.model.gradient_checkpointing_enable({"use_reentrant": how == "reentrant"})
+    if how == "reentrant":
         tiny.model.enable_input_require_grads()
     for block in blocks if how in ("block", "parts") else ():
         for module in block.children() if how == "parts" else [block]:
@@ -76,6 +78,23 @@ def test_after_the_step_no_hook_is_left(adapters):
     optimizer.step()
     after = [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in tiny.model.modules()]
     assert after == counts
+
+
+@pytest.mark.parametrize("adapters", ["ours", "peft"])
+def test_a_copy_made_between_two_forwards_is_active_in_all_its_own(adapters):
+    tiny = adapted("bert", adapters, sizes=WIDE)
+    checkpoint_blocks(tiny, "switch")
+    optimizer = all_active(tiny)
+    loss(tiny, SMALL).backward()
+    want = gradients(tiny)
+    clear(tiny)
+    deactivate_between_forwards(optimizer)
+    tiny.model = copy.deepcopy(tiny.model)
+    loss(tiny, SMALL).backward()
+    found = gradients(tiny)
+    assert found.keys() == want.keys()
+    for key, gradient in found.items():
+        torch.testing.assert_close(gradient, want[key], rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("checkpoints", ["none", "switch"])

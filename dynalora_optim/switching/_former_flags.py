@@ -106,6 +106,9 @@ class _FormerFlag:
         if self._now is not None:
             self._flagged.active, self._now = self._now, None
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "is_paused": True}  # a copy of the model has no such forwards
+
     def remove(self) -> None:
         for handle in self._handles:
             handle.remove()
