@@ -151,6 +151,17 @@ def _language_lines(sweep: Sweep, name: str) -> list[list[str]]:
     return lines
 
 
+def language_costs() -> str:
+    """Return the table of what a step of a language model costs, as ratios to LoRA."""
+    rows = read(FOLDER / "language" / "costs.jsonl")
+    (base,) = (row for row in rows if row["row"] == "lora")
+    lines = [
+        [row["row"], *(f"{row[key] / base[key]:.2f}" for key in ("flops", "seconds"))]
+        for row in rows
+    ]
+    return markdown(["method", "FLOPs of a step", "CPU time of a step"], lines)
+
+
 def soak(rows: Sequence[Row]) -> str:
     """Return the table of the random cases of `tests/soak.py`."""
     head = ["cases", "held", "refused", "failed"]

@@ -92,6 +92,7 @@ TABLES: dict[str, Table] = {
     "quality_equal": budget.equal,
     "quality_equal_rates": budget.equal_rates,
     "quality_language": budget.language,
+    "quality_language_costs": budget.language_costs,
     "quickstart": _quickstart(quickstart.described_methods_table),
     "quickstart_readme": _quickstart(quickstart.methods_table),
     "quickstart_seeds": _seeds,
