@@ -216,9 +216,8 @@ class StepCosting(CostingState):
                 self._habits.see_forward(costs, len(before))
                 self._take_costs(is_between=bool(before))
                 here = self._habits.in_loop(costs, before, carried=carried, stale=stale)
-                if with_fewer and before and not self._ranks.may_differ:
-                    self._fit(here)
-                plan = self._allocation.plan_at(here, self._active())
+                may_leave = with_fewer and bool(before) and not self._ranks.may_differ
+                plan = self._plan_at(here, with_fewer=may_leave)
             except ValueError:
                 self._habits.pattern = pattern
                 self._plans.clear()
@@ -229,17 +228,20 @@ class StepCosting(CostingState):
             self._plans[situation + self._what_applies()] = here, plan, costs, before
         return self._plans[situation + self._what_applies()][:2]
 
-    def _fit(self, here: Costs) -> None:
-        """Make groups inactive for which a forward that others precede leaves no room.
+    def _plan_at(self, here: Costs, *, with_fewer: bool) -> Plan:
+        """Return the plan of a forward; ``with_fewer`` groups active where it has no other.
 
         Raises:
-            ValueError: There is no room for any.
+            ValueError: There is no plan.
         """
         try:
-            self._allocation.plan_at(here, self._active())
+            return self._allocation.plan_at(here, self._active())
         except ValueError:
-            with self._fewer(keeps_probing=False, is_between=True):
-                self._allocation.fit(here)
+            if not with_fewer:
+                raise
+        with self._fewer(keeps_probing=False, is_between=True):
+            self._allocation.fit(here)
+        return self._allocation.plan_at(here, self._active())
 
     def _active(self) -> Collection[str]:
         """Return the groups that get gradients in the next backward."""

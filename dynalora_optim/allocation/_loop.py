@@ -19,6 +19,8 @@ class Loop:
     Attributes:
         is_known: Whether a whole step of the loop was seen. Before that a plan holds as little as
             it can, so that other forwards of the first step fit too.
+        is_between: Whether other forwards of the same backward precede this one. What every block
+            needs is then no question: the first of them has decided it.
         carried: What earlier forwards hold for their backward.
         stale: What is alive of earlier steps until the forward is over, such as an output.
         standing: How many gradients of each parameter that trains are alive in the forward: one in
@@ -35,6 +37,7 @@ class Loop:
     """
 
     is_known: bool = True
+    is_between: bool = False
     carried: int = 0
     stale: int = 0
     standing: int = 0
@@ -50,11 +53,6 @@ class Loop:
     def is_even(self) -> bool:
         """Whether as many gradients are alive in the forward as in the backward."""
         return self.standing == self.waiting and not self.followers
-
-    @property
-    def is_between(self) -> bool:
-        """Whether this forward follows others of its backward; the first decides for all."""
-        return self.carried > 0
 
     def later(self, active: Collection[int]) -> int:
         """Return the most bytes of the further forwards if these blocks train.

@@ -112,6 +112,7 @@ class Habits:
             self._gradients(len(before), len(chain)),
             # The graph of this forward may wait for the backward of one before it.
             is_known=self.is_known and not (self.apart and before),
+            is_between=bool(before),
             carried=carried + (sum(map(_least_left, followers)) if self.apart else 0),
             stale=stale,
             keeps_output=keeps,
