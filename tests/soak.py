@@ -53,6 +53,7 @@ def count(counts: dict[str, Any], outcome: Outcome | dict[str, Any]) -> None:
         counts["failed"].append(outcome)
         return
     counts[outcome.kind] += 1
+    counts["again"] += outcome.again
     counts["measured_beyond"] += outcome.measuring > 1
     counts["measured_most"] = max(counts["measured_most"], round(outcome.measuring, 4))
 
@@ -62,7 +63,7 @@ def started(path: Path | None, seed: int) -> dict[str, Any]:
     rows = read(path) if path and path.exists() else []
     of_seed = [row for row in rows if row["part"] == PART and row["seed"] == seed]
     new = {"row": f"seed {seed}", "seed": seed, "cases": 0, "held": 0, "refused": 0}
-    new |= {"measured_beyond": 0, "measured_most": 0.0, "failed": []}
+    new |= {"again": 0, "measured_beyond": 0, "measured_most": 0.0, "failed": []}
     return {key: (of_seed or [new])[0].get(key, value) for key, value in new.items()}
 
 

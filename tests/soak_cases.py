@@ -185,10 +185,13 @@ class Outcome:
     Attributes:
         kind: "held" or "refused".
         measuring: The most bytes alive while a batch was measured, as a share of the budget.
+        again: Whether it was refused once and held at the next try: a forward larger than any so
+            far found its memory taken by those before it, whose plans could not know of it.
     """
 
     kind: str
     measuring: float = 0.0
+    again: bool = False
 
 
 def check(case: Case) -> Outcome:
@@ -207,8 +210,6 @@ def check(case: Case) -> Outcome:
     try:
         measured: list[tuple[int, int]] = []
         refusal = ""
-        # A forward larger than any so far may find its memory taken by those before it, whose plans
-        # could not know of it. Where this is so, the next try knows of it.
         for _ in range(1 + (case.calls > 1 and len(case.shapes) > 1)):
             try:
                 found = case.peaks(tiny, optimizer, measured=measured)
@@ -230,7 +231,7 @@ def check(case: Case) -> Outcome:
         assert peak <= max(limit, alive + more), (
             f"measuring: {peak} beyond {limit}, of which {alive} stood"
         )
-    return Outcome("held", max(peak for _, peak in measured) / limit)
+    return Outcome("held", max(peak for _, peak in measured) / limit, again=bool(refusal))
 
 
 def one_block(optimizer: Any) -> int:
