@@ -21,7 +21,7 @@ def test_what_a_budget_promises_holds_in_every_loop(case):
     event(check(case).kind)
 
 
-@pytest.mark.parametrize("number", [4416, 5910, 7557])
+@pytest.mark.parametrize("number", [4416, 5910, 7557, 9313])
 def test_what_the_soak_has_found_stays_mended(number):
     assert check(soak.case_of(0, number)).kind in ("held", "refused")
 

@@ -201,6 +201,22 @@ def test_a_model_that_is_too_large_to_measure_is_measured_without_data(name):
     optimizer.step()
 
 
+@pytest.mark.parametrize("how", ["ours", "peft"])
+@pytest.mark.parametrize("name", ["llama", "encoder"])
+def test_measuring_that_is_given_up_anywhere_leaves_no_trace_in_the_copy(name, how, monkeypatch):
+    def costs(room: int | None) -> Any:
+        tiny = adapted(name, how)
+        optimizer = on_budget(tiny)
+        monkeypatch.setattr(optimizer._costing, "_room", lambda: room)
+        optimizer.measure(**tiny.batch)
+        return optimizer._allocation.costs
+
+    with LiveBytes() as memory:
+        want = costs(None)
+    for part in range(1, 8):
+        assert costs(part * memory.peak // 8) == want
+
+
 def test_what_has_no_copy_without_data_says_that_there_is_no_memory():
     class Full(Gridded):
         def forward(self, x: Tensor) -> Tensor:

@@ -104,6 +104,7 @@ class BlockMeter:
             return self._measure_model(groups, switch, batch, known, room)
         except (torch.OutOfMemoryError, NoRoom) as error:
             full = error.with_traceback(None)  # whose frames hold what was measured
+        switch.clear(groups)  # the module that was running has its parameters back
         try:
             return self._measure_replica(groups, batch, known)
         except Exception:
