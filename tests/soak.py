@@ -87,6 +87,7 @@ def soak(
                 failed = len(counts["failed"])
                 print(f"{counts['cases']} cases, {failed} failed, {each:.2f} s each", flush=True)
                 store(counts)
+    store(counts)  # also where only cases that had failed were left
     return counts
 
 
