@@ -52,13 +52,23 @@ def blocks_pairs() -> str:
 
 def costs() -> str:
     """Return the table of what a step costs, as means over the tasks of ratios to LoRA."""
-    lines = [[name, f"{flops:.3f}", f"{time:.3f}"] for name, (flops, time) in _costs().items()]
+    return _costs_table(COSTS)
+
+
+def language_costs() -> str:
+    """Return the table of what a step of a language model costs, as ratios to LoRA."""
+    return _costs_table(FOLDER / "language" / "costs.jsonl")
+
+
+def _costs_table(path: Path) -> str:
+    found = _costs(path).items()
+    lines = [[name, f"{flops:.3f}", f"{time:.3f}"] for name, (flops, time) in found]
     return markdown(["method", "FLOPs of a step", "CPU time of a step"], lines)
 
 
-def _costs() -> dict[str, tuple[float, float]]:
+def _costs(path: Path) -> dict[str, tuple[float, float]]:
     """Return, for each method, FLOPs and time of a step as means over tasks of ratios to LoRA."""
-    rows = read(COSTS)
+    rows = read(path)
     base = {row["part"]: row for row in rows if row["row"] == "lora"}
     return {
         name: (_ratio(rows, base, name, "flops"), _ratio(rows, base, name, "seconds"))
@@ -73,7 +83,7 @@ def _ratio(rows: Sequence[Row], base: Mapping[str, Row], name: str, what: str) -
 
 def equal() -> str:
     """Return the table of runs that end at the compute of LoRA's run."""
-    sweep, cost = stored("equal"), _costs()
+    sweep, cost = stored("equal"), _costs(COSTS)
     lines = []
     for name in sweep.methods:
         plain, _, longer = name.partition("@longer=")
@@ -149,17 +159,6 @@ def _language_lines(sweep: Sweep, name: str) -> list[list[str]]:
             ]
         )
     return lines
-
-
-def language_costs() -> str:
-    """Return the table of what a step of a language model costs, as ratios to LoRA."""
-    rows = read(FOLDER / "language" / "costs.jsonl")
-    (base,) = (row for row in rows if row["row"] == "lora")
-    lines = [
-        [row["row"], *(f"{row[key] / base[key]:.2f}" for key in ("flops", "seconds"))]
-        for row in rows
-    ]
-    return markdown(["method", "FLOPs of a step", "CPU time of a step"], lines)
 
 
 def soak(rows: Sequence[Row]) -> str:

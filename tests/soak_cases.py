@@ -9,6 +9,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -164,8 +165,12 @@ class Case:
 
 
 def count_apart(optimizer: Any, memory: LiveBytes, measured: list[tuple[int, int]]) -> None:
-    """Count the peaks of measurements in ``measured``, not in those of the steps."""
-    measure = optimizer._costing.measure
+    """Count the peaks of measurements in ``measured``, not in those of the steps.
+
+    A second call replaces the first one.
+    """
+    costing = optimizer._costing
+    measure = partial(type(costing).measure, costing)
 
     def counted(*batch: Any) -> Any:
         alive, before = memory.live, memory.peak
@@ -175,7 +180,7 @@ def count_apart(optimizer: Any, memory: LiveBytes, measured: list[tuple[int, int
         memory.peak = before
         return costs
 
-    optimizer._costing.measure = counted
+    costing.measure = counted
 
 
 @dataclass(frozen=True)
