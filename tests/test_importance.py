@@ -23,6 +23,7 @@ from dynalora_optim import (
     ForwardNorm,
     ForwardPass,
     ImportanceTracker,
+    LiveBytes,
 )
 from dynalora_optim.groups._rules import find_groups
 
@@ -229,6 +230,29 @@ def test_padding_that_overflows_does_not_spoil_the_score():
     tokens[0, 2] = math.nan
     mask = torch.tensor([[1, 1, 0]])
     assert ForwardNorm().score(passed(tokens, mask=mask)).item() == pytest.approx(4.0)
+
+
+def test_a_mask_that_leaves_nothing_out_costs_no_operation_per_module():
+    class Masked(ToyModel):
+        def forward(self, x, attention_mask=None):
+            return super().forward(x)
+
+    model = Masked(layers=3)
+    tokens, every = torch.randn(2, 5, 8), torch.ones(2, 5)
+    tracker = ImportanceTracker()
+    optimizer = DynamicAllocationOptimizer(
+        torch.optim.SGD(model.parameters(), lr=0.0), model, importance=tracker, active=1.0
+    )
+
+    def ops(mask):
+        with LiveBytes() as counted:
+            model(tokens, attention_mask=mask)
+        return counted.ops
+
+    without = ops(None)
+    assert ops(every) <= without + 3  # is it all ones?
+    assert ops(every.tril()) >= without + 6  # two more for each of three modules
+    optimizer.close()
 
 
 def test_a_mask_of_another_shape_is_refused():

@@ -21,7 +21,8 @@ class _Masks:
     def set(self, model: nn.Module, args: object, kwargs: dict[str, Any]) -> None:
         watch = self._of_pass()
         if watch is not None and watch.mask is None:  # else the user has set one for this pass
-            watch.mask = _mask_in(model, kwargs)
+            mask = _mask_in(model, kwargs)
+            watch.mask = None if mask is not None and _keeps_all(mask) else mask
 
     def clear(self, model: nn.Module, args: object, output: object) -> None:
         watch = self._of_pass()
@@ -43,6 +44,14 @@ def _mask_in(model: nn.Module, kwargs: dict[str, Any]) -> Tensor | None:
     mask = kwargs.get("attention_mask")
     two = getattr(getattr(model, "config", None), "is_encoder_decoder", False) is True
     return mask if isinstance(mask, Tensor) and mask.ndim == 2 and not two else None
+
+
+def _keeps_all(mask: Tensor) -> bool:
+    """Return whether a mask is known to leave nothing out; a GPU would have to be waited for."""
+    try:
+        return mask.device.type == "cpu" and bool(mask.all())
+    except RuntimeError:  # no values to read: under torch.vmap, or in a copy without data
+        return False
 
 
 def masks_of(model: nn.Module, watch: Watch) -> list[RemovableHandle]:
