@@ -131,7 +131,7 @@ LLAMA = Shape(
     length=512,
     rank=16,
     targets="all-linear",
-    budgets=((0.75, 1.0), (0.4, 1.0), (0.175, 1.0), (0.12, 1.0), (0.4, 0.6)),
+    budgets=((0.75, 1.0), (0.4, 1.0), (0.175, 1.0), (0.135, 1.0), (0.4, 0.6)),
     slack=0.03,
     control_draws=4,  # with 112 modules the choices differ little
 )
