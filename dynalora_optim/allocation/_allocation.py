@@ -215,7 +215,7 @@ class Allocation(AllocationState):
 
     def advance(self, updated: Iterable[str]) -> bool:
         """Count one optimizer step that ``updated`` these groups; return whether to reallocate."""
-        self._counters.count_updates(updated)
+        self._counters.count_updates(updated, self.steps + 1)
         if self.needs_costs:
             self._spending.advance(self._positions(self.chosen))
         self.record.advance()

@@ -8,7 +8,7 @@ from typing import Any
 
 from dynalora_optim.allocation._active import ActiveCount
 from dynalora_optim.allocation._clock import Clock
-from dynalora_optim.allocation._context import Allocator, uses_active
+from dynalora_optim.allocation._context import Allocator
 from dynalora_optim.allocation._costs import Costs
 from dynalora_optim.allocation._counters import GroupCounters
 from dynalora_optim.allocation._record import AllocationRecord, Reallocation
@@ -106,19 +106,15 @@ class AllocationState:
         """Return the steps since the group returned from a pause; None if it never has."""
         return self._counters.age(name, self.steps)
 
-    def local_time(self, name: str) -> tuple[int, float]:
-        """Return the number of updates of a group, and the share of modules that are active.
+    def local_time(self, name: str) -> int:
+        """Return the number of updates of a group; one that is not allocated gets one per step."""
+        return self.updates.get(name, self.steps)
 
-        A group that is not allocated gets one update per step.
-        """
+    def scaled_time(self, name: str) -> int:
+        """Return how far a group is in a schedule for the whole run: see `GroupCounters`."""
         if name not in self.updates:
-            return self.steps, 1.0
-        return self.updates[name], self._share()
-
-    def _share(self) -> float:
-        if uses_active(self.allocator):
-            return self._active.resolve(len(self.names)) / len(self.names)
-        return self._counters.share(self.steps) or len(self.chosen) / len(self.names)
+            return self.steps
+        return self._counters.scaled_time(name, self.steps)
 
     def settings(self) -> tuple[object, ...]:
         """Return the values that must be the same on every rank."""

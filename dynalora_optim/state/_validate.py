@@ -9,6 +9,7 @@ from typing import Any
 from dynalora_optim.state._placeholders import MARK
 
 _OPTIONAL = ("costs", "loop")  # in one group only; checked when they are used
+_LATER = ("reached",)  # of modules; older files do not have it
 
 
 def damaged(why: str) -> ValueError:
@@ -102,7 +103,8 @@ def check_modules(
         )
     for name, template in own.items():
         for key in template:
-            check_value(f"module group {name}", saved[name], key)
+            if key in saved[name] or key not in _LATER:
+                check_value(f"module group {name}", saved[name], key)
 
 
 def check_value(where: str, saved: Mapping[str, Any], key: str) -> None:
@@ -151,6 +153,7 @@ _KINDS: dict[str, Callable[[Any], bool]] = {
     "count": is_count,
     "closed_count": is_count,
     "activated": lambda value: value == -1 or is_count(value),
+    "reached": is_count,
     "active_setting": _is_number,
     "is_due": _is_bool,
     "is_held": _is_bool,
