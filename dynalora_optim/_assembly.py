@@ -10,6 +10,7 @@ from dynalora_optim._base.torch_private import original
 from dynalora_optim._costing import StepCosting
 from dynalora_optim._driver import ModuleDriver
 from dynalora_optim._grouping import Grouping
+from dynalora_optim._settings import described, text_of
 from dynalora_optim.allocation._allocation import Allocation
 from dynalora_optim.allocation._context import Allocator, CostAware
 from dynalora_optim.allocation._schedules import Schedule
@@ -89,17 +90,18 @@ class Assembly:
         if backward.fused and isinstance(self._tracker.measure, GradientMeasure):
             raise ValueError(refusal("importance= measures gradients at step()"))
 
-    def settings(self) -> dict[str, object]:
-        """Return the settings by which groups are scored and chosen."""
-        return {
-            "active": self.allocation.active,
-            "seed": self._choosing.seed,
-            "period": self._choosing.schedule,
-            "allocator": self._choosing.allocator,
-            "importance": self._tracker.description,
-            "every": self._tracker.every,
-            "probe": self._tracker.probe,
-        }
+    def settings(self) -> dict[str, str]:
+        """Return the settings by which groups are scored and chosen, as texts."""
+        tracker = self._tracker
+        texts = described(
+            active=self.allocation.active,
+            seed=self._choosing.seed,
+            period=self._choosing.schedule,
+            allocator=self._choosing.allocator,
+            every=tracker.every,
+            probe=tracker.probe,
+        )
+        return {**texts, "importance": f"{text_of(tracker.measure)}, window={tracker.window!r}"}
 
     def attach(self) -> tuple[ModuleDriver, StepCosting]:
         """Set the hooks; return the driver of the modules, and the part that measures costs."""

@@ -137,7 +137,7 @@ class DynamicAllocationOptimizer(SavedOptimizer):
         self.tracker, self.pause = tracker, pause
         self._model, self._group_rule, self._waiting = model, groups, grouping.waiting
         own = {"lr_time": lr_time, "pause": pause, "backward": backward}
-        self._settings = described(**own, **assembly.settings(), master_weights=master_weights)
+        self._settings = described(**own, master_weights=master_weights) | assembly.settings()
         self._frozen = frozenset(group.name for group in grouping.frozen)
         self._updater, self._allocation = updater, assembly.allocation
         super().__init__(optimizer, grouping.index, updater.rule)

@@ -89,7 +89,7 @@ class ImportanceTracker:
             )
         self.every = every
         self.probe = probe
-        self.description = f"{type(self.measure).__qualname__}, window={window!r}"
+        self.window = window
         self._windows: dict[str, Window] = {}
         self._handles: list[RemovableHandle] = []
         self._watch = Watch()

@@ -99,7 +99,7 @@ def check_modules(
         raise ValueError(
             f"state_dict holds other module groups than this optimizer; missing: {missing}; "
             f"unexpected: {unexpected}. Build the model and the optimizer with the settings that "
-            "they were saved with."
+            "they were saved with: the same groups=, the same always_active=."
         )
     for name, template in own.items():
         for key in template:
