@@ -446,9 +446,48 @@ def test_bad_options(options, error, match):
     assert all(layer[0].active for layer in model.layers)
 
 
-def test_adagrad_cannot_be_reset():
-    with pytest.raises(ValueError, match="Adagrad creates only when it is built"):
-        wrapped(ToyModel(), torch.optim.Adagrad, pause=Pause(moments="reset"))
+RULES = {  # with the options that give it a first moment, or None if it has none
+    torch.optim.Adadelta: None,
+    torch.optim.Adafactor: None,
+    torch.optim.Adagrad: None,
+    torch.optim.Adam: {},
+    torch.optim.AdamW: {},
+    torch.optim.Adamax: {},
+    torch.optim.ASGD: None,
+    torch.optim.NAdam: {},
+    torch.optim.RAdam: {},
+    torch.optim.RMSprop: {"momentum": 0.9},
+    torch.optim.Rprop: None,
+    torch.optim.SGD: {"momentum": 0.9},
+}
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.__name__)
+def test_a_first_moment_is_set_to_zero_or_refused(rule):
+    options = {"active": 2, "period": 1, "allocator": "round_robin"}
+    pause = Pause(moments="reset_momentum")
+    if RULES[rule] != {}:  # also SGD, say, without momentum
+        model = ToyModel()
+        with pytest.raises(ValueError, match=rf"zero, but that of {rule.__name__} is not known"):
+            wrapped(model, rule, pause=pause, **options)
+        assert all(layer[0].active for layer in model.layers)
+    if RULES[rule] is None:
+        return
+    model, random = ToyModel(), torch.get_rng_state()
+    inner = rule(model.parameters(), lr=0.01, **RULES[rule])
+    optimizer = DynamicAllocationOptimizer(inner, model, pause=pause, **options)
+    assert torch.equal(torch.get_rng_state(), random)
+    assert not inner.state
+    train(model, optimizer, 3)
+    moments = [
+        optimizer.state[getattr(model.layers[0][0], name)][key]
+        for name in "AB"
+        for key in ("exp_avg", "momentum_buffer")
+        if key in optimizer.state[model.layers[0][0].A]
+    ]
+    assert optimizer.active_groups == names()[:2]
+    assert moments
+    assert not any(moment.any() for moment in moments)
 
 
 def test_what_is_no_function_of_the_step_is_refused():
