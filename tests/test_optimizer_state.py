@@ -102,6 +102,27 @@ def test_resume_with_every_rule_also_before_all_states_exist(rule):
     assert_same_run(*resumed(make, stop=3))
 
 
+class Normed(torch.optim.SGD):
+    """Keeps a tensor in its groups, as ASGD of pytorch_optimizer does, and divides by a norm."""
+
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            moved = [p for p in group["params"] if p.grad is not None]
+            norm = torch.stack([p.grad.norm() for p in moved]).norm() if moved else 1.0
+            group["seen"] = group.get("seen", torch.zeros(())) + 1
+            for parameter in moved:
+                parameter.sub_(group["lr"] * parameter.grad / norm)
+
+
+def test_modules_that_are_updated_together_still_are_after_loading():
+    def make(model):
+        inner = Normed(model.parameters(), lr=0.1)
+        return DynamicAllocationOptimizer(inner, model, active=2, period=1, allocator="round_robin")
+
+    for stop in (3, 4):
+        assert_same_run(*resumed(make, stop))
+
+
 def test_what_was_changed_during_the_run_goes_on(caplog):
     model = ToyModel()
     optimizer = wrapped(model, active=4, period=1, seed=3)
