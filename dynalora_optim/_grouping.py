@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol, runtime_checkable
 
@@ -101,6 +101,48 @@ def held_groups(
         is_divisible = bool(slots) and not any(map(has_flag, group.modules))
         groups.append(replace(group, slots=slots) if is_divisible else group)
     return groups
+
+
+@dataclass(frozen=True)
+class Joining:
+    """Parameters that join a run, and their groups.
+
+    Attributes:
+        index: The module group of each parameter, from then on.
+        groups: The groups that hold any of these parameters.
+        new: Those of them that are allocated from then on.
+        order: The names of all groups of the model, in forward order.
+    """
+
+    index: ParameterIndex
+    groups: list[ModuleGroup]
+    new: list[ModuleGroup]
+    order: list[str]
+
+    @property
+    def names(self) -> list[str]:
+        """The names of the new groups."""
+        return [group.name for group in self.new]
+
+    @staticmethod
+    def of(
+        model: nn.Module,
+        rule: GroupRule,
+        held: Sequence[Tensor],
+        parameters: Sequence[Tensor],
+        known: Collection[str],
+    ) -> Joining:
+        """Find the groups of ``parameters``, which join those ``held`` in the ``known`` groups.
+
+        Raises:
+            ValueError: A parameter is not in the model.
+        """
+        found = held_groups(model, rule, [*held, *parameters])
+        index = ParameterIndex(model, found)
+        index.check_belongs(parameters)
+        groups = index.groups_of(parameters)
+        new = [g for g in groups if g.role == "allocated" and g.name not in known]
+        return Joining(index, groups, new, [group.name for group in found])
 
 
 def log_waiting(grouping: Grouping) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import logging
 
 import pytest
@@ -128,6 +129,35 @@ def test_a_run_saved_between_unfreezing_and_the_next_step_resumes():
         assert one.groups == names()
     assert its.record.state_dict() == optimizer.record.state_dict()
     assert same(weights(model), weights(resumed))
+
+
+@pytest.mark.parametrize("bad", ["record", "modules", "active"])
+def test_a_state_that_is_refused_lets_nothing_join(bad):
+    source = ToyModel()
+    its = wrapped(source, active=2)
+    train(source, its, 2)
+    state = copy.deepcopy(its.state_dict())
+    if bad == "record":
+        state["record"] = 3
+    else:
+        packed = json.loads(state["param_groups"][0]["dynalora"])
+        if bad == "active":
+            packed["active_setting"] = 7
+        else:
+            packed["modules"]["layers.4.0"]["updates"] = -1
+        state["param_groups"][0]["dynalora"] = json.dumps(packed)
+    model = frozen()
+    optimizer = wrapped(model, active=2)
+    before = optimizer.groups, optimizer.active_groups, weights(model)
+    with pytest.raises(ValueError, match="state_dict"):
+        optimizer.load_state_dict(state)
+    assert (optimizer.groups, optimizer.active_groups) == before[:2]
+    assert set(optimizer.tracker.scores()) == set(names(3))
+    assert same(weights(model), before[2])
+    train(model, optimizer, 2)
+    optimizer.load_state_dict(copy.deepcopy(its.state_dict()))
+    assert optimizer.groups == names()
+    assert optimizer.active_groups == its.active_groups
 
 
 def test_modules_that_are_frozen_in_mid_run_are_named_once_and_a_new_optimizer_leaves_them_out(

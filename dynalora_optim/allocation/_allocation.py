@@ -140,6 +140,12 @@ class Allocation(AllocationState):
             scores = {name: before.get(name, 0.0) for name in self.names}
             self.record.append(Reallocation(self.steps, scores, self.active_names()))
 
+    def names_with(self, names: Collection[str], order: Iterable[str]) -> list[str]:
+        """Return the names of all groups and of these new ones, sorted by ``order``."""
+        places = {name: place for place, name in enumerate(order)}
+        # Groups whose modules are no longer in the model come last; they still count.
+        return sorted([*self.names, *names], key=lambda n: places.get(n, len(places)))
+
     def extend(
         self, names: Collection[str], order: Iterable[str], layout: BlockLayout | None = None
     ) -> None:
@@ -154,9 +160,7 @@ class Allocation(AllocationState):
         self._active.check(len(self.names) + len(names))
         is_everyone = len(self.chosen) == len(self.names)
         self._counters.add(names)
-        places = {name: place for place, name in enumerate(order)}
-        # Groups whose modules are no longer in the model come last; they still count.
-        self.names = sorted([*self.names, *names], key=lambda n: places.get(n, len(places)))
+        self.names = self.names_with(names, order)
         self._layout = layout if self._layout else None
         self._spending.costs = None  # a budget measures them again
         if is_everyone:

@@ -138,21 +138,24 @@ class AllocationState:
         return {"active": name in self.chosen, **self._counters.state(name)}
 
     def check_state(
-        self, clock: Mapping[str, Any], groups: Mapping[str, Mapping[str, Any]]
+        self,
+        clock: Mapping[str, Any],
+        groups: Mapping[str, Mapping[str, Any]],
+        names: Sequence[str],
     ) -> None:
-        """Raise unless `load_state` can load these values.
+        """Raise unless `load_state` can load these values when the groups are those of ``names``.
 
         Raises:
             ValueError: The number of active modules is not allowed or zero, or they exceed the
                 budget.
         """
-        self._active.check(len(self.names), clock["active_setting"])
-        chosen = [name for name in self.names if groups[name]["active"]]
+        self._active.check(len(names), clock["active_setting"])
+        chosen = [place for place, name in enumerate(names) if groups[name]["active"]]
         if not chosen:
             raise ValueError("state_dict has no active module group; at least one always is.")
         if clock.get("costs"):  # `load_state` reads them also for an allocator without costs
-            restored_costs(clock["costs"], modules=len(self.names))
-        self._spending.check(clock, self._positions(chosen), len(self.names))
+            restored_costs(clock["costs"], modules=len(names))
+        self._spending.check(clock, chosen, len(names))
 
     def load_state(
         self,

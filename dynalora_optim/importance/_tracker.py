@@ -235,11 +235,12 @@ class ImportanceTracker:
         Raises:
             ValueError: A window holds another number of values.
         """
-        for name, window in self._windows.items():
-            if len(state[name]["window"]) not in (0, window.width):
+        width = self._new_window().width
+        for name, values in state.items():
+            if len(values["window"]) not in (0, width):
                 raise ValueError(
-                    f"state_dict has {len(state[name]['window'])} values for the score of {name}, "
-                    f"but its window holds {window.width}."
+                    f"state_dict has {len(values['window'])} values for the score of {name}, "
+                    f"but its window holds {width}."
                 )
 
     def load_state_dict(self, state: Mapping[str, Mapping[str, Any]], *, step: int) -> None:

@@ -74,19 +74,9 @@ def _values(position: int, group: Mapping[str, Any], tensors: dict[int, Tensor])
         raise damaged(f"{type(error).__name__} in param group {position}") from error
     if not isinstance(values, dict):
         raise damaged(f"param group {position} packs a {type(values).__name__}")
-    for key in (NAMES, MARK):
+    for key in (NAMES, MARK, "modules"):
         check_value(f"param group {position}", values, key)
     return values
-
-
-def names_of_modules(packed: Mapping[str, Any]) -> set[str]:
-    """Return the names of the module groups of the run that was saved.
-
-    Raises:
-        ValueError: The state dict is damaged.
-    """
-    modules = [values.get("modules") for _, values in _with_values(packed)]
-    return {name for found in modules if isinstance(found, dict) for name in found}
 
 
 def _matched(pairs: Sequence[_Pair], names: Sequence[Sequence[str]]) -> list[_Pair]:
