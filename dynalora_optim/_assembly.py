@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from dynalora_optim._base.checks import whole_number
 from dynalora_optim._base.torch_private import original
 from dynalora_optim._costing import StepCosting
 from dynalora_optim._driver import ModuleDriver
@@ -24,12 +25,19 @@ from dynalora_optim.update._backward import Backward, refusal
 
 @dataclass(frozen=True)
 class Choosing:
-    """How groups are chosen: by which allocator, when, how many, and with which seed."""
+    """How groups are chosen: by which allocator, when, how many, and with which seed.
+
+    Raises:
+        ValueError: ``seed`` is not a whole number >= 0.
+    """
 
     allocator: Allocator
     schedule: Schedule
     active: float | None
     seed: int
+
+    def __post_init__(self) -> None:
+        whole_number("seed", self.seed, least=0, of="")
 
 
 class Assembly:

@@ -145,15 +145,27 @@ class Joining:
         return Joining(index, groups, new, [group.name for group in found])
 
 
-def log_waiting(grouping: Grouping) -> None:
-    """Log a warning that names the groups that are frozen."""
-    if grouping.waiting:
-        logger.warning(
-            "requires_grad is False for every parameter of %d module group(s), such as %s: they do "
-            "not train. If you set requires_grad=True later, they join.",
-            len(grouping.waiting),
-            grouping.waiting[0].name,
-        )
+def log_waiting(grouping: Grouping, parameters: Iterable[Tensor]) -> None:
+    """Log a warning that names the groups that are frozen, by whether ``parameters`` has them."""
+    held = set(map(id, parameters))
+    remedies = {
+        True: "",
+        False: " and call add_param_group() with their parameters, which the optimizer lacks",
+    }
+    for is_held, remedy in remedies.items():
+        found = [g for g in grouping.waiting if is_held is not held.isdisjoint(_ids(g))]
+        if found:
+            logger.warning(
+                "requires_grad is False for every parameter of %d module group(s), such as %s: "
+                "they do not train. If you set requires_grad=True later%s, they join.",
+                len(found),
+                found[0].name,
+                remedy,
+            )
+
+
+def _ids(group: ModuleGroup) -> Iterable[int]:
+    return map(id, group.parameters())
 
 
 @runtime_checkable

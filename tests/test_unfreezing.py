@@ -54,6 +54,24 @@ def test_all_active_is_the_plain_optimizer(added, caplog):
     assert optimizer.groups == optimizer.active_groups == names()
 
 
+def test_the_log_says_which_need_add_param_group(caplog):
+    model = frozen()
+    kept = [*adapters(model, slice(0, 4)), *model.head.parameters()]  # layers 4 and 5 are left out
+    optimizer = DynamicAllocationOptimizer(AdamW(kept, lr=0.05), model, active=1.0)
+    held, lacking = caplog.messages
+    assert "of 1 module group(s), such as layers.3.0" in held
+    assert "add_param_group" not in held
+    assert "of 2 module group(s), such as layers.4.0" in lacking
+    assert "add_param_group() with their parameters, which the optimizer lacks" in lacking
+    for parameter in adapters(model, slice(3, None)):
+        parameter.requires_grad_(True)
+    train(model, optimizer, 2)
+    assert optimizer.groups == names(4)  # as with a plain optimizer, the others do not train
+    optimizer.add_param_group({"params": adapters(model, slice(4, None))})
+    train(model, optimizer, 2)
+    assert optimizer.groups == names()
+
+
 @pytest.mark.parametrize("added", [False, True])
 def test_they_are_chosen_like_the_others_from_then_on(added):
     model = frozen()

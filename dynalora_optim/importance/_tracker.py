@@ -61,8 +61,8 @@ class ImportanceTracker:
 
     Attributes:
         attention_mask: (batch, tokens), nonzero where a token counts, to leave padding out. It is
-            taken from the ``attention_mask=`` with which the model is called. If you set it, it is
-            used in the next forward pass of the model only.
+            taken from the ``attention_mask`` with which the model is called, by name or by
+            position. If you set it, it is used in the next forward pass of the model only.
 
     Raises:
         TypeError: ``measure`` is neither a name nor a measure.
@@ -111,7 +111,8 @@ class ImportanceTracker:
 
     def follow(self, model: nn.Module) -> None:
         """Take the attention mask of each batch from the call of ``model``."""
-        self._handles += masks_of(model, self._watch)
+        if isinstance(self.measure, ForwardMeasure):
+            self._handles += masks_of(model, self._watch)
 
     def attach(self, groups: Sequence[ModuleGroup]) -> None:
         """Measure the modules of ``groups`` too, in addition to those measured already."""
