@@ -79,6 +79,12 @@ class Assembly:
         self._model: nn.Module = original(model)
         self._grouping = grouping
         self._recomputes = needs_costs or backward.checkpoint_idle
+        if self._recomputes and not groups:
+            what = type(allocator).__name__ if needs_costs else "Backward(checkpoint_idle=True)"
+            raise ValueError(
+                f"{what} needs the blocks of a module that trains, but requires_grad is False for "
+                "every module group. Build the optimizer when one is unfrozen, or leave it out."
+            )
         chosen = [*groups, *grouping.waiting]  # the latter may join later
         members = [module for group in chosen for module in group.modules]
         self._blocks = model_blocks(self._model, must=self._recomputes, members=members)
@@ -90,6 +96,7 @@ class Assembly:
         self.allocation = Allocation(
             [group.name for group in groups],
             **vars(choosing),
+            waiting=len(grouping.waiting),
             layout=BlockLayout.of(groups, self._blocks) if backward.checkpoint_idle else None,
         )
 

@@ -93,7 +93,8 @@ class RunState:
         own = self.values(groups, is_probing=False)
         check_values(values, own, record)
         by_name = _by_name(values)
-        check_modules(by_name, names, next(iter(_by_name(own).values())))
+        template = {**self._allocation.new_state(), **self._tracker.new_state()}
+        check_modules(by_name, names, template)
         clock = self._clock(values)
         if not self._has_other_scores(clock):
             self._tracker.check_state(by_name)

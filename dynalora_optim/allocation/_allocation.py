@@ -187,7 +187,7 @@ class Allocation(AllocationState):
         return self.chosen - before
 
     def _selection(self, scores: Mapping[str, float]) -> frozenset[str]:
-        if self._clock.is_warming_up:
+        if self._clock.is_warming_up or not self.names:
             return frozenset(self.names)
         return self._selector.choose(
             self.names,

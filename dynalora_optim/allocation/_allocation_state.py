@@ -27,6 +27,7 @@ class AllocationState:
         allocator: Chooses the active groups.
         schedule: Decides after which steps to choose.
         seed: The seed of the allocator's random numbers.
+        waiting: The number of groups that may join later.
 
     Attributes:
         names: The groups to choose among, in forward order.
@@ -42,12 +43,13 @@ class AllocationState:
         allocator: Allocator,
         schedule: Schedule,
         seed: int,
+        waiting: int = 0,
     ) -> None:
         self.names = list(names)
         self.record = AllocationRecord()
         self._selector = Selector(allocator, seed)
         self._clock = Clock(schedule)
-        self._active = ActiveCount(active, allocator, len(self.names))
+        self._active = ActiveCount(active, allocator, len(self.names) + waiting)
         self._spending = Spending(allocator)
         self.chosen: frozenset[str] = frozenset()
         self._counters = GroupCounters(self.names)
@@ -137,6 +139,11 @@ class AllocationState:
             return {}
         return {"active": name in self.chosen, **self._counters.state(name)}
 
+    @staticmethod
+    def new_state() -> dict[str, Any]:
+        """Return the numbers of a group that joins now."""
+        return {"active": False, **GroupCounters(["new"]).state("new")}
+
     def check_state(
         self,
         clock: Mapping[str, Any],
@@ -151,7 +158,7 @@ class AllocationState:
         """
         self._active.check(len(names), clock["active_setting"])
         chosen = [place for place, name in enumerate(names) if groups[name]["active"]]
-        if not chosen:
+        if names and not chosen:
             raise ValueError("state_dict has no active module group; at least one always is.")
         if clock.get("costs"):  # `load_state` reads them also for an allocator without costs
             restored_costs(clock["costs"], modules=len(names))

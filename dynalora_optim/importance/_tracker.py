@@ -230,6 +230,10 @@ class ImportanceTracker:
         values = self._read()
         return {name: window.state(values[name]) for name, window in self._windows.items()}
 
+    def new_state(self) -> dict[str, Any]:
+        """Return the content of a window that has scored nothing."""
+        return self._new_window().state([])
+
     def check_state(self, state: Mapping[str, Mapping[str, Any]]) -> None:
         """Raise unless each window can load the values that are saved for it.
 
@@ -253,8 +257,7 @@ class ImportanceTracker:
 
     def restart(self) -> None:
         """Forget all scores."""
-        empty = self._new_window().state([])
-        self.load_state_dict(dict.fromkeys(self._windows, empty), step=0)
+        self.load_state_dict(dict.fromkeys(self._windows, self.new_state()), step=0)
 
     def _read(self) -> dict[str, list[float]]:
         self._watch.passes.settle()

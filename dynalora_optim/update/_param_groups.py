@@ -77,13 +77,13 @@ class ParameterIndex:
             )
 
     def check_groups(
-        self, parameters: Iterable[Tensor], named: Collection[str] = ()
+        self, parameters: Sequence[Tensor], named: Collection[str] = ()
     ) -> list[ModuleGroup]:
         """Return the groups that wait, because requires_grad is False for all their parameters.
 
-        An optimizer that holds only ``parameters`` must be able to train every other module group,
-        and there must be one to choose. Groups that are not allocated may be missing, unless
-        ``named`` contains them.
+        An optimizer that holds only ``parameters`` must be able to train every other module group.
+        If there is none, it must train something else meanwhile. Groups that are not allocated may
+        be missing, unless ``named`` contains them.
 
         Raises:
             ValueError: Some groups cannot be trained; the message names them.
@@ -92,7 +92,8 @@ class ParameterIndex:
         groups = [g for g in self._groups if g.role == "allocated" or g.name in named]
         frozen = [g for g in groups if not any(p.requires_grad for p in g.parameters())]
         waiting = [g for g in frozen if g.name not in named]
-        if all(g in waiting or g.name in named for g in groups):
+        trains = any(p.requires_grad for p in parameters)  # a head alone, at first
+        if all(g in waiting or g.name in named for g in groups) and not (waiting and trains):
             raise ValueError(_all_frozen([g.name for g in waiting]))
         if stuck := [g.name for g in frozen if g.name in named]:
             raise ValueError(
@@ -157,9 +158,9 @@ def match_always_active(patterns: Sequence[str], groups: Sequence[ModuleGroup]) 
 def _all_frozen(names: Sequence[str]) -> str:
     return (
         f"requires_grad is False for every parameter of all {len(names)} module groups: "
-        f"{_some(names)}. One of them must train when this optimizer is built; others may be "
-        "frozen, and join when you unfreeze them. Set requires_grad to True for one first, and "
-        "build the optimizer with its parameters. If peft set it to False because another adapter "
+        f"{_some(names)}, and the optimizer holds nothing else that trains. Set requires_grad to "
+        "True for one of them first, and build the optimizer with its parameters; others may be "
+        "frozen, and join when you unfreeze them. If peft set it to False because another adapter "
         "is in use, call model.set_adapter(name) first."
     )
 
