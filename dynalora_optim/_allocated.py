@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from dynalora_optim._base.claims import claim
 from dynalora_optim._costing import StepCosting
 from dynalora_optim._driver import ModuleDriver
-from dynalora_optim._grouping import held_groups
+from dynalora_optim._grouping import Joining
 from dynalora_optim._holdings import total_of
 from dynalora_optim.allocation._allocation import Allocation
 from dynalora_optim.allocation._context import Allocator
@@ -23,12 +23,7 @@ from dynalora_optim.memory._report import MemoryReport, memory_report
 from dynalora_optim.switching._detach import ActiveCopies
 from dynalora_optim.switching._gradients import drop_gradients
 from dynalora_optim.update._late_bound import LateBoundOptimizer
-from dynalora_optim.update._param_groups import (
-    PACKED,
-    ParameterIndex,
-    ParamGroup,
-    flatten,
-)
+from dynalora_optim.update._param_groups import PACKED, ParamGroup, flatten
 from dynalora_optim.update._plain import check_alike
 from dynalora_optim.update._rates import LrTime
 from dynalora_optim.update._updater import Updater
@@ -220,48 +215,45 @@ class AllocatedOptimizer(LateBoundOptimizer):
             param_group = {**param_group, "params": list(params)}
         if self._is_linked:  # not while torch's constructor adds the first ones
             self._updater.rates.check([*self.param_groups, {**self.defaults, **param_group}])
-            self._adopt_new_groups(self._check_new(param_group))
+            self._adopt(self._joining(self._check_new(param_group)))
         super().add_param_group(param_group)
         if self._is_linked:
             self._updater.attach(self.module_groups, self._update_one)
 
-    def _adopt_new_groups(self, parameters: Sequence[Tensor]) -> None:
-        held = [*flatten(self.param_groups), *parameters]
-        found = held_groups(self._model, self._group_rule, held)
-        index = ParameterIndex(self._model, found)
-        index.check_belongs(parameters)
-        self._driver.check_same(index.groups_of(parameters))
+    def _joining(self, parameters: Sequence[Tensor]) -> Joining:
+        """Return what joins with ``parameters``; nothing is changed.
+
+        Raises:
+            ValueError: A parameter is not in the model, or its group has other modules now.
+        """
         known = {part.name for part in self._parts()} - {group.name for group in self._waiting}
-        allocated = [g for g in index.groups_of(parameters) if g.role == "allocated"]
-        new = [group for group in allocated if group.name not in known]
-        layout = self._driver.layout_with(new)
-        self._allocation.extend([g.name for g in new], [g.name for g in found], layout)
-        self._pieces.index = index
-        self._driver.add(new)
-        self._driver.replace(g for g in allocated if g.name in self._allocation.updates)
-        joined = {group.name for group in new}
-        self._waiting = [group for group in self._waiting if group.name not in joined]
-        modules = [module for group in new for module in group.modules]
+        held = flatten(self.param_groups)
+        joining = Joining.of(self._model, self._group_rule, held, parameters, known)
+        self._driver.check_same(joining.groups)
+        return joining
+
+    def _adopt(self, joining: Joining) -> None:
+        layout = self._driver.layout_with(joining.new)
+        self._allocation.extend(joining.names, joining.order, layout)
+        self._pieces.index = joining.index
+        self._driver.add(joining.new)
+        self._driver.replace(g for g in joining.groups if g.name in self._allocation.updates)
+        self._waiting = [group for group in self._waiting if group.name not in joining.names]
+        modules = [module for group in joining.new for module in group.modules]
         claim(self, modules)
         for module in modules:
             ActiveCopies.of(module)
         self._apply_allocation(probe=self._driver.is_probing)
 
-    def _join_unfrozen(self, wanted: Collection[str] | None = None) -> None:
-        """Let groups join that were frozen so far: those that train now, or those ``wanted``."""
-        ready = [
-            parameter
-            for group in self._waiting
-            if (
-                any(p.requires_grad for p in group.parameters())
-                if wanted is None
-                else group.name in wanted
-            )
-            for parameter in group.parameters()
-        ]
+    def _join_unfrozen(self) -> None:
+        """Let groups join that were frozen so far, and train now."""
+        ready = [g for g in self._waiting if any(p.requires_grad for p in g.parameters())]
+        if found := self._held_of(ready):
+            self._adopt(self._joining(found))
+
+    def _held_of(self, groups: Iterable[ModuleGroup]) -> list[Tensor]:
         held = set(map(id, flatten(self.param_groups)))
-        if found := [parameter for parameter in ready if id(parameter) in held]:
-            self._adopt_new_groups(found)
+        return [p for group in groups for p in group.parameters() if id(p) in held]
 
     def driven_groups(self) -> list[ModuleGroup]:
         """Return the groups that this object makes active and inactive."""

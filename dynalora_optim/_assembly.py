@@ -6,10 +6,12 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from dynalora_optim._base.checks import whole_number
 from dynalora_optim._base.torch_private import original
 from dynalora_optim._costing import StepCosting
 from dynalora_optim._driver import ModuleDriver
 from dynalora_optim._grouping import Grouping
+from dynalora_optim._settings import described, text_of
 from dynalora_optim.allocation._allocation import Allocation
 from dynalora_optim.allocation._context import Allocator, CostAware
 from dynalora_optim.allocation._schedules import Schedule
@@ -23,12 +25,19 @@ from dynalora_optim.update._backward import Backward, refusal
 
 @dataclass(frozen=True)
 class Choosing:
-    """How groups are chosen: by which allocator, when, how many, and with which seed."""
+    """How groups are chosen: by which allocator, when, how many, and with which seed.
+
+    Raises:
+        ValueError: ``seed`` is not a whole number >= 0.
+    """
 
     allocator: Allocator
     schedule: Schedule
     active: float | None
     seed: int
+
+    def __post_init__(self) -> None:
+        whole_number("seed", self.seed, least=0, of="")
 
 
 class Assembly:
@@ -70,6 +79,12 @@ class Assembly:
         self._model: nn.Module = original(model)
         self._grouping = grouping
         self._recomputes = needs_costs or backward.checkpoint_idle
+        if self._recomputes and not groups:
+            what = type(allocator).__name__ if needs_costs else "Backward(checkpoint_idle=True)"
+            raise ValueError(
+                f"{what} needs the blocks of a module that trains, but requires_grad is False for "
+                "every module group. Build the optimizer when one is unfrozen, or leave it out."
+            )
         chosen = [*groups, *grouping.waiting]  # the latter may join later
         members = [module for group in chosen for module in group.modules]
         self._blocks = model_blocks(self._model, must=self._recomputes, members=members)
@@ -81,6 +96,7 @@ class Assembly:
         self.allocation = Allocation(
             [group.name for group in groups],
             **vars(choosing),
+            waiting=len(grouping.waiting),
             layout=BlockLayout.of(groups, self._blocks) if backward.checkpoint_idle else None,
         )
 
@@ -89,17 +105,18 @@ class Assembly:
         if backward.fused and isinstance(self._tracker.measure, GradientMeasure):
             raise ValueError(refusal("importance= measures gradients at step()"))
 
-    def settings(self) -> dict[str, object]:
-        """Return the settings by which groups are scored and chosen."""
-        return {
-            "active": self.allocation.active,
-            "seed": self._choosing.seed,
-            "period": self._choosing.schedule,
-            "allocator": self._choosing.allocator,
-            "importance": self._tracker.description,
-            "every": self._tracker.every,
-            "probe": self._tracker.probe,
-        }
+    def settings(self) -> dict[str, str]:
+        """Return the settings by which groups are scored and chosen, as texts."""
+        tracker = self._tracker
+        texts = described(
+            active=self.allocation.active,
+            seed=self._choosing.seed,
+            period=self._choosing.schedule,
+            allocator=self._choosing.allocator,
+            every=tracker.every,
+            probe=tracker.probe,
+        )
+        return {**texts, "importance": f"{text_of(tracker.measure)}, window={tracker.window!r}"}
 
     def attach(self) -> tuple[ModuleDriver, StepCosting]:
         """Set the hooks; return the driver of the modules, and the part that measures costs."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from itertools import filterfalse
+from itertools import chain, filterfalse
 
 import torch
 from torch import Tensor, nn
@@ -144,7 +144,7 @@ class ModuleDriver:
             self._tell_of_frozen(choice)
             idle = (group for group in groups if group.name not in choice.active)
             self._anchor.move(
-                next(group for group in reversed(groups) if group.name in choice.active),
+                next((group for group in reversed(groups) if group.name in choice.active), None),
                 [*self._frozen, *idle],
             )
         if probe:
@@ -229,8 +229,10 @@ class ModuleDriver:
         With DDP they differ only if the user wants it: in ``no_sync()``, as in Accelerate's
         LocalSGD, which averages weights instead of gradients.
         """
-        parameters = list(self._groups[min(self._choice.active)].parameters())
-        if self._has_diverged or world_size() == 1 or any(map(is_sharded, parameters)):
+        first = sorted(self._choice.active)[:1]  # none while the user keeps all groups frozen
+        parameters = [p for name in first for p in self._groups[name].parameters()]
+        is_alone = world_size() == 1 or not parameters
+        if is_alone or self._has_diverged or any(map(is_sharded, parameters)):
             return
         self._has_diverged = differs(
             torch.stack([p.detach().float().sum() for p in parameters]).sum()
@@ -255,8 +257,9 @@ class ModuleDriver:
 
     @property
     def device(self) -> torch.device:
-        """The device of the allocated parameters."""
-        return next(p for group in self._groups.values() for p in group.parameters()).device
+        """The device of the allocated parameters; with none, that of the model."""
+        allocated = (p for group in self._groups.values() for p in group.parameters())
+        return next(chain(allocated, self._model.parameters())).device
 
     def close(self) -> None:
         """Make every module active and remove all hooks, once: others may drive them afterwards."""

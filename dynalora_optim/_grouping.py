@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol, runtime_checkable
 
@@ -103,15 +103,69 @@ def held_groups(
     return groups
 
 
-def log_waiting(grouping: Grouping) -> None:
-    """Log a warning that names the groups that are frozen."""
-    if grouping.waiting:
-        logger.warning(
-            "requires_grad is False for every parameter of %d module group(s), such as %s: they do "
-            "not train. If you set requires_grad=True later, they join.",
-            len(grouping.waiting),
-            grouping.waiting[0].name,
-        )
+@dataclass(frozen=True)
+class Joining:
+    """Parameters that join a run, and their groups.
+
+    Attributes:
+        index: The module group of each parameter, from then on.
+        groups: The groups that hold any of these parameters.
+        new: Those of them that are allocated from then on.
+        order: The names of all groups of the model, in forward order.
+    """
+
+    index: ParameterIndex
+    groups: list[ModuleGroup]
+    new: list[ModuleGroup]
+    order: list[str]
+
+    @property
+    def names(self) -> list[str]:
+        """The names of the new groups."""
+        return [group.name for group in self.new]
+
+    @staticmethod
+    def of(
+        model: nn.Module,
+        rule: GroupRule,
+        held: Sequence[Tensor],
+        parameters: Sequence[Tensor],
+        known: Collection[str],
+    ) -> Joining:
+        """Find the groups of ``parameters``, which join those ``held`` in the ``known`` groups.
+
+        Raises:
+            ValueError: A parameter is not in the model.
+        """
+        found = held_groups(model, rule, [*held, *parameters])
+        index = ParameterIndex(model, found)
+        index.check_belongs(parameters)
+        groups = index.groups_of(parameters)
+        new = [g for g in groups if g.role == "allocated" and g.name not in known]
+        return Joining(index, groups, new, [group.name for group in found])
+
+
+def log_waiting(grouping: Grouping, parameters: Iterable[Tensor]) -> None:
+    """Log a warning that names the groups that are frozen, by whether ``parameters`` has them."""
+    held = set(map(id, parameters))
+    remedies = {
+        True: "",
+        False: " and call add_param_group() with their parameters, which the optimizer lacks",
+    }
+    for is_held, remedy in remedies.items():
+        found = [g for g in grouping.waiting if is_held is not held.isdisjoint(_ids(g))]
+        if found:
+            logger.warning(
+                "requires_grad is False for every parameter of %d module group(s), such as %s: "
+                "they do not train. If you set requires_grad=True later%s, they join.",
+                len(found),
+                found[0].name,
+                remedy,
+            )
+
+
+def _ids(group: ModuleGroup) -> Iterable[int]:
+    return map(id, group.parameters())
 
 
 @runtime_checkable

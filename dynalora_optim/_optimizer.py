@@ -74,7 +74,7 @@ class DynamicAllocationOptimizer(SavedOptimizer):
             trains all parameters of the model's repeated blocks. Or a callable
             ``(name, module) -> group name or None``.
         always_active: Names of module groups, or patterns with ``*``, that are never inactive.
-        seed: The seed of the allocator's private random numbers.
+        seed: The seed of the allocator's private random numbers, a whole number >= 0.
         lr_time: ``"global"``: all modules follow the steps of the LR scheduler. ``"local"``: at its
             u-th update a module uses the rate that the scheduler had at step u. A `LocalLR`: the
             rate is a function of the module's own number of updates, without a scheduler.
@@ -133,11 +133,11 @@ class DynamicAllocationOptimizer(SavedOptimizer):
         former = owners_to_replace(model, grouping, optimizer, assembly.allocation.needs_costs)
         # Nothing outside this object has changed so far; nothing below raises.
         replace_owners(former)
-        log_waiting(grouping)
+        log_waiting(grouping, flatten(optimizer.param_groups))
         self.tracker, self.pause = tracker, pause
         self._model, self._group_rule, self._waiting = model, groups, grouping.waiting
         own = {"lr_time": lr_time, "pause": pause, "backward": backward}
-        self._settings = described(**own, **assembly.settings(), master_weights=master_weights)
+        self._settings = described(**own, master_weights=master_weights) | assembly.settings()
         self._frozen = frozenset(group.name for group in grouping.frozen)
         self._updater, self._allocation = updater, assembly.allocation
         super().__init__(optimizer, grouping.index, updater.rule)

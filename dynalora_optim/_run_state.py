@@ -73,9 +73,19 @@ class RunState:
         return found
 
     def check(
-        self, values: Sequence[Mapping[str, Any]], groups: Sequence[ParamGroup], record: Any
+        self,
+        values: Sequence[Mapping[str, Any]],
+        groups: Sequence[ParamGroup],
+        record: Any,
+        names: Sequence[str],
     ) -> None:
         """Raise unless `load` can load ``values``, one mapping per param group, and the ``record``.
+
+        Args:
+            values: The saved values.
+            groups: The param groups.
+            record: The saved history.
+            names: The allocated groups, with those that join before the values are loaded.
 
         Raises:
             ValueError: They are damaged, or from a run with other settings.
@@ -83,11 +93,12 @@ class RunState:
         own = self.values(groups, is_probing=False)
         check_values(values, own, record)
         by_name = _by_name(values)
-        check_modules(by_name, _by_name(own))
+        template = {**self._allocation.new_state(), **self._tracker.new_state()}
+        check_modules(by_name, names, template)
         clock = self._clock(values)
         if not self._has_other_scores(clock):
             self._tracker.check_state(by_name)
-        self._allocation.check_state(clock, by_name)
+        self._allocation.check_state(clock, by_name, names)
         self._costing.check_state(clock.get("loop"))
         self._rates.check_state(values)
 

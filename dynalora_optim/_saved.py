@@ -9,7 +9,7 @@ from dynalora_optim._allocated import AllocatedOptimizer
 from dynalora_optim._base.torch_private import state_hooks
 from dynalora_optim._run_state import RunState
 from dynalora_optim.importance._tracker import ImportanceTracker
-from dynalora_optim.state._pack import names_of_modules, pack, unpack
+from dynalora_optim.state._pack import pack, unpack
 from dynalora_optim.state._placeholders import add_placeholders
 from dynalora_optim.state._validate import check_structure, misfit_named
 from dynalora_optim.update._master_weights import restore_dtypes
@@ -78,12 +78,16 @@ class SavedOptimizer(AllocatedOptimizer):
 
     def _load_run(self, state_dict: dict[str, Any]) -> None:
         self._relink()
-        self._join_unfrozen(wanted=names_of_modules(state_dict))
         record = state_dict.get("record", [])
         with misfit_named():
             lean, values = unpack(state_dict, self._pieces.names(self.param_groups))
-            self._run.check(values, self.param_groups, record)
+            joined = {name for value in values for name in value["modules"]}
+            joining = self._joining(self._held_of(g for g in self._waiting if g.name in joined))
+            names = self._allocation.names_with(joining.names, joining.order)
+            self._run.check(values, self.param_groups, record, names)
         self._load_state(lean)
+        if joining.new:
+            self._adopt(joining)
         self._run.load(values, self.param_groups, record)
         self._apply_allocation(probe=values[0]["probing"])
 

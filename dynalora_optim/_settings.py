@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Mapping
 from dataclasses import is_dataclass
 
@@ -10,23 +11,28 @@ logger = logging.getLogger(__name__)
 
 # What a changed setting means, where it is not only that the new one counts from now on.
 _CONSEQUENCES = {"importance": "; the scores start anew"}
+_ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
+_OPTIONS_OF_MEASURE = re.compile(r"\(.*\)(?=, window=)")
 
 
 def described(**settings: object) -> dict[str, str]:
     """Return each setting as a text that is the same in every process."""
-    return {name: _text(value) for name, value in settings.items()}
+    return {name: text_of(value) for name, value in settings.items()}
 
 
-def _text(value: object) -> str:
+def text_of(value: object) -> str:
+    """Return the options of ``value`` as a text; without a repr of its own, only its name."""
     plain = value is None or isinstance(value, (str, int, float)) or is_dataclass(value)
     if plain or type(value).__repr__ is not object.__repr__:
-        return repr(value)
+        return _ADDRESS.sub("", repr(value))
     return getattr(value, "__qualname__", type(value).__qualname__)
 
 
 def changed(saved: Mapping[str, str], own: Mapping[str, str]) -> set[str]:
     """Return the names of the settings that differ."""
-    return {name for name in own if saved.get(name, own[name]) != own[name]}
+    # Files of older versions have only the class of the measure, in quotes.
+    older = {name: repr(_OPTIONS_OF_MEASURE.sub("", text)) for name, text in own.items()}
+    return {name for name in own if saved.get(name, own[name]) not in (own[name], older[name])}
 
 
 def log_changes(saved: Mapping[str, str], own: Mapping[str, str]) -> None:

@@ -2,7 +2,9 @@
 
 `verdict` runs one of them plainly and wrapped. Of a wrapped one it asks: with all modules active,
 is it the plain one, bit for bit? Is a resumed run the plain optimizer's resumed run? Does a plain
-state go in and out? With a third of the modules active, do the others stay where they are?
+state go in and out? With a third of the modules active, do the others stay where they are, and is
+a resumed run the uninterrupted one? Does a file of it load as one of the plain optimizer does? Is
+the first moment set to zero where ``Pause(moments="reset_momentum")`` is not refused?
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ from __future__ import annotations
 import copy
 import inspect
 import io
+import pickle
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -20,8 +23,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from dynalora_optim import DynamicAllocationOptimizer
+from dynalora_optim import DynamicAllocationOptimizer, Pause
 
+PART: dict[str, Any] = {"active": 2, "period": 1, "allocator": "round_robin"}
 WIDTH = 64  # 64 * 64 is the least size that bitsandbytes and torchao quantise
 
 
@@ -151,7 +155,52 @@ def verdict(kind: Kind) -> dict[str, str]:
     answers = {"all active": _yes(equal(weights(model), expected))}
     answers.update(_of_states(kind))
     answers["idle"] = _idle(kind)
+    answers["part resume"] = _part_resume(kind, expected)
+    answers["first moment"] = _first_moment(kind)
     return answers
+
+
+def _part_resume(kind: Kind, expected: list[Tensor]) -> str:
+    """Is a resumed run the uninterrupted one, if that of the plain optimizer is?"""
+    plain, inner = plain_run(kind, 3)
+    try:
+        if not equal(resumed(kind, plain, inner.state_dict(), kind.build), expected):
+            return "plain: differs"
+    except Exception as error:
+        return f"plain: {type(error).__name__}"
+    model = kind.network()
+    optimizer = kind.wrap(model, **PART)
+    run(kind, model, optimizer, 3)
+    state = copied(optimizer.state_dict())
+    if _loads_safely(inner.state_dict()) and not _loads_safely(state):
+        return "weights_only"
+    again = resumed(kind, model, state, lambda m: kind.wrap(m, **PART))
+    run(kind, model, optimizer, 3, start=3)
+    return _yes(equal(again, weights(model)))
+
+
+def _loads_safely(state: Any) -> bool:
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    try:
+        torch.load(file, weights_only=True)
+    except pickle.UnpicklingError:
+        return False
+    return True
+
+
+def _first_moment(kind: Kind) -> str:
+    """Is the first moment zero after a pause, or refused when the optimizer is built?"""
+    model = kind.network()
+    try:
+        optimizer = kind.wrap(model, pause=Pause(moments="reset_momentum"), **PART)
+    except ValueError as error:
+        return _yes("sets the first moment to zero" in str(error))
+    run(kind, model, optimizer, 3)  # the first two return now
+    states = [optimizer.state[p] for layer in model[:2] for p in layer.parameters()]
+    moments = [s[k] for s in states for k in ("exp_avg", "momentum_buffer") if k in s]
+    return _yes(bool(moments) and not any(moment.any() for moment in moments))
 
 
 def _of_states(kind: Kind) -> dict[str, str]:

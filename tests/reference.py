@@ -250,6 +250,7 @@ class Twin:
         self.seen: list[list[tuple[int, float]]] = [[] for _ in self.modules]
         self.state: dict[Part, dict[str, dict[str, Array]]] = {}  # moments, by part and weight
         self.updates_since_reset: dict[Part, int] = {}
+        self.reached = [0 for _ in self.modules]  # the scaled time after the last update
         self.returned: dict[Part, int] = {}  # the step at which a module came back from a pause
         self.reallocate()
 
@@ -275,6 +276,8 @@ class Twin:
         for m in self.active & gradients.keys():
             self.C[m] += 1
         self.steps += 1
+        for m in self.active & gradients.keys():
+            self.reached[m] = self.scaled_time(m)
         if self.is_due():
             self.reallocate()
 
@@ -342,13 +345,12 @@ class Twin:
         active = self.settings.active
         return active if isinstance(active, int) else max(1, round(active * len(self.modules)))
 
-    def share(self) -> float:
-        """The share of modules that are active: as set, or on average so far."""
-        if self.settings.allocator not in ("threshold", "bernoulli"):
-            return self.count() / len(self.modules)
-        if not sum(self.C):
-            return len(self.active) / len(self.modules)
-        return sum(self.C) / (self.steps * len(self.modules))
+    def scaled_time(self, m: int) -> int:
+        """Updates by the mean share of active modules; at most the steps done, and never less."""
+        if not self.C[m]:
+            return 0
+        time = Fraction(self.C[m] * self.steps * len(self.modules), sum(self.C))
+        return max(self.reached[m], round(min(time, self.steps)))
 
     # Section 3.4: the update, with moments and clocks that stand still while a module pauses
 
@@ -358,7 +360,7 @@ class Twin:
         if isinstance(part, int) and settings.lr_time in ("local", "unscaled"):
             time = self.C[part]
         if isinstance(part, int) and settings.lr_time == "scaled":
-            time = round(self.C[part] / self.share())
+            time = self.scaled_time(part)
         rate = settings.lr * settings.factor(time)
         if part in self.returned and settings.activation_warmup:
             rate *= min(1.0, (self.steps - self.returned[part] + 1) / settings.activation_warmup)

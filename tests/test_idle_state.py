@@ -143,17 +143,50 @@ class Averaging(AdamW):
     def eval(self) -> None: ...
 
 
-class Lazy(SGD):
+class Iterates(SGD):
     """Holds the iterate, which shows only in its state."""
+
+    first = 1  # the update after which it does
 
     def step(self, closure: Any = None) -> None:
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is not None:
-                    self.state[parameter].setdefault("z", parameter.detach().clone())
+                    state = self.state[parameter]
+                    state["updates"] = state.get("updates", 0) + 1
+                    if state["updates"] >= self.first:
+                        state.setdefault("z", parameter.detach().clone())
 
 
-@pytest.mark.parametrize("rule", [torch.optim.ASGD, torch.optim.Adagrad, Averaging])
+class Late(Iterates):
+    first = 3
+
+
+class MadeOnce(SGD):
+    """Creates its state when it is built."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                self.state[parameter]["mask"] = torch.ones_like(parameter)
+
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    parameter.sub_(self.state[parameter]["mask"] * parameter.grad)
+
+
+@pytest.mark.parametrize("pause", [Pause(state="drop"), Pause(moments="reset")])
+def test_state_that_is_created_only_once_is_not_deleted(pause):
+    model = LanguageModel()
+    with pytest.raises(ValueError, match="MadeOnce creates only when it is built; pass 'keep'"):
+        by_blocks(model, MadeOnce, pause=pause)
+    train(model, by_blocks(model, MadeOnce), 3)
+
+
+@pytest.mark.parametrize("rule", [torch.optim.ASGD, Averaging, Iterates])
 def test_what_cannot_be_made_anew_is_not_dropped(rule):
     model = LanguageModel()
     with pytest.raises(
@@ -165,7 +198,8 @@ def test_what_cannot_be_made_anew_is_not_dropped(rule):
 
 def test_an_iterate_that_shows_late_is_not_dropped_either():
     model = LanguageModel()
-    optimizer = by_blocks(model, Lazy, pause="drop", period=1, allocator="round_robin")
+    optimizer = by_blocks(model, Late, pause="drop", period=3, allocator="round_robin")
+    train(model, optimizer, 2)
     backward(model)
     with pytest.raises(ValueError, match="an optimizer whose state has 'z'"):
         optimizer.step()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import math
+import re
 
 import numpy as np
 import pytest
@@ -253,6 +254,51 @@ def test_a_mask_that_leaves_nothing_out_costs_no_operation_per_module():
     assert ops(every) <= without + 3  # is it all ones?
     assert ops(every.tril()) >= without + 6  # two more for each of three modules
     optimizer.close()
+
+
+class Masked(ToyModel):
+    def forward(self, x, other=None, attention_mask=None):
+        return super().forward(x)
+
+
+def test_a_mask_that_is_passed_by_position_leaves_padding_out():
+    tokens, mask = torch.randn(2, 5, 8), torch.ones(2, 5).tril()
+    found = []
+    for args, kwargs in (
+        ((tokens,), {"attention_mask": mask}),
+        ((tokens, None, mask), {}),
+        ((tokens,), {}),
+    ):
+        model = Masked(layers=3)
+        optimizer = wrapped(model, lr=0.0)
+        model(*args, **kwargs)
+        found.append(optimizer.tracker.scores())
+    assert found[0] == found[1]
+    assert all(found[0][name] < found[2][name] for name in found[0])
+
+
+@pytest.mark.parametrize(
+    ("mask", "kind"),
+    [
+        (torch.ones(2, 1, 5, 5).tril(), r"a Tensor of shape \(2, 1, 5, 5\), not"),
+        ({"full_attention": torch.ones(2, 5).tril()}, "a dict, not"),
+    ],
+    ids=["4-D", "dict"],
+)
+@pytest.mark.parametrize("importance", ["forward", "gradient"])
+def test_a_mask_that_scores_cannot_use_is_told_once(mask, kind, importance, caplog):
+    tokens, scores = torch.randn(2, 5, 8), []
+    for passed_on in (mask, None):
+        model = Masked(layers=3)
+        optimizer = wrapped(model, lr=0.0, importance=importance)
+        for _ in range(2):
+            model(tokens, None, passed_on)
+        model(tokens, attention_mask=passed_on)
+        scores.append(optimizer.tracker.scores())
+    assert scores[0] == scores[1]
+    lines = [line for line in caplog.messages if "attention_mask" in line]
+    assert len(lines) == (importance == "forward")  # gradients have no tokens to leave out
+    assert all(re.search(kind, line) for line in lines)
 
 
 def test_a_mask_of_another_shape_is_refused():

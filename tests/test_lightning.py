@@ -134,15 +134,21 @@ def test_a_checkpoint_resumes_bit_for_bit(options, tmp_path):
 
 
 class Unfreeze(callbacks.BaseFinetuning):
-    """Trains the head only, and the adapters of the last layers from epoch 1 on."""
+    """Trains without the adapters of the last layers, and with them from epoch 1 on."""
+
+    def __init__(self, lowest: int) -> None:
+        super().__init__()
+        self.layers = slice(lowest, None)
 
     def freeze_before_training(self, pl_module: Task) -> None:
-        self.freeze(pl_module.model.layers[3:])
+        self.freeze(pl_module.model.layers[self.layers])
 
     def finetune_function(self, pl_module: Task, epoch: int, optimizer: Any) -> None:
         if epoch == 1:
             adapters = [
-                p for n, p in pl_module.model.layers[3:].named_parameters() if "base" not in n
+                p
+                for n, p in pl_module.model.layers[self.layers].named_parameters()
+                if "base" not in n
             ]
             for parameter in adapters:
                 parameter.requires_grad_(True)
@@ -159,19 +165,20 @@ class Simple(Task):
         return optimizer
 
 
+@pytest.mark.parametrize("lowest", [0, 3])  # 0: the head alone at first, as BackboneFinetuning does
 @pytest.mark.parametrize("resume", [False, True])
-def test_base_finetuning_is_as_with_the_plain_optimizer(resume, tmp_path):
+def test_base_finetuning_is_as_with_the_plain_optimizer(resume, lowest, tmp_path):
     def run(options):
         task = Simple(options)
         if resume:
             first = Simple(options)
             half = trainer(
-                tmp_path, max_epochs=2, callbacks=[Unfreeze()], enable_checkpointing=True
+                tmp_path, max_epochs=2, callbacks=[Unfreeze(lowest)], enable_checkpointing=True
             )
             half.fit(first, loader())
             half.save_checkpoint(tmp_path / "half.ckpt")
         path = tmp_path / "half.ckpt" if resume else None
-        one = trainer(tmp_path, max_epochs=4, callbacks=[Unfreeze()])
+        one = trainer(tmp_path, max_epochs=4, callbacks=[Unfreeze(lowest)])
         one.fit(task, loader(), ckpt_path=path)
         assert len(one.optimizers[0].param_groups) == 3
         return weights(task.model)

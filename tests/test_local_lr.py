@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from fractions import Fraction
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from torch.optim import lr_scheduler
 from toy import ToyModel, backward, names, same, train, weights, wrapped
 
 from dynalora_optim import Bounded, DynamicAllocationOptimizer, LocalLR, Pause, Periodic
-from dynalora_optim.allocation._context import uses_active
+from dynalora_optim.allocation._counters import GroupCounters
 
 RATE = 0.05
 
@@ -88,28 +89,112 @@ def test_chained_schedulers_are_not_disturbed_by_local_rates(make):
             assert rates[name] == pytest.approx(expected[updates[name]])
 
 
-@given(any_allocator, st.sampled_from(["unscaled", "scaled"]), st.integers(1, 6))
-def test_local_lr_is_a_function_of_a_modules_own_steps(allocator, horizon, active):
+@given(any_allocator, st.sampled_from(["unscaled", "scaled"]), st.integers(1, 6), st.integers(0, 4))
+def test_local_lr_is_a_function_of_a_modules_own_steps(allocator, horizon, active, warmup):
     model = ToyModel()
     factor = linear(3, 15)
     optimizer = wrapped(
         model,
         active=active,
-        period=2,
+        period=Periodic(2, warmup=warmup),
         allocator=allocator,
         lr_time=LocalLR(factor, horizon),
         lr=RATE,
     )
+    reached = dict.fromkeys(names(), 0)  # the scaled time after the last update
+    former = dict.fromkeys(names(), 0)
     for step, rates, updates in steps_with(optimizer, model, 10):
         for name in names():
-            share = 1.0
-            if horizon == "scaled" and uses_active(allocator):
-                share = active / 6
-            elif horizon == "scaled":  # what really was active so far
-                first = len(optimizer.record[0].chosen) / 6
-                share = sum(updates.values()) / (6 * step) if step else first
-            assert rates[name] == pytest.approx(RATE * factor(round(updates[name] / share)))
+            time = updates[name]
+            if horizon == "scaled":
+                if updates[name] > former[name]:
+                    reached[name] = scaled(updates, name, step)
+                time = max(reached[name], scaled(updates, name, step))
+            assert rates[name] == pytest.approx(RATE * factor(time))
+        former = updates
         assert rates["always_active"] == pytest.approx(RATE * factor(step))
+
+
+def scaled(updates: dict[str, int], name: str, step: int) -> int:
+    """The updates divided by the share of modules that were really active, at most the step."""
+    share = Fraction(sum(updates.values()), len(updates) * step) if step else 1
+    return round(min(updates[name] / share, step)) if updates[name] else 0
+
+
+# By steps done, with 6 modules: what was active before, and what the schedule then is at. The
+# configured share is 1/3 in all of them.
+RUNS = {
+    "one third in turn": ({}, 24, [24] * 6),
+    "warm-up": ({"period": Periodic(1, warmup=12)}, 24, [24] * 6),
+    "hold": ({"held": ["layers.0.0", "layers.5.0"]}, 24, [24, 0, 0, 0, 0, 24]),
+    "fewer": ({"active": 6, "then": (11, 2)}, 24, [24] * 6),
+    "more": ({"then": (11, 6)}, 24, [24] * 6),
+    "one of three turns": ({"period": 8}, 16, [16] * 4 + [0] * 2),
+}
+
+
+@pytest.mark.parametrize("case", RUNS)
+def test_the_scaled_schedule_ends_with_the_run(case):
+    options, steps, expected = RUNS[case]
+    options = {"active": 2, "period": 1, "allocator": "round_robin", **options}
+    held, (at, then) = options.pop("held", []), options.pop("then", (-1, 0))
+    model, seen = ToyModel(), []
+    factor = seen_by(seen)
+    optimizer = wrapped(model, lr_time=LocalLR(factor, horizon="scaled"), **options)
+    if held:
+        optimizer.hold(held)
+    for step in range(steps):
+        if step == at:
+            optimizer.active = then
+        train(model, optimizer, 1, start=step)
+    assert max(seen) == steps - 1  # no update has used a later step of the schedule
+    assert [optimizer._allocation.scaled_time(name) for name in names()] == expected
+
+
+def seen_by(seen: list[int]):
+    """A schedule that notes the steps at which it is read."""
+
+    def factor(step: int) -> float:
+        seen.append(step)
+        return 1.0
+
+    return factor
+
+
+@given(st.lists(st.sets(st.integers(0, 4)), min_size=1, max_size=60))
+def test_scaled_time_never_falls_nor_leads_and_its_mean_is_the_steps_done(updated):
+    counters = GroupCounters("abcde")
+    before = dict.fromkeys("abcde", 0)
+    for step, positions in enumerate(updated, 1):
+        counters.count_updates(["abcde"[p] for p in positions], step)
+        mean = Fraction(sum(counters.updates.values()), 5)
+        for name, updates in counters.updates.items():
+            time = counters.scaled_time(name, step)
+            if "abcde".index(name) in positions:
+                assert before[name] <= time
+                before[name] = time
+            assert before[name] <= time <= step
+            assert time == step if updates >= mean > 0 else time <= step
+            if updates <= mean and mean:
+                assert time >= round(updates / mean * step)
+
+
+@given(any_allocator, st.integers(1, 11), st.integers(0, 5))
+def test_a_scaled_run_resumes_bit_for_bit(allocator, stop, warmup):
+    def begun(seed):
+        model = ToyModel(seed=seed)
+        options = {"lr_time": LocalLR(linear(2, 14), "scaled"), "active": 2}
+        period = Periodic(2, warmup=warmup)
+        return model, wrapped(model, period=period, allocator=allocator, **options)
+
+    (model, optimizer), (twin, other) = begun(0), begun(3)
+    train(model, optimizer, stop)
+    twin.load_state_dict(copy.deepcopy(model.state_dict()))
+    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for one, of in ((model, optimizer), (twin, other)):
+        train(one, of, 12 - stop, start=stop)
+    assert same(weights(model), weights(twin))
+    assert optimizer.learning_rates() == other.learning_rates() or stop == 12
 
 
 def test_the_rate_of_an_active_module_moves():
@@ -361,9 +446,48 @@ def test_bad_options(options, error, match):
     assert all(layer[0].active for layer in model.layers)
 
 
-def test_adagrad_cannot_be_reset():
-    with pytest.raises(ValueError, match="Adagrad creates only when it is built"):
-        wrapped(ToyModel(), torch.optim.Adagrad, pause=Pause(moments="reset"))
+RULES = {  # with the options that give it a first moment, or None if it has none
+    torch.optim.Adadelta: None,
+    torch.optim.Adafactor: None,
+    torch.optim.Adagrad: None,
+    torch.optim.Adam: {},
+    torch.optim.AdamW: {},
+    torch.optim.Adamax: {},
+    torch.optim.ASGD: None,
+    torch.optim.NAdam: {},
+    torch.optim.RAdam: {},
+    torch.optim.RMSprop: {"momentum": 0.9},
+    torch.optim.Rprop: None,
+    torch.optim.SGD: {"momentum": 0.9},
+}
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.__name__)
+def test_a_first_moment_is_set_to_zero_or_refused(rule):
+    options = {"active": 2, "period": 1, "allocator": "round_robin"}
+    pause = Pause(moments="reset_momentum")
+    if RULES[rule] != {}:  # also SGD, say, without momentum
+        model = ToyModel()
+        with pytest.raises(ValueError, match=rf"zero, but that of {rule.__name__} is not known"):
+            wrapped(model, rule, pause=pause, **options)
+        assert all(layer[0].active for layer in model.layers)
+    if RULES[rule] is None:
+        return
+    model, random = ToyModel(), torch.get_rng_state()
+    inner = rule(model.parameters(), lr=0.01, **RULES[rule])
+    optimizer = DynamicAllocationOptimizer(inner, model, pause=pause, **options)
+    assert torch.equal(torch.get_rng_state(), random)
+    assert not inner.state
+    train(model, optimizer, 3)
+    moments = [
+        optimizer.state[getattr(model.layers[0][0], name)][key]
+        for name in "AB"
+        for key in ("exp_avg", "momentum_buffer")
+        if key in optimizer.state[model.layers[0][0].A]
+    ]
+    assert optimizer.active_groups == names()[:2]
+    assert moments
+    assert not any(moment.any() for moment in moments)
 
 
 def test_what_is_no_function_of_the_step_is_refused():

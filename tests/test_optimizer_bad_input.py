@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import math
+import re
 
 import pytest
 import torch
@@ -60,6 +61,28 @@ def test_options(options, error, match):
     DynamicAllocationOptimizer(inner, model)  # the failed try has not claimed it
 
 
+@pytest.mark.parametrize("seed", ["x", -1, 1.5, True, None])
+def test_a_seed_is_a_whole_number(seed):
+    model = ToyModel()
+    assert_refused(
+        lambda: wrapped(model, seed=seed),
+        model,
+        ValueError,
+        rf"seed={seed!r} must be a whole number, at least 0; pass an int",
+    )
+
+
+@pytest.mark.parametrize("name", [3, ("a",), True])
+def test_a_group_has_a_name(name):
+    model = ToyModel()
+    assert_refused(
+        lambda: wrapped(model, groups=lambda _, module: name),
+        model,
+        TypeError,
+        rf"groups=callable returned {re.escape(repr(name))} for the module ''; it must return the",
+    )
+
+
 def test_setting_active_is_checked_at_once():
     optimizer = wrapped(ToyModel(), active=3)
     with pytest.raises(ValueError, match="active=9 exceeds the 6"):
@@ -101,21 +124,20 @@ def test_groups_that_the_optimizer_does_not_hold_are_named():
 
 
 def test_groups_that_are_frozen_at_construction_are_named():
-    model = ToyModel()
-    for layer in model.layers:
-        layer.requires_grad_(False)
+    model = ToyModel().requires_grad_(False)  # a head that trains would be enough
     assert_refused(
         lambda: DynamicAllocationOptimizer(adamw(model), model),
         model,
         ValueError,
-        r"requires_grad is False.*layers.1.0.*Leave requires_grad True",
+        r"requires_grad is False for every parameter of all 6 module groups: layers.0.0.* holds "
+        r"nothing else that trains. Set requires_grad to True for one of them.*set_adapter",
     )
     model.layers[0].requires_grad_(True)
     assert_refused(
         lambda: DynamicAllocationOptimizer(adamw(model), model, always_active=["layers.1.0"]),
         model,
         ValueError,
-        r"requires_grad is False.*1 module group.*layers.1.0.*Leave requires_grad True",
+        r"always_active= names 1 module group.*requires_grad is False.*layers.1.0.*Set it to True",
     )
 
 

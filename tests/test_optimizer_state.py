@@ -21,11 +21,13 @@ from dynalora_optim import (
     Backward,
     DynamicAllocationOptimizer,
     ForwardNorm,
+    GradientNorm,
     ImportanceTracker,
     LocalLR,
     Once,
     Pause,
     Periodic,
+    Sensitivity,
     Threshold,
 )
 
@@ -100,6 +102,27 @@ def test_resume_with_every_rule_also_before_all_states_exist(rule):
     assert_same_run(*resumed(make, stop=3))
 
 
+class Normed(torch.optim.SGD):
+    """Keeps a tensor in its groups, as ASGD of pytorch_optimizer does, and divides by a norm."""
+
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            moved = [p for p in group["params"] if p.grad is not None]
+            norm = torch.stack([p.grad.norm() for p in moved]).norm() if moved else 1.0
+            group["seen"] = group.get("seen", torch.zeros(())) + 1
+            for parameter in moved:
+                parameter.sub_(group["lr"] * parameter.grad / norm)
+
+
+def test_modules_that_are_updated_together_still_are_after_loading():
+    def make(model):
+        inner = Normed(model.parameters(), lr=0.1)
+        return DynamicAllocationOptimizer(inner, model, active=2, period=1, allocator="round_robin")
+
+    for stop in (3, 4):
+        assert_same_run(*resumed(make, stop))
+
+
 def test_what_was_changed_during_the_run_goes_on(caplog):
     model = ToyModel()
     optimizer = wrapped(model, active=4, period=1, seed=3)
@@ -117,6 +140,10 @@ CHANGES: dict[str, tuple[dict[str, Any], str]] = {
     "warmup": ({"period": Periodic(2, warmup=9)}, r"period=Periodic\(n=2, warmup=0\), but .*=9\)"),
     "allocator": ({"allocator": "topk"}, r"allocator=Discounted.*, but .* allocator=TopK"),
     "importance": ({"importance": "gradient"}, "importance=.*Forward.*Gradient.*scores start anew"),
+    "measure": (
+        {"importance": ForwardNorm(p=1)},
+        r"importance=ForwardNorm\(p=2, .*=ForwardNorm\(p=1, part='output'\), .*scores start anew",
+    ),
     "window": (
         {"importance": ImportanceTracker(window="period")},
         "importance=.*window=None.*window='period'.*scores start anew",
@@ -155,6 +182,63 @@ def test_a_changed_setting_counts_and_is_logged(setting, caplog):
     again = wrapped(ToyModel(), **{"active": 2, "period": 2, **copy.deepcopy(CHANGES[setting][0])})
     again.load_state_dict(resumed.state_dict())
     assert not caplog.messages, "the settings of the last run count"
+
+
+class Own:
+    """A measure without a repr: the default one has an address."""
+
+    def score(self, forward):
+        return forward.output.detach().float().abs().sum()
+
+
+class Shown(Own):
+    def __repr__(self):
+        return f"Shown({object.__repr__(self)})"
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "starts_anew"),
+    [
+        (GradientNorm(p=2), GradientNorm(p=1), True),
+        (Sensitivity(), Sensitivity(0.5, 0.5), True),
+        (Sensitivity(), Sensitivity(0.85, 0.85), False),
+        (Own(), Own(), False),
+        (Shown(), Shown(), False),
+        (Own(), Shown(), True),
+    ],
+)
+def test_scores_of_other_options_of_a_measure_start_anew(before, after, starts_anew, caplog):
+    model = ToyModel()
+    optimizer = wrapped(model, active=2, importance=before)
+    train(model, optimizer, 3)
+    other = wrapped(ToyModel(), active=2, importance=after)
+    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    assert ("scores start anew" in caplog.text) is starts_anew
+    assert (other.tracker.scores() == optimizer.tracker.scores()) is not starts_anew
+
+
+def test_a_file_that_names_only_the_class_of_the_measure_keeps_its_scores(caplog):
+    model = ToyModel()
+    optimizer = wrapped(model, active=2, importance=ForwardNorm(p=1))
+    train(model, optimizer, 3)
+    state = copy.deepcopy(optimizer.state_dict())
+    for group in state["param_groups"]:
+        packed = json.loads(group["dynalora"])
+        packed["settings"]["importance"] = "'ForwardNorm, window=None'"
+        for module in packed["modules"].values():
+            del module["reached"]
+        group["dynalora"] = json.dumps(packed)
+    other = wrapped(ToyModel(), active=2, importance=ForwardNorm(p=1))
+    other.load_state_dict(state)
+    assert other.tracker.scores() == optimizer.tracker.scores()
+    assert not caplog.messages
+
+
+def test_another_always_active_is_named():
+    optimizer = wrapped(ToyModel(), active=2)
+    other = wrapped(ToyModel(), active=2, always_active=["layers.0.0"])
+    with pytest.raises(ValueError, match=r"unexpected: layers.0.0\. .*same always_active="):
+        other.load_state_dict(optimizer.state_dict())
 
 
 def test_a_round_trip_changes_nothing():

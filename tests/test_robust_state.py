@@ -170,6 +170,7 @@ def test_without_any_one_of_its_parts_a_state_dict_is_refused(run):
     paths = [p for p in places(decoded(SAVED[run])) if PACKED in p and len(p) in (4, 6)]
     paths = [p for p in paths if len(p) == 4 or p[3] == "modules"]
     paths = [p for p in paths if p[3] not in ("costs", "loop")]  # None without a budget
+    paths = [p for p in paths if p[-1] != "reached"]  # files of older versions lack it
     assert len(paths) > 20
     for path in paths:
         state = decoded(SAVED[run])

@@ -40,6 +40,7 @@ from training_loop import (
     KEEPS_STATE,
     LAYERS,
     MOST_LAYERS,
+    NO_MOMENTUM,
     RULES,
     SCHEDULES,
     Boom,
@@ -68,6 +69,8 @@ pauses = st.one_of(
 def is_valid(chosen: dict[str, Any]) -> bool:
     pause = chosen["pause"]
     forgets = pause["state"] == "drop" or pause["moments"] == "reset"
+    if pause["moments"] == "reset_momentum" and chosen["rule"] in NO_MOMENTUM:
+        return False
     return not (pause["state"] == "drop" and pause["moments"] != "keep") and not (
         forgets and chosen["rule"] in KEEPS_STATE
     )

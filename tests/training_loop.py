@@ -52,7 +52,8 @@ RULES: dict[str, Rule] = {
     "asgd": lambda p: torch.optim.ASGD(p, lr=RATE, t0=3, foreach=True),
     "rprop": lambda p: torch.optim.Rprop(p, lr=RATE / 5),
 }
-KEEPS_STATE = ("adagrad", "asgd")  # their state cannot be dropped
+KEEPS_STATE = ("adagrad", "asgd")  # their state cannot be dropped, in some versions of torch
+NO_MOMENTUM = ("sgd fused", "adafactor", "adagrad", "asgd", "rprop")
 # Their state has single numbers in float32, which torch's own load_state_dict casts to the
 # precision of the weights: a plain run that is saved and loaded goes on with rounded numbers, too.
 CAST_BY_LOADING = ("nadam", "asgd")

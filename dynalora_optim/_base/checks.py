@@ -16,8 +16,9 @@ def whole_number(name: str, value: object, *, least: int, of: str = "optimizer s
             and a remedy.
     """
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        kind = f" of {of}" if of else ""
         raise ValueError(
-            f"{name}={value!r} must be a whole number of {of}, at least {least}; "
+            f"{name}={value!r} must be a whole number{kind}, at least {least}; "
             f"pass an int such as {max(least, 10)}."
         )
 

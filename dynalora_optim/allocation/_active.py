@@ -13,7 +13,7 @@ class ActiveCount:
     Args:
         active: A whole number of modules, a share in (0, 1], or None for the default.
         allocator: The allocator, which chooses the active groups.
-        modules: The number of module groups, M.
+        modules: The number of module groups, M, with those that may join later.
 
     Raises:
         TypeError: ``active`` is not a number.
@@ -22,6 +22,7 @@ class ActiveCount:
 
     def __init__(self, active: float | None, allocator: Allocator, modules: int) -> None:
         self._allocator = allocator
+        self._most = modules
         self._value = DEFAULT
         if active is not None:
             self.set(active, modules)
@@ -54,17 +55,20 @@ class ActiveCount:
             TypeError: ``active`` is not a number.
             ValueError: ``active`` is outside its range, or the allocator's own check refuses it.
         """
-        count = resolve_active(self._value if active is None else active, modules)
+        most = max(modules, self._most)
+        count = resolve_active(self._value if active is None else active, most)
         if callable(check := getattr(self._allocator, "check", None)):
-            check(count, modules)
+            check(count, most)
 
     def restore(self, active: float) -> None:
         """Set a saved value that has already been checked."""
         self._value = active
 
     def resolve(self, modules: int) -> int:
-        """Return how many of ``modules`` are active."""
-        return resolve_active(self._value, modules)
+        """Return how many of ``modules`` are active; of those that a count lacks, none."""
+        if isinstance(self._value, int):
+            return min(self._value, modules)
+        return resolve_active(self._value, modules) if modules else 0
 
 
 def resolve_active(active: float, modules: int) -> int:

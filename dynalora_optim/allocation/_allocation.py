@@ -140,6 +140,12 @@ class Allocation(AllocationState):
             scores = {name: before.get(name, 0.0) for name in self.names}
             self.record.append(Reallocation(self.steps, scores, self.active_names()))
 
+    def names_with(self, names: Collection[str], order: Iterable[str]) -> list[str]:
+        """Return the names of all groups and of these new ones, sorted by ``order``."""
+        places = {name: place for place, name in enumerate(order)}
+        # Groups whose modules are no longer in the model come last; they still count.
+        return sorted([*self.names, *names], key=lambda n: places.get(n, len(places)))
+
     def extend(
         self, names: Collection[str], order: Iterable[str], layout: BlockLayout | None = None
     ) -> None:
@@ -154,9 +160,7 @@ class Allocation(AllocationState):
         self._active.check(len(self.names) + len(names))
         is_everyone = len(self.chosen) == len(self.names)
         self._counters.add(names)
-        places = {name: place for place, name in enumerate(order)}
-        # Groups whose modules are no longer in the model come last; they still count.
-        self.names = sorted([*self.names, *names], key=lambda n: places.get(n, len(places)))
+        self.names = self.names_with(names, order)
         self._layout = layout if self._layout else None
         self._spending.costs = None  # a budget measures them again
         if is_everyone:
@@ -183,7 +187,7 @@ class Allocation(AllocationState):
         return self.chosen - before
 
     def _selection(self, scores: Mapping[str, float]) -> frozenset[str]:
-        if self._clock.is_warming_up:
+        if self._clock.is_warming_up or not self.names:
             return frozenset(self.names)
         return self._selector.choose(
             self.names,
@@ -215,7 +219,7 @@ class Allocation(AllocationState):
 
     def advance(self, updated: Iterable[str]) -> bool:
         """Count one optimizer step that ``updated`` these groups; return whether to reallocate."""
-        self._counters.count_updates(updated)
+        self._counters.count_updates(updated, self.steps + 1)
         if self.needs_costs:
             self._spending.advance(self._positions(self.chosen))
         self.record.advance()

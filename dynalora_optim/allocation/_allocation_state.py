@@ -8,7 +8,7 @@ from typing import Any
 
 from dynalora_optim.allocation._active import ActiveCount
 from dynalora_optim.allocation._clock import Clock
-from dynalora_optim.allocation._context import Allocator, uses_active
+from dynalora_optim.allocation._context import Allocator
 from dynalora_optim.allocation._costs import Costs
 from dynalora_optim.allocation._counters import GroupCounters
 from dynalora_optim.allocation._record import AllocationRecord, Reallocation
@@ -27,6 +27,7 @@ class AllocationState:
         allocator: Chooses the active groups.
         schedule: Decides after which steps to choose.
         seed: The seed of the allocator's random numbers.
+        waiting: The number of groups that may join later.
 
     Attributes:
         names: The groups to choose among, in forward order.
@@ -42,12 +43,13 @@ class AllocationState:
         allocator: Allocator,
         schedule: Schedule,
         seed: int,
+        waiting: int = 0,
     ) -> None:
         self.names = list(names)
         self.record = AllocationRecord()
         self._selector = Selector(allocator, seed)
         self._clock = Clock(schedule)
-        self._active = ActiveCount(active, allocator, len(self.names))
+        self._active = ActiveCount(active, allocator, len(self.names) + waiting)
         self._spending = Spending(allocator)
         self.chosen: frozenset[str] = frozenset()
         self._counters = GroupCounters(self.names)
@@ -106,19 +108,15 @@ class AllocationState:
         """Return the steps since the group returned from a pause; None if it never has."""
         return self._counters.age(name, self.steps)
 
-    def local_time(self, name: str) -> tuple[int, float]:
-        """Return the number of updates of a group, and the share of modules that are active.
+    def local_time(self, name: str) -> int:
+        """Return the number of updates of a group; one that is not allocated gets one per step."""
+        return self.updates.get(name, self.steps)
 
-        A group that is not allocated gets one update per step.
-        """
+    def scaled_time(self, name: str) -> int:
+        """Return how far a group is in a schedule for the whole run: see `GroupCounters`."""
         if name not in self.updates:
-            return self.steps, 1.0
-        return self.updates[name], self._share()
-
-    def _share(self) -> float:
-        if uses_active(self.allocator):
-            return self._active.resolve(len(self.names)) / len(self.names)
-        return self._counters.share(self.steps) or len(self.chosen) / len(self.names)
+            return self.steps
+        return self._counters.scaled_time(name, self.steps)
 
     def settings(self) -> tuple[object, ...]:
         """Return the values that must be the same on every rank."""
@@ -141,22 +139,30 @@ class AllocationState:
             return {}
         return {"active": name in self.chosen, **self._counters.state(name)}
 
+    @staticmethod
+    def new_state() -> dict[str, Any]:
+        """Return the numbers of a group that joins now."""
+        return {"active": False, **GroupCounters(["new"]).state("new")}
+
     def check_state(
-        self, clock: Mapping[str, Any], groups: Mapping[str, Mapping[str, Any]]
+        self,
+        clock: Mapping[str, Any],
+        groups: Mapping[str, Mapping[str, Any]],
+        names: Sequence[str],
     ) -> None:
-        """Raise unless `load_state` can load these values.
+        """Raise unless `load_state` can load these values when the groups are those of ``names``.
 
         Raises:
             ValueError: The number of active modules is not allowed or zero, or they exceed the
                 budget.
         """
-        self._active.check(len(self.names), clock["active_setting"])
-        chosen = [name for name in self.names if groups[name]["active"]]
-        if not chosen:
+        self._active.check(len(names), clock["active_setting"])
+        chosen = [place for place, name in enumerate(names) if groups[name]["active"]]
+        if names and not chosen:
             raise ValueError("state_dict has no active module group; at least one always is.")
         if clock.get("costs"):  # `load_state` reads them also for an allocator without costs
-            restored_costs(clock["costs"], modules=len(self.names))
-        self._spending.check(clock, self._positions(chosen), len(self.names))
+            restored_costs(clock["costs"], modules=len(names))
+        self._spending.check(clock, chosen, len(names))
 
     def load_state(
         self,

@@ -11,6 +11,10 @@ _NEVER = -1  # the value of a group that has never returned from a pause
 class GroupCounters:
     """Counters of named groups.
 
+    A group's *scaled time* is its step of a schedule for the whole run: at step s of the run, a
+    group that has had the mean number of updates of all groups is at step s, and one with half as
+    many is at s/2. No group is ever beyond s, and none goes back.
+
     Attributes:
         updates: The gradient updates that each group has received (the counter C of equation 3).
         idle: How many selections in a row have left each group out.
@@ -20,6 +24,7 @@ class GroupCounters:
         self.updates: dict[str, int] = {}
         self.idle: dict[str, int] = {}
         self._activated: dict[str, int] = {}
+        self._reached: dict[str, int] = {}  # the scaled time after the last update
         self._total = 0
         self.add(names)
 
@@ -27,17 +32,27 @@ class GroupCounters:
         """Start to count for these groups."""
         for name in names:
             self.updates[name], self.idle[name], self._activated[name] = 0, 0, _NEVER
+            self._reached[name] = 0
 
-    def count_updates(self, names: Iterable[str]) -> None:
-        """Count one update for each allocated group among these."""
-        for name in names:
-            if name in self.updates:
-                self.updates[name] += 1
-                self._total += 1
+    def count_updates(self, names: Iterable[str], step: int) -> None:
+        """Count one update, in optimizer step number ``step``, for each allocated group of these.
 
-    def share(self, steps: int) -> float:
-        """Return the share of groups that a step updated, on average; 0 before the first step."""
-        return self._total / (steps * len(self.updates)) if steps else 0.0
+        ``step`` is counted from 1.
+        """
+        updated = [name for name in names if name in self.updates]
+        for name in updated:
+            self.updates[name] += 1
+        self._total += len(updated)
+        for name in updated:
+            self._reached[name] = self.scaled_time(name, step)
+
+    def scaled_time(self, name: str, steps: int) -> int:
+        """Return the scaled time of a group, rounded, after this many optimizer steps."""
+        updates = self.updates[name]
+        # Updates divided by the share of groups that a step has updated, on average.
+        time = updates * steps * len(self.updates) / self._total if updates else 0.0
+        # It falls for an inactive group while more groups than before are active.
+        return max(self._reached[name], round(min(time, steps)))
 
     def count_selection(self, chosen: Collection[str]) -> None:
         """Count one selection, in which these groups were ``chosen``."""
@@ -58,6 +73,7 @@ class GroupCounters:
             "updates": self.updates[name],
             "idle": self.idle[name],
             "activated": self._activated[name],
+            "reached": self._reached[name],
         }
 
     def load(self, groups: Mapping[str, Mapping[str, Any]]) -> None:
@@ -66,3 +82,4 @@ class GroupCounters:
         self._total = sum(self.updates.values())
         self.idle = {name: groups[name]["idle"] for name in self.updates}
         self._activated = {name: groups[name]["activated"] for name in self.updates}
+        self._reached = {name: groups[name].get("reached", 0) for name in self.updates}

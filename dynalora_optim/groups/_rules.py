@@ -90,7 +90,7 @@ def find_groups(model: nn.Module, rule: GroupRule = "auto") -> list[ModuleGroup]
             puts a module, with all parameters below it, into the group that it returns.
 
     Raises:
-        TypeError: ``rule`` is not one of these.
+        TypeError: ``rule`` is not one of these, or returns something else.
         ValueError: No module forms a group.
     """
     model = bare(model)
@@ -107,7 +107,7 @@ def find_groups(model: nn.Module, rule: GroupRule = "auto") -> list[ModuleGroup]
         claims = [
             ModuleGroup(group, (module,), tuple(slots))
             for name, module in model.named_modules()
-            if (group := rule(name, module)) is not None
+            if (group := _named_by(rule, name, module)) is not None
             if (slots := list(_slots(name, module)))
         ]
     else:
@@ -118,6 +118,18 @@ def find_groups(model: nn.Module, rule: GroupRule = "auto") -> list[ModuleGroup]
     if not claims:
         raise ValueError(_no_groups(rule, model))
     return _joined(replace(claim, name=plain_name(claim.name)) for claim in claims)
+
+
+def _named_by(
+    rule: Callable[[str, nn.Module], str | None], name: str, module: nn.Module
+) -> str | None:
+    group = rule(name, module)
+    if group is None or isinstance(group, str):
+        return group
+    raise TypeError(
+        f"groups=callable returned {group!r} for the module {name!r}; it must return the name of a "
+        "group (a str), or None for a module that forms no group."
+    )
 
 
 def _no_groups(rule: GroupRule, model: nn.Module) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import logging
 import weakref
 from typing import Any
 
@@ -11,18 +13,46 @@ from torch.utils.hooks import RemovableHandle
 
 from dynalora_optim.importance._forward_hook import Watch
 
+logger = logging.getLogger(__name__)
+
+_NAME = "attention_mask"
+
 
 class _Masks:
     """The hooks of a model that set a tracker's mask for one forward pass; copies do nothing."""
 
-    def __init__(self, watch: Watch | None = None) -> None:
+    def __init__(self, watch: Watch | None = None, position: int | None = None) -> None:
         self._watch = weakref.ref(watch) if watch else None
+        self._position = position  # of the mask, if it is not passed by name
+        self._has_told = False
 
-    def set(self, model: nn.Module, args: object, kwargs: dict[str, Any]) -> None:
+    def set(self, model: nn.Module, args: tuple[object, ...], kwargs: dict[str, Any]) -> None:
         watch = self._of_pass()
-        if watch is not None and watch.mask is None:  # else the user has set one for this pass
-            mask = _mask_in(model, kwargs)
+        if watch is None or watch.mask is not None:  # the user has set one for this pass
+            return
+        given = kwargs.get(_NAME)
+        if self._position is not None and len(args) > self._position:
+            given = args[self._position]
+        if given is not None:
+            mask = self._usable(model, given)
             watch.mask = None if mask is not None and _keeps_all(mask) else mask
+
+    def _usable(self, model: nn.Module, given: object) -> Tensor | None:
+        """Return a (batch, tokens) mask; None for others, and if the decoder has other tokens."""
+        if isinstance(given, Tensor) and given.ndim == 2:
+            config = getattr(model, "config", None)
+            return None if getattr(config, "is_encoder_decoder", False) is True else given
+        if not self._has_told:
+            self._has_told = True
+            shape = f" of shape {tuple(given.shape)}" if isinstance(given, Tensor) else ""
+            logger.warning(
+                "attention_mask is a %s%s, not a tensor of (batch, tokens): the scores count all "
+                "tokens. To leave padding out, set optimizer.tracker.attention_mask before each "
+                "forward pass.",
+                type(given).__name__,
+                shape,
+            )
+        return None
 
     def clear(self, model: nn.Module, args: object, output: object) -> None:
         watch = self._of_pass()
@@ -39,11 +69,15 @@ class _Masks:
         return _Masks, ()
 
 
-def _mask_in(model: nn.Module, kwargs: dict[str, Any]) -> Tensor | None:
-    """Return the (batch, tokens) mask of a call; None if the decoder has other tokens."""
-    mask = kwargs.get("attention_mask")
-    two = getattr(getattr(model, "config", None), "is_encoder_decoder", False) is True
-    return mask if isinstance(mask, Tensor) and mask.ndim == 2 and not two else None
+def _position_of_mask(model: nn.Module) -> int | None:
+    """Return the position of the mask among the arguments of the forward; None if it has none."""
+    try:
+        parameters = inspect.signature(model.forward).parameters.values()
+    except (TypeError, ValueError):  # a forward that is not written in Python
+        return None
+    kinds = inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD
+    names = [parameter.name for parameter in parameters if parameter.kind in kinds]
+    return names.index(_NAME) if _NAME in names else None
 
 
 def _keeps_all(mask: Tensor) -> bool:
@@ -56,7 +90,7 @@ def _keeps_all(mask: Tensor) -> bool:
 
 def masks_of(model: nn.Module, watch: Watch) -> list[RemovableHandle]:
     """Set the hooks of ``model`` that set the mask of ``watch`` for each forward pass."""
-    masks = _Masks(watch)
+    masks = _Masks(watch, _position_of_mask(model))
     return [
         model.register_forward_pre_hook(masks.set, with_kwargs=True),
         model.register_forward_hook(masks.clear, always_call=True),

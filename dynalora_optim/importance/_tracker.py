@@ -61,8 +61,8 @@ class ImportanceTracker:
 
     Attributes:
         attention_mask: (batch, tokens), nonzero where a token counts, to leave padding out. It is
-            taken from the ``attention_mask=`` with which the model is called. If you set it, it is
-            used in the next forward pass of the model only.
+            taken from the ``attention_mask`` with which the model is called, by name or by
+            position. If you set it, it is used in the next forward pass of the model only.
 
     Raises:
         TypeError: ``measure`` is neither a name nor a measure.
@@ -89,7 +89,7 @@ class ImportanceTracker:
             )
         self.every = every
         self.probe = probe
-        self.description = f"{type(self.measure).__qualname__}, window={window!r}"
+        self.window = window
         self._windows: dict[str, Window] = {}
         self._handles: list[RemovableHandle] = []
         self._watch = Watch()
@@ -111,7 +111,8 @@ class ImportanceTracker:
 
     def follow(self, model: nn.Module) -> None:
         """Take the attention mask of each batch from the call of ``model``."""
-        self._handles += masks_of(model, self._watch)
+        if isinstance(self.measure, ForwardMeasure):
+            self._handles += masks_of(model, self._watch)
 
     def attach(self, groups: Sequence[ModuleGroup]) -> None:
         """Measure the modules of ``groups`` too, in addition to those measured already."""
@@ -229,17 +230,22 @@ class ImportanceTracker:
         values = self._read()
         return {name: window.state(values[name]) for name, window in self._windows.items()}
 
+    def new_state(self) -> dict[str, Any]:
+        """Return the content of a window that has scored nothing."""
+        return self._new_window().state([])
+
     def check_state(self, state: Mapping[str, Mapping[str, Any]]) -> None:
         """Raise unless each window can load the values that are saved for it.
 
         Raises:
             ValueError: A window holds another number of values.
         """
-        for name, window in self._windows.items():
-            if len(state[name]["window"]) not in (0, window.width):
+        width = self._new_window().width
+        for name, values in state.items():
+            if len(values["window"]) not in (0, width):
                 raise ValueError(
-                    f"state_dict has {len(state[name]['window'])} values for the score of {name}, "
-                    f"but its window holds {window.width}."
+                    f"state_dict has {len(values['window'])} values for the score of {name}, "
+                    f"but its window holds {width}."
                 )
 
     def load_state_dict(self, state: Mapping[str, Mapping[str, Any]], *, step: int) -> None:
@@ -251,8 +257,7 @@ class ImportanceTracker:
 
     def restart(self) -> None:
         """Forget all scores."""
-        empty = self._new_window().state([])
-        self.load_state_dict(dict.fromkeys(self._windows, empty), step=0)
+        self.load_state_dict(dict.fromkeys(self._windows, self.new_state()), step=0)
 
     def _read(self) -> dict[str, list[float]]:
         self._watch.passes.settle()

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,12 +23,15 @@ from dynalora_optim.update._param_groups import PACKED
 
 NAMES = "param_names"  # of the parameters of a group, in their order
 _TENSOR = "tensor of"
+_NUMBER = "number"  # of a tensor: modules that share one are updated together
+_Pair = tuple[Mapping[str, Any], dict[str, Any]]
 
 
 def pack(packed: dict[str, Any], values: Sequence[Mapping[str, Any]]) -> None:
     """Put ``values``, one mapping per param group, into the state dict ``packed``."""
+    numbers: dict[int, int] = {}
     for group, extra in zip(packed["param_groups"], values, strict=True):
-        group[PACKED] = json.dumps(extra, default=_as_json)
+        group[PACKED] = json.dumps(extra, default=partial(_as_json, numbers))
 
 
 def unpack(
@@ -41,7 +45,7 @@ def unpack(
     Raises:
         ValueError: ``packed`` has other parameters, or parts of it are missing.
     """
-    pairs = [(group, _values(i, group)) for i, group in enumerate(packed["param_groups"])]
+    pairs = _with_values(packed)
     matched = _matched(pairs, names)
     saved = [_reordered(*pair, own) for pair, own in zip(matched, names, strict=True)]
     values = [found for _, found in matched]
@@ -51,8 +55,13 @@ def unpack(
     return lean, values
 
 
-def _values(position: int, group: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the values of one saved group; most of them are checked later."""
+def _with_values(packed: Mapping[str, Any]) -> list[_Pair]:
+    """Return each saved group with its values; most of them are checked later."""
+    tensors: dict[int, Tensor] = {}
+    return [(g, _values(i, g, tensors)) for i, g in enumerate(packed["param_groups"])]
+
+
+def _values(position: int, group: Mapping[str, Any], tensors: dict[int, Tensor]) -> dict[str, Any]:
     if not group.get(PACKED):
         raise ValueError(
             f"state_dict lacks '{PACKED}' in param group {position}, where this optimizer keeps "
@@ -60,28 +69,14 @@ def _values(position: int, group: Mapping[str, Any]) -> dict[str, Any]:
             "load_state_dict(its state_dict()), or load it into the optimizer before wrapping."
         )
     try:
-        values = json.loads(group[PACKED], object_hook=_from_json)
+        values = json.loads(group[PACKED], object_hook=partial(_from_json, tensors))
     except (TypeError, ValueError, RecursionError, AttributeError) as error:
         raise damaged(f"{type(error).__name__} in param group {position}") from error
     if not isinstance(values, dict):
         raise damaged(f"param group {position} packs a {type(values).__name__}")
-    for key in (NAMES, MARK):
+    for key in (NAMES, MARK, "modules"):
         check_value(f"param group {position}", values, key)
     return values
-
-
-def names_of_modules(packed: Mapping[str, Any]) -> set[str]:
-    """Return the names of the module groups of the run that was saved.
-
-    Raises:
-        ValueError: The state dict is damaged.
-    """
-    groups = enumerate(packed["param_groups"])
-    modules = [_values(position, group).get("modules") for position, group in groups]
-    return {name for found in modules if isinstance(found, dict) for name in found}
-
-
-_Pair = tuple[Mapping[str, Any], dict[str, Any]]
 
 
 def _matched(pairs: Sequence[_Pair], names: Sequence[Sequence[str]]) -> list[_Pair]:
@@ -128,17 +123,21 @@ def _other_names(what: str, *, missing: Collection[str], unexpected: Collection[
     )
 
 
-def _as_json(value: object) -> object:
+def _as_json(numbers: dict[int, int], value: object) -> object:
     """Return a tensor that the wrapped optimizer stores in its groups as JSON."""
     if isinstance(value, Tensor):
-        return {_TENSOR: str(value.dtype).removeprefix("torch."), "values": value.tolist()}
+        number = numbers.setdefault(id(value), len(numbers))
+        dtype = str(value.dtype).removeprefix("torch.")
+        return {_TENSOR: dtype, "values": value.tolist(), _NUMBER: number}
     raise TypeError(
         f"the wrapped optimizer stores a {type(value).__name__} in its param groups, with another "
         "value in each module, which a state dict cannot hold"
     )
 
 
-def _from_json(value: dict[str, Any]) -> Any:
-    if _TENSOR in value:
-        return torch.tensor(value["values"], dtype=getattr(torch, value[_TENSOR]))
-    return value
+def _from_json(tensors: dict[int, Tensor], value: dict[str, Any]) -> Any:
+    if _TENSOR not in value:
+        return value
+    tensor = torch.tensor(value["values"], dtype=getattr(torch, value[_TENSOR]))
+    # Files of older versions have no numbers.
+    return tensors.setdefault(value[_NUMBER], tensor) if _NUMBER in value else tensor

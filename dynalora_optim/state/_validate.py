@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from dynalora_optim.state._placeholders import MARK
 
 _OPTIONAL = ("costs", "loop")  # in one group only; checked when they are used
+_LATER = ("reached",)  # of modules; older files do not have it
 
 
 def damaged(why: str) -> ValueError:
@@ -85,24 +86,30 @@ def check_values(
 
 
 def check_modules(
-    saved: Mapping[str, Mapping[str, Any]], own: Mapping[str, Mapping[str, Any]]
+    saved: Mapping[str, Mapping[str, Any]], names: Collection[str], own: Mapping[str, Any]
 ) -> None:
-    """Raise unless ``saved`` has valid values of exactly the modules in ``own``.
+    """Raise unless ``saved`` has valid values of exactly the modules of these ``names``.
+
+    Args:
+        saved: The saved values of each module.
+        names: The names of all modules.
+        own: The values that a module would have now.
 
     Raises:
         ValueError: It has other modules, or a value is missing or not valid.
     """
-    if saved.keys() != own.keys():
-        lists = [sorted(names) for names in (own.keys() - saved.keys(), saved.keys() - own.keys())]
-        missing, unexpected = (", ".join(names[:5]) or "none" for names in lists)
+    if saved.keys() != set(names):
+        lists = [sorted(set(names) - saved.keys()), sorted(saved.keys() - set(names))]
+        missing, unexpected = (", ".join(found[:5]) or "none" for found in lists)
         raise ValueError(
             f"state_dict holds other module groups than this optimizer; missing: {missing}; "
             f"unexpected: {unexpected}. Build the model and the optimizer with the settings that "
-            "they were saved with."
+            "they were saved with: the same groups=, the same always_active=."
         )
-    for name, template in own.items():
-        for key in template:
-            check_value(f"module group {name}", saved[name], key)
+    for name in names:
+        for key in own:
+            if key in saved[name] or key not in _LATER:
+                check_value(f"module group {name}", saved[name], key)
 
 
 def check_value(where: str, saved: Mapping[str, Any], key: str) -> None:
@@ -151,6 +158,7 @@ _KINDS: dict[str, Callable[[Any], bool]] = {
     "count": is_count,
     "closed_count": is_count,
     "activated": lambda value: value == -1 or is_count(value),
+    "reached": is_count,
     "active_setting": _is_number,
     "is_due": _is_bool,
     "is_held": _is_bool,

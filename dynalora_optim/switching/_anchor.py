@@ -67,12 +67,15 @@ class Anchor:
         for group in groups:
             self._handles.append(group.modules[-1].register_forward_hook(_Tied(self)))
 
-    def move(self, carrier: ModuleGroup, idle: Sequence[ModuleGroup]) -> None:
-        """Tie ``idle`` to the last module of ``carrier``, which is active and always runs."""
+    def move(self, carrier: ModuleGroup | None, idle: Sequence[ModuleGroup]) -> None:
+        """Tie ``idle`` to the last module of ``carrier``, which is active and always runs.
+
+        It is None while the user keeps all groups frozen, so that DDP waits for none of them.
+        """
         # The parameters themselves, not their places: in a module that is running, tensors may
         # temporarily replace them there.
         self._idle = [parameter for group in idle for parameter in group.parameters()]
-        self.carrier = carrier.modules[-1]
+        self.carrier = carrier.modules[-1] if carrier else None
 
     def remove(self) -> None:
         """Remove the hooks from all carriers."""

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable
+from contextlib import suppress
 from typing import Any, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 
 from dynalora_optim.update._param_groups import State
 from dynalora_optim.update._pause import Pause, PausedState
+from dynalora_optim.update._rule import UpdateRule
+from dynalora_optim.update._trial import new_states
 
 # The keys of state that holds the weights themselves or their mean: in ASGD, in schedule-free
 # optimizers, and in Prodigy. If it were deleted, the progress in it would be lost.
@@ -136,22 +138,27 @@ _KINDS: dict[PausedState, type[Keep | Offload]] = {
 }
 
 
-def idle_state(pause: Pause, optimizer: Optimizer) -> IdleState:
-    """Return the `IdleState` that handles the state of ``optimizer`` as ``pause`` says.
+def idle_state(pause: Pause, rule: UpdateRule) -> IdleState:
+    """Return the `IdleState` that handles the state of an optimizer as ``pause`` says.
 
     Raises:
-        ValueError: The state is to be dropped, but cannot be.
+        ValueError: The state is to be dropped, but holds weights.
     """
-    has_modes = callable(getattr(optimizer, "eval", None))  # schedule-free optimizers
-    made_once = isinstance(optimizer, (torch.optim.ASGD, torch.optim.Adagrad))
-    if pause.state == "drop" and (has_modes or made_once):
-        raise ValueError(_holds_iterate(type(optimizer).__name__))
+    if pause.state == "drop":
+        has_modes = callable(getattr(rule.optimizer, "eval", None))  # schedule-free optimizers
+        if has_modes or _has_iterates(rule):
+            raise ValueError(_holds_iterate(type(rule.optimizer).__name__))
     return _KINDS[pause.state]()
+
+
+def _has_iterates(rule: UpdateRule) -> bool:
+    with suppress(Exception):  # what cannot be tried out is seen when it is dropped
+        return any(key in state for state in new_states(rule) for key in _ITERATES)
+    return False
 
 
 def _holds_iterate(what: str) -> str:
     return (
         f"Pause(state='drop') would delete state that {what} cannot create again: it holds the "
-        "weights themselves or their mean, or is created only when the optimizer is built. Pass "
-        "'keep' or 'offload', or an optimizer such as AdamW."
+        "weights themselves or their mean. Pass 'keep' or 'offload', or an optimizer such as AdamW."
     )

@@ -77,40 +77,39 @@ class ParameterIndex:
             )
 
     def check_groups(
-        self, parameters: Iterable[Tensor], named: Collection[str] = ()
+        self, parameters: Sequence[Tensor], named: Collection[str] = ()
     ) -> list[ModuleGroup]:
         """Return the groups that wait, because requires_grad is False for all their parameters.
 
         An optimizer that holds only ``parameters`` must be able to train every other module group.
-        Groups that are not allocated may be missing, unless ``named`` contains them.
+        If there is none, it must train something else meanwhile. Groups that are not allocated may
+        be missing, unless ``named`` contains them.
 
         Raises:
             ValueError: Some groups cannot be trained; the message names them.
         """
         held = {id(parameter) for parameter in parameters}
         groups = [g for g in self._groups if g.role == "allocated" or g.name in named]
-        waiting = [g for g in groups if not any(p.requires_grad for p in g.parameters())]
-        if any(g.role == "allocated" and g.name not in named and g not in waiting for g in groups):
-            groups = [g for g in groups if g not in waiting or g.name in named]
-        else:
-            waiting = []
-        missing = [g.name for g in groups if held.isdisjoint(map(id, g.parameters()))]
-        if missing:
+        frozen = [g for g in groups if not any(p.requires_grad for p in g.parameters())]
+        waiting = [g for g in frozen if g.name not in named]
+        trains = any(p.requires_grad for p in parameters)  # a head alone, at first
+        if all(g in waiting or g.name in named for g in groups) and not (waiting and trains):
+            raise ValueError(_all_frozen([g.name for g in waiting]))
+        if stuck := [g.name for g in frozen if g.name in named]:
+            raise ValueError(
+                f"always_active= names {len(stuck)} module group(s) of which requires_grad is "
+                f"False for every parameter: {_some(stuck)}. They would never be trained. Set it "
+                "to True, or leave them out of always_active."
+            )
+        needed = [g for g in groups if g not in waiting]
+        if missing := [g.name for g in needed if held.isdisjoint(map(id, g.parameters()))]:
             raise ValueError(
                 f"optimizer holds no parameter of {len(missing)} module group(s): "
                 f"{_some(missing)}. They would never be trained. Build the optimizer from all "
                 "adapter parameters, frozen or not (model.parameters() will do), after "
                 "injecting; to leave modules out, pass groups=callable."
             )
-        frozen = [g.name for g in groups if not any(p.requires_grad for p in g.parameters())]
-        if frozen:
-            raise ValueError(
-                f"requires_grad is False for every parameter of {len(frozen)} module group(s): "
-                f"{_some(frozen)}. They would never be trained. Leave requires_grad True: the "
-                "optimizer itself keeps inactive modules from changing. If peft set it to False "
-                "because another adapter is in use, call model.set_adapter(name) first."
-            )
-        return [group for group in waiting if group.name not in named]
+        return waiting
 
     def _order(self) -> list[str]:
         return [group.name for group in self._groups]
@@ -154,6 +153,16 @@ def match_always_active(patterns: Sequence[str], groups: Sequence[ModuleGroup]) 
             "none to allocate; use the wrapped optimizer as it is."
         )
     return matched
+
+
+def _all_frozen(names: Sequence[str]) -> str:
+    return (
+        f"requires_grad is False for every parameter of all {len(names)} module groups: "
+        f"{_some(names)}, and the optimizer holds nothing else that trains. Set requires_grad to "
+        "True for one of them first, and build the optimizer with its parameters; others may be "
+        "frozen, and join when you unfreeze them. If peft set it to False because another adapter "
+        "is in use, call model.set_adapter(name) first."
+    )
 
 
 def _some(names: Sequence[str], most: int = 5) -> str:

@@ -6,11 +6,11 @@ from collections.abc import Iterable, MutableMapping
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias, get_args
 
-import torch
 from torch import Tensor
-from torch.optim import Optimizer
 
 from dynalora_optim._base.checks import whole_number
+from dynalora_optim.update._rule import UpdateRule
+from dynalora_optim.update._trial import new_states
 
 PausedState: TypeAlias = Literal["keep", "offload", "drop"]
 Moments: TypeAlias = Literal["keep", "reset_momentum", "reset"]
@@ -54,17 +54,26 @@ class Pause:
             )
         whole_number("Pause(warmup)", self.warmup, least=0)
 
-    def check(self, optimizer: Optimizer) -> None:
-        """Raise unless the state of ``optimizer`` can be reset as ``moments`` says.
+    def check(self, rule: UpdateRule) -> None:
+        """Raise unless the state of the optimizer can be reset or dropped as asked.
 
         Raises:
-            ValueError: It cannot be reset.
+            ValueError: It cannot, or nothing is known of its first moment.
         """
-        if self.moments == "reset" and isinstance(optimizer, torch.optim.Adagrad):
-            raise ValueError(
-                "Pause(moments='reset') deletes state that Adagrad creates only when it is built; "
-                "pass 'keep', or another optimizer."
-            )
+        kind = type(rule.optimizer).__name__
+        if self.moments == "reset_momentum":
+            if why := _no_first_moment(rule):
+                raise ValueError(
+                    "Pause(moments='reset_momentum') sets the first moment to zero, but "
+                    f"{why.format(kind)}; pass 'keep', or an optimizer such as AdamW."
+                )
+        elif self.moments == "reset" or self.state == "drop":
+            option = "moments='reset'" if self.moments == "reset" else "state='drop'"
+            if not _creates_state_again(rule):
+                raise ValueError(
+                    f"Pause({option}) deletes state that {kind} creates only when it is built; "
+                    "pass 'keep', or another optimizer."
+                )
 
     def welcome(self, state: MutableMapping[Tensor, Any], returning: Iterable[Tensor]) -> None:
         """Reset the state of ``returning`` parameters as ``moments`` says.
@@ -79,6 +88,34 @@ class Pause:
                 moment = state.get(parameter, {}).get(key)
                 if moment is not None:
                     moment.zero_()
+
+
+def _no_first_moment(rule: UpdateRule) -> str:
+    """Return why the first moment of an optimizer, ``{}``, cannot be reset; "" if it can."""
+    try:
+        states = list(new_states(rule))
+    except Exception as error:
+        return f"that of {{}} is not known: the update of a copy raised {type(error).__name__}"
+    for state in states:
+        moments = [state[key] for key in _FIRST_MOMENTS if state.get(key) is not None]
+        if not moments:
+            names = ", ".join(sorted(map(str, state))) or "nothing"
+            return f"that of {{}} is not known: its state has {names}"
+        for moment in moments:
+            if type(moment) is not Tensor or not moment.is_floating_point():
+                return f"{{}} keeps it as a {type(moment).__name__}, not as a plain tensor"
+            if not moment.any():
+                return "that of {} is always zero with these options"
+    return ""
+
+
+def _creates_state_again(rule: UpdateRule) -> bool:
+    """Return whether an update creates the state that is missing, as far as can be told."""
+    try:
+        list(new_states(rule))
+    except Exception as error:  # others need more than gradients, such as second derivatives
+        return not isinstance(error, KeyError)
+    return True
 
 
 def as_pause(pause: object) -> Pause:

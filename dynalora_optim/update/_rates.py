@@ -36,8 +36,12 @@ class RateClock(Protocol):
         """Return the steps since the group returned from a pause; None if it never has."""
         ...
 
-    def local_time(self, name: str) -> tuple[int, float]:
-        """Return the number of updates of a group, and the share of modules that are active."""
+    def local_time(self, name: str) -> int:
+        """Return the number of updates of a group."""
+        ...
+
+    def scaled_time(self, name: str) -> int:
+        """Return how far a group is in a schedule for the whole run."""
         ...
 
 
@@ -50,8 +54,10 @@ class LocalLR:
             on the optimizer before it is wrapped, or on the wrapper. Its own step count is not
             used, so that you do not have to call its ``step()``.
         horizon: ``"unscaled"``: at its u-th update a module uses factor(u). ``"scaled"``:
-            factor(u / share), where share is the share of modules that are active, so that on
-            average a module reaches the end of the schedule at the end of the run.
+            factor(t) with t = u / share, where share is the share of modules that the steps so far
+            have updated, on average. So at step s of the run, a module with the mean number of
+            updates is at t = s, and reaches the end of the schedule at the end of the run. t is
+            rounded; it is never beyond s, and never falls.
 
     Raises:
         TypeError: ``factor`` is neither a function nor a ``LambdaLR``.
@@ -102,9 +108,10 @@ class LocalLR:
             self.check(max(line + 1, len(self._factors)))
         return self._factors[line if len(self._factors) > 1 else 0]
 
-    def time(self, updates: int, share: float) -> int:
-        """Return the step of the schedule for a module that has had ``updates`` updates."""
-        return round(updates / share) if self._horizon == "scaled" else updates
+    def time(self, name: str, clock: RateClock) -> int:
+        """Return the step of the schedule that is used for the next update of a module."""
+        is_scaled = self._horizon == "scaled"
+        return clock.scaled_time(name) if is_scaled else clock.local_time(name)
 
 
 LrTime: TypeAlias = "Literal['global', 'local'] | LocalLR"
@@ -184,7 +191,7 @@ class Rates:
         if isinstance(self.lr_time, LocalLR):
             factor = self.lr_time.factor(line)
             initial = piece["initial_lr"] if "initial_lr" in piece else piece["lr"]
-            return float(initial) * factor(self.lr_time.time(*clock.local_time(name)))
+            return float(initial) * factor(self.lr_time.time(name, clock))
         if self.lr_time == "local" and name in clock.updates:
             # The rate of the schedule at the step that equals the group's number of updates.
             return self._history[line][clock.updates[name]]

@@ -44,13 +44,13 @@ class Updater:
         *,
         fused: bool,
     ) -> None:
-        pause.check(optimizer)
         masters.check(optimizer)
         self.rule = UpdateRule(optimizer, masters)
+        pause.check(self.rule)
         self.rates = rates
         self.pause = pause
         self._masters = masters
-        self._idle_state = idle_state(pause, optimizer)
+        self._idle_state = idle_state(pause, self.rule)
         self._fused = FusedBackward() if fused else None
 
     def attach(self, groups: Sequence[ParamGroup], update: Update) -> None:
