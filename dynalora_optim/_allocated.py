@@ -114,14 +114,19 @@ class AllocatedOptimizer(LateBoundOptimizer):
         return name not in self._frozen and self._allocation.is_active(name)
 
     @torch.no_grad()
-    def _update_one(self, parameter: Tensor, position: int) -> bool:
-        """Update one parameter of the piece at ``position``, if active, in the backward pass."""
+    def _receive(self, parameter: Tensor, position: int, *, now: bool) -> ParamGroup | None:
+        """Update a parameter of the piece at ``position`` ``now``, if active, in the backward.
+
+        Returns:
+            The param group of an active parameter.
+        """
         part = self._parts()[position]
         if not self._is_active_name(part.name):
-            return False
-        piece = self._pieces.piece(self.param_groups, part)
-        self._updater.update_one(parameter, piece, state=self.state, clock=self._allocation)
-        return True
+            return None
+        if now:
+            piece = self._pieces.piece(self.param_groups, part)
+            self._updater.update_one(parameter, piece, state=self.state, clock=self._allocation)
+        return self.param_groups[part.line]
 
     def active_parameters(self) -> list[Tensor]:
         """Return the parameters that get gradients now, including those outside all groups."""
@@ -223,7 +228,7 @@ class AllocatedOptimizer(LateBoundOptimizer):
             self._adopt_new_groups(self._check_new(param_group))
         super().add_param_group(param_group)
         if self._is_linked:
-            self._updater.attach(self.module_groups, self._update_one)
+            self._updater.attach(self.module_groups, self._receive)
 
     def _adopt_new_groups(self, parameters: Sequence[Tensor]) -> None:
         held = [*flatten(self.param_groups), *parameters]

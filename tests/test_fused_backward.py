@@ -18,7 +18,7 @@ from processes import on_ranks
 from tiny_models import Sizes, build
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim import SGD, AdamW
+from torch.optim import SGD, AdamW, lr_scheduler
 from torch.optim.lr_scheduler import LambdaLR
 from toy import ToyModel, same, weights, wrapped
 from toy import train as train_toy
@@ -309,7 +309,6 @@ def test_reading_a_gradient_that_is_used_is_refused_too():
     assert "SpentGradient(norm=" in repr(weight.grad)
     with pytest.raises(RuntimeError, match="gradients were read between backward"):
         read(model)
-    optimizer.zero_grad(set_to_none=False)
     optimizer.step()
     optimizer.zero_grad()
     train(model, optimizer, 1, start=3)
@@ -350,6 +349,130 @@ def test_clipping_that_changes_nothing_is_no_clipping(clip):
             optimizer.step()
             optimizer.zero_grad()
     assert same(*map(weights, models))
+
+
+OPTION_CHANGES: dict[str, tuple[Any, str]] = {
+    "a rate": (lambda group: group.update(lr=0.02), "'lr' of param group 0 was .* 0.01 to 0.02"),
+    "a rate in place": (
+        lambda group: group["lr"].fill_(0.02),
+        "'lr' of param group 0 was .* 0.00999.* to 0.01999",
+    ),
+    "betas": (
+        lambda group: group.update(betas=(0.5, 0.9)),
+        r"'betas' of param group 0 was .*\(0.9, 0.999\) to \(0.5, 0.9\)",
+    ),
+    "weight decay": (lambda group: group.update(weight_decay=0.3), "'weight_decay' of param group"),
+}
+
+
+@pytest.mark.parametrize("at", [0, 2])
+@pytest.mark.parametrize("name", OPTION_CHANGES)
+def test_an_option_set_between_backward_and_step_is_refused_before_anything_more_moves(name, at):
+    change, message = OPTION_CHANGES[name]
+    ends = []
+    for fused in (True, False):
+        model = LanguageModel()
+        optimizer = by_blocks(model, fused=fused, inner={"weight_decay": 0.1})
+        (group,) = optimizer.param_groups
+        group["lr"] = torch.tensor(0.01) if "in place" in name else 0.01
+        train(model, optimizer, at)
+        backward(model, at)
+        if fused:
+            used = {key: copy.deepcopy(group[key]) for key in ("lr", "betas", "weight_decay")}
+            before, saved = weights(model), copy.deepcopy(optimizer.state_dict())
+            change(group)
+            with pytest.raises(
+                RuntimeError, match=f"{message}.* between .*; set it before backward"
+            ):
+                optimizer.step()
+            assert same(weights(model), before)
+            group.update(used)
+            assert optimizer.state_dict()["param_groups"] == saved["param_groups"]
+        optimizer.step()  # the loop may set the option back
+        optimizer.zero_grad()
+        change(group)
+        train(model, optimizer, 2, start=at + 1)
+        ends.append(weights(model))
+    assert same(*ends)
+
+
+SCHEDULERS: dict[str, Any] = {
+    "cosine": lambda o: lr_scheduler.CosineAnnealingLR(o, 8),
+    "one cycle": lambda o: lr_scheduler.OneCycleLR(o, 0.05, total_steps=20),
+    "plateau": lambda o: lr_scheduler.ReduceLROnPlateau(o, patience=0, threshold=10.0),
+}
+
+
+@pytest.mark.parametrize("when", ["before backward", "after step"])
+@pytest.mark.parametrize("make", SCHEDULERS.values(), ids=SCHEDULERS)
+def test_schedulers_that_step_outside_of_backward_and_step_work(make, when):
+    ends = []
+    for fused in (True, False):
+        model = LanguageModel()
+        optimizer = by_blocks(model, fused=fused)
+        scheduler = make(optimizer)
+        metrics = (1.0,) if isinstance(scheduler, lr_scheduler.ReduceLROnPlateau) else ()
+        for step in range(6):
+            if when == "before backward" and step:
+                scheduler.step(*metrics)
+            train(model, optimizer, 1, start=step)
+            if when == "after step":
+                scheduler.step(*metrics)
+        ends.append((weights(model), optimizer.learning_rates()))
+    assert ends[0][1] == ends[1][1]
+    assert ends[0][1][0] != 0.01
+    assert same(ends[0][0], ends[1][0])
+
+
+def deleted(model: nn.Module) -> None:
+    model.norm.weight.grad = None
+
+
+def replaced(model: nn.Module) -> None:
+    model.norm.weight.grad = torch.zeros_like(model.norm.weight)
+
+
+def emptied(model: nn.Module) -> None:
+    model.norm.weight.grad.set_(torch.zeros_like(model.norm.weight))
+
+
+def zeroed_by_hand(model: nn.Module) -> None:
+    model.norm.weight.grad.data.zero_()
+
+
+LOSSES: dict[str, Any] = {
+    "deleted": (deleted, r"1 parameter\(s\), such as norm.weight, were deleted or replaced"),
+    "zero_grad": (nn.Module.zero_grad, r"\d+ parameter\(s\), .*, were deleted or replaced"),
+    "zeros": (partial(nn.Module.zero_grad, set_to_none=False), "deleted|changed"),
+    "replaced": (replaced, "1 parameter.*, such as norm.weight, were deleted|changed"),
+    "emptied": (emptied, "1 parameter.*, such as norm.weight, were deleted|changed"),
+    "zeroed by hand": (zeroed_by_hand, "1 parameter.*, such as norm.weight, were deleted|changed"),
+}
+
+
+@pytest.mark.parametrize("at", [0, 2])
+@pytest.mark.parametrize(("loss", "message"), LOSSES.values(), ids=LOSSES)
+def test_a_gradient_that_is_lost_before_step_is_refused_in_each_step(loss, message, at):
+    model = LanguageModel()
+    optimizer = by_blocks(model)
+    train(model, optimizer, at)
+    backward(model, at)
+    loss(model)
+    before = weights(model)
+    with pytest.raises(RuntimeError, match=rf"Backward\(fused=True\) .*({message}).*leave out"):
+        optimizer.step()
+    assert same(weights(model), before)
+
+
+def test_a_state_that_is_loaded_between_backward_and_step_is_refused():
+    model = LanguageModel()
+    optimizer = by_blocks(model)
+    train(model, optimizer, 2)
+    saved = copy.deepcopy(optimizer.state_dict())
+    backward(model, 2)
+    optimizer.load_state_dict(saved)
+    with pytest.raises(RuntimeError, match=r"param groups were replaced .*do this before backward"):
+        optimizer.step()
 
 
 def test_accumulation_that_begins_later_is_refused_before_the_second_pass_moves_anything():

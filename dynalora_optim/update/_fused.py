@@ -3,15 +3,16 @@
 A loop that clips, unscales or accumulates gradients needs all of them at once, after the backward
 pass. The optimizer cannot ask whether a loop does so, but one ordinary step, the rehearsal, shows
 it: a gradient arrives twice, or is written to before the step. A loop that begins later meets a
-`SpentGradient` in place of each gradient that is already used.
+`SpentGradient` in place of each gradient that is already used. `step` must find these in their
+places, and the options of the param groups as they were in the backward pass.
 """
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import Any, TypeAlias
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -20,9 +21,25 @@ from torch.utils.hooks import RemovableHandle
 from dynalora_optim._base.collectives import world_size
 from dynalora_optim.update._backward import refusal
 from dynalora_optim.update._param_groups import ParamGroup
+from dynalora_optim.update._pieces import NOT_OPTIONS
 from dynalora_optim.update._spent import SpentGradient
 
-Update: TypeAlias = Callable[[Tensor, int], bool]
+
+class Receive(Protocol):
+    """A method that is told of each gradient."""
+
+    def __call__(self, parameter: Tensor, position: int, *, now: bool) -> ParamGroup | None:
+        """Take note of the gradient of ``parameter``, and update ``parameter`` ``now`` if asked to.
+
+        Args:
+            parameter: A parameter that has its gradient.
+            position: The position of its group among those of `FusedBackward.attach`.
+            now: Whether to use the gradient at once.
+
+        Returns:
+            The user's param group whose options count; None if the parameter is not active.
+        """
+        ...
 
 
 class FusedBackward:
@@ -34,23 +51,25 @@ class FusedBackward:
 
     def __init__(self) -> None:
         self._handles: list[RemovableHandle] = []
-        self._positions: dict[Tensor, int] = {}
+        self._places: dict[Tensor, tuple[int, str]] = {}  # its group's position, and its name
         self.is_rehearsed = False
         self._forget()
 
-    def attach(self, groups: Sequence[ParamGroup], update: Update) -> None:
+    def attach(self, groups: Sequence[ParamGroup], receive: Receive) -> None:
         """Handle the gradients of the parameters of ``groups``, and of no others.
 
         Args:
-            groups: The param groups.
-            update: A method, kept by a weak reference. It is called with a parameter that has its
-                gradient, and the position of the parameter's group, and returns whether it has used
-                the gradient.
+            groups: The param groups, with the names of their parameters.
+            receive: A method, kept by a weak reference.
         """
         self.remove()
-        self._update = weakref.WeakMethod(update)
-        self._positions = {p: i for i, group in enumerate(groups) for p in group["params"]}
-        for parameter in self._positions:
+        self._receive = weakref.WeakMethod(receive)
+        self._places = {
+            parameter: (position, name)
+            for position, group in enumerate(groups)
+            for parameter, name in zip(group["params"], group["param_names"], strict=True)
+        }
+        for parameter in self._places:
             if parameter.requires_grad:
                 self._handles += [
                     parameter.register_hook(partial(self._expect, parameter)),  # type: ignore[no-untyped-call]
@@ -77,31 +96,52 @@ class FusedBackward:
 
     def _arrive(self, parameter: Tensor) -> None:
         self._arrived.add(parameter)
-        if self.is_rehearsed:
-            gradient, update = parameter.grad, self._update()
-            spent = None
-            if gradient is not None and update and update(parameter, self._positions[parameter]):
-                spent = SpentGradient.of(gradient)
-            parameter.grad = spent
-        elif parameter.grad is not None:
-            self._marks[parameter] = _mark(parameter.grad)
+        gradient, receive = parameter.grad, self._receive()
+        if gradient is None or receive is None:
+            return
+        position, _ = self._places[parameter]
+        group = receive(parameter, position, now=self.is_rehearsed)
+        if group is not None and all(group is not known for known, _ in self._options):
+            self._options.append((group, _options_of(group)))
+        if not self.is_rehearsed:
+            self._marks[parameter] = _mark(gradient)
+        elif group is None:
+            parameter.grad = None
+        else:
+            self._spent[parameter] = parameter.grad = SpentGradient.of(gradient)
 
     def drop_spent(self) -> None:
         """Delete what stands in for the gradients of this backward pass."""
-        for parameter in self._arrived if self.is_rehearsed else ():
-            if isinstance(parameter.grad, SpentGradient):
+        for parameter, spent in self._spent.items():
+            if parameter.grad is spent:
                 parameter.grad = None
+        self._spent.clear()
 
-    def check(self) -> None:
-        """Raise if a fused update would not have used the gradients as they are now.
+    def check(self, groups: Sequence[ParamGroup]) -> None:
+        """Raise if an update after the backward pass would differ from one within it.
+
+        Args:
+            groups: The user's param groups.
 
         Raises:
-            RuntimeError: They were accumulated or changed, or ranks average them.
+            RuntimeError: Since the gradients came, they were accumulated, changed or deleted, or
+                an option was set; or ranks average the gradients.
         """
+        if not self._arrived:
+            return
         if self._twice:
             raise RuntimeError(refusal("gradients were accumulated over several backward passes"))
         if world_size() > 1:
             raise RuntimeError(refusal("ranks average their gradients after the backward pass"))
+        for group, used in self._options:
+            _check_options(group, used, groups)
+        if names := [self._places[parameter][1] for parameter in self._missing()]:
+            raise RuntimeError(
+                refusal(
+                    f"the gradients of {len(names)} parameter(s), such as {names[0]}, were deleted "
+                    "or replaced between backward() and step(), as zero_grad() does"
+                )
+            )
         if any(self._changed()):
             raise RuntimeError(
                 refusal(
@@ -117,19 +157,59 @@ class FusedBackward:
         self._forget()
         return updated
 
+    def _missing(self) -> Iterator[Tensor]:
+        """Yield the parameters without the gradient of this backward, or what stands in for it."""
+        yield from (parameter for parameter in self._marks if parameter.grad is None)
+        for parameter, spent in self._spent.items():
+            if parameter.grad is not spent or not spent.is_whole():
+                yield parameter
+
     def _changed(self) -> Iterator[bool]:
         # A write alone is no change: the Trainer always clips, to a norm of inf if it is not asked
         # to, and thereby multiplies by 1.
         for parameter, before in self._marks.items():
-            if parameter.grad is None:
-                yield True
-            else:
-                yield not torch.allclose(_mark(parameter.grad), before, 0, 0, equal_nan=True)
+            assert parameter.grad is not None
+            yield not torch.allclose(_mark(parameter.grad), before, 0, 0, equal_nan=True)
 
     def _forget(self) -> None:
         self._marks: dict[Tensor, Tensor] = {}  # after the backward pass
+        self._spent: dict[Tensor, SpentGradient] = {}
+        self._options: list[tuple[ParamGroup, dict[str, Any]]] = []  # in the backward pass
         self._arrived: set[Tensor] = set()
         self._twice = False
+
+
+def _options_of(group: ParamGroup) -> dict[str, Any]:
+    """Return the options of ``group`` as they are now; schedulers write into rates of tensors."""
+    return {
+        key: value.detach().clone() if isinstance(value, Tensor) else value
+        for key, value in group.items()
+        if key not in NOT_OPTIONS
+    }
+
+
+def _check_options(group: ParamGroup, used: ParamGroup, groups: Sequence[ParamGroup]) -> None:
+    """Raise unless ``group`` is one of ``groups`` and has the options that were ``used``."""
+    line = next((line for line, known in enumerate(groups) if known is group), None)
+    if line is None:
+        raise RuntimeError(
+            refusal(
+                "param groups were replaced between backward() and step(), as load_state_dict() "
+                "does; do this before backward()"
+            )
+        )
+    for key, value in used.items():
+        if not _is_equal(value, now := group.get(key)):
+            raise RuntimeError(
+                refusal(
+                    f"{key!r} of param group {line} was changed from {value} to {now} between "
+                    "backward() and step(); set it before backward()"
+                )
+            )
+
+
+def _is_equal(left: object, right: object) -> bool:
+    return left is right or bool(torch.as_tensor(left == right).all())
 
 
 def _mark(gradient: Tensor) -> Tensor:
