@@ -13,7 +13,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from kinds import hooks
-from language_model import LanguageModel, backward, train
+from language_model import LanguageModel, backward, tokens, train
 from processes import on_ranks
 from tiny_models import Sizes, build
 from torch import nn
@@ -206,6 +206,7 @@ def test_at_most_one_gradient_is_alive():
         backward(model, step)
         assert set(alive) == {0}
         optimizer.step()
+        optimizer.zero_grad()
 
 
 def test_the_memory_of_gradients_is_that_of_the_largest():
@@ -462,6 +463,43 @@ def test_a_gradient_that_is_lost_before_step_is_refused_in_each_step(loss, messa
     with pytest.raises(RuntimeError, match=rf"Backward\(fused=True\) .*({message}).*leave out"):
         optimizer.step()
     assert same(weights(model), before)
+
+
+@pytest.mark.parametrize("used_by", ["a second step", "the next backward pass"])
+def test_gradients_that_are_used_twice_are_refused_before_anything_moves(used_by):
+    model = LanguageModel()
+    optimizer = by_blocks(model)
+    train(model, optimizer, 2)
+    backward(model, 2)
+    optimizer.step()
+    before = weights(model)
+    match = r"gradients of the step before.* were not set to zero; call zero_grad\(\) after each"
+    with pytest.raises(RuntimeError, match=match):
+        optimizer.step() if used_by == "a second step" else backward(model, 3)
+    assert same(weights(model), before)
+    optimizer.zero_grad()
+    train(model, optimizer, 1, start=3)
+    twin = LanguageModel()
+    train(twin, by_blocks(twin, fused=False), 4)
+    assert same(weights(model), weights(twin))
+
+
+@pytest.mark.parametrize("active", [1, 1.0])
+@pytest.mark.parametrize("rule", [AdamW, partial(SGD, momentum=0.9)])
+def test_gradients_of_zeros_that_stay_move_weights_as_without(rule, active):
+    ends = []
+    for fused in (True, False):
+        model = LanguageModel()
+        optimizer = by_blocks(model, rule, fused=fused, active=active, allocator="round_robin")
+        for step in range(6):
+            x = model.embed_tokens(tokens(step)) + model.position
+            for place, layer in enumerate(model.layers):
+                x = layer(x) if (place + step) % 3 else x  # as experts that get no token
+            model.lm_head(model.norm(x)).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=False)
+        ends.append(weights(model))
+    assert same(*ends)
 
 
 def test_a_state_that_is_loaded_between_backward_and_step_is_refused():

@@ -4,7 +4,8 @@ A loop that clips, unscales or accumulates gradients needs all of them at once, 
 pass. The optimizer cannot ask whether a loop does so, but one ordinary step, the rehearsal, shows
 it: a gradient arrives twice, or is written to before the step. A loop that begins later meets a
 `SpentGradient` in place of each gradient that is already used. `step` must find these in their
-places, and the options of the param groups as they were in the backward pass.
+places, and the options of the param groups as they were in the backward pass. After the step they
+stay until the loop sets its gradients to zero, as the gradients would.
 """
 
 from __future__ import annotations
@@ -12,17 +13,23 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from dynalora_optim._base.collectives import world_size
+from dynalora_optim._base.torch_private import version_of
 from dynalora_optim.update._backward import refusal
 from dynalora_optim.update._param_groups import ParamGroup
 from dynalora_optim.update._pieces import NOT_OPTIONS
 from dynalora_optim.update._spent import SpentGradient
+
+_NOT_ZEROED = (
+    "the gradients of the step before, which are used, were not set to zero; call zero_grad() "
+    "after each step()"
+)
 
 
 class Receive(Protocol):
@@ -52,8 +59,16 @@ class FusedBackward:
     def __init__(self) -> None:
         self._handles: list[RemovableHandle] = []
         self._places: dict[Tensor, tuple[int, str]] = {}  # its group's position, and its name
+        self._former: dict[Tensor, SpentGradient] = {}  # of the step before
         self.is_rehearsed = False
         self._forget()
+
+    def _forget(self) -> None:
+        self._marks: dict[Tensor, Tensor] = {}  # after the backward pass
+        self._spent: dict[Tensor, SpentGradient] = {}
+        self._options: list[tuple[ParamGroup, dict[str, _Used]]] = []  # in the backward pass
+        self._arrived: set[Tensor] = set()
+        self._twice = False
 
     def attach(self, groups: Sequence[ParamGroup], receive: Receive) -> None:
         """Handle the gradients of the parameters of ``groups``, and of no others.
@@ -93,6 +108,11 @@ class FusedBackward:
         self._twice |= parameter in self._arrived
         if self._twice and self.is_rehearsed:
             raise RuntimeError(refusal("a second backward pass came before step()"))
+        former = self._former.get(parameter)
+        if former is not None and parameter.grad is former:
+            if not former.is_zeroed:
+                raise RuntimeError(refusal(_NOT_ZEROED))
+            parameter.grad = None
 
     def _arrive(self, parameter: Tensor) -> None:
         self._arrived.add(parameter)
@@ -111,11 +131,11 @@ class FusedBackward:
             self._spent[parameter] = parameter.grad = SpentGradient.of(gradient)
 
     def drop_spent(self) -> None:
-        """Delete what stands in for the gradients of this backward pass."""
-        for parameter, spent in self._spent.items():
+        """Delete what stands in for gradients that are used; zeros of the loop become zeros."""
+        for parameter, spent in {**self._former, **self._spent}.items():
             if parameter.grad is spent:
-                parameter.grad = None
-        self._spent.clear()
+                parameter.grad = torch.zeros_like(parameter) if spent.is_zeroed else None
+        self._former, self._spent = self._spent, {}
 
     def check(self, groups: Sequence[ParamGroup]) -> None:
         """Raise if an update after the backward pass would differ from one within it.
@@ -125,8 +145,11 @@ class FusedBackward:
 
         Raises:
             RuntimeError: Since the gradients came, they were accumulated, changed or deleted, or
-                an option was set; or ranks average the gradients.
+                an option was set; or ranks average the gradients; or gradients are used twice.
         """
+        for parameter, former in self._former.items():
+            if parameter.grad is former and not former.is_zeroed:
+                raise RuntimeError(refusal(_NOT_ZEROED))
         if not self._arrived:
             return
         if self._twice:
@@ -153,6 +176,9 @@ class FusedBackward:
     def end_step(self) -> set[Tensor]:
         """Start the next step, which is fused; return the parameters updated in this backward."""
         updated = self._arrived if self.is_rehearsed else set()
+        for parameter, spent in self._former.items():
+            if parameter.grad is None:
+                parameter.grad = spent
         self.is_rehearsed |= bool(self._arrived)
         self._forget()
         return updated
@@ -171,24 +197,34 @@ class FusedBackward:
             assert parameter.grad is not None
             yield not torch.allclose(_mark(parameter.grad), before, 0, 0, equal_nan=True)
 
-    def _forget(self) -> None:
-        self._marks: dict[Tensor, Tensor] = {}  # after the backward pass
-        self._spent: dict[Tensor, SpentGradient] = {}
-        self._options: list[tuple[ParamGroup, dict[str, Any]]] = []  # in the backward pass
-        self._arrived: set[Tensor] = set()
-        self._twice = False
+
+class _Used(NamedTuple):
+    """An option as it was in the backward pass; schedulers write into rates that are tensors."""
+
+    option: Any
+    value: Any
+    version: int  # of a tensor
+
+    @classmethod
+    def of(cls, option: Any) -> _Used:
+        if isinstance(option, Tensor):
+            return cls(option, option.detach().clone(), version_of(option))
+        return cls(option, option, 0)
+
+    def is_still(self, option: Any) -> bool:
+        """Return whether ``option`` is equal; waits for a device only if it was written to."""
+        is_written = isinstance(option, Tensor) and version_of(option) != self.version
+        if option is self.option and not is_written:
+            return True
+        return bool(torch.as_tensor(self.value == option).all())
 
 
-def _options_of(group: ParamGroup) -> dict[str, Any]:
-    """Return the options of ``group`` as they are now; schedulers write into rates of tensors."""
-    return {
-        key: value.detach().clone() if isinstance(value, Tensor) else value
-        for key, value in group.items()
-        if key not in NOT_OPTIONS
-    }
+def _options_of(group: ParamGroup) -> dict[str, _Used]:
+    """Return the options of ``group`` as they are now."""
+    return {key: _Used.of(value) for key, value in group.items() if key not in NOT_OPTIONS}
 
 
-def _check_options(group: ParamGroup, used: ParamGroup, groups: Sequence[ParamGroup]) -> None:
+def _check_options(group: ParamGroup, used: dict[str, _Used], groups: Sequence[ParamGroup]) -> None:
     """Raise unless ``group`` is one of ``groups`` and has the options that were ``used``."""
     line = next((line for line, known in enumerate(groups) if known is group), None)
     if line is None:
@@ -198,18 +234,14 @@ def _check_options(group: ParamGroup, used: ParamGroup, groups: Sequence[ParamGr
                 "does; do this before backward()"
             )
         )
-    for key, value in used.items():
-        if not _is_equal(value, now := group.get(key)):
+    for key, option in used.items():
+        if not option.is_still(now := group.get(key)):
             raise RuntimeError(
                 refusal(
-                    f"{key!r} of param group {line} was changed from {value} to {now} between "
-                    "backward() and step(); set it before backward()"
+                    f"{key!r} of param group {line} was changed from {option.value} to {now} "
+                    "between backward() and step(); set it before backward()"
                 )
             )
-
-
-def _is_equal(left: object, right: object) -> bool:
-    return left is right or bool(torch.as_tensor(left == right).all())
 
 
 def _mark(gradient: Tensor) -> Tensor:

@@ -90,6 +90,11 @@ class SpentGradient(Tensor):
         )
 
 
+def is_alive(gradient: Tensor | None) -> bool:
+    """Return whether there is a gradient, and it is not used already."""
+    return gradient is not None and not isinstance(gradient, SpentGradient)
+
+
 def _is_one(factor: Any) -> bool:
     return bool((torch.as_tensor(factor) == 1).all())
 
