@@ -23,12 +23,7 @@ from dynalora_optim.memory._report import MemoryReport, memory_report
 from dynalora_optim.switching._detach import ActiveCopies
 from dynalora_optim.switching._gradients import drop_gradients
 from dynalora_optim.update._late_bound import LateBoundOptimizer
-from dynalora_optim.update._param_groups import (
-    PACKED,
-    ParameterIndex,
-    ParamGroup,
-    flatten,
-)
+from dynalora_optim.update._param_groups import PACKED, ParameterIndex, ParamGroup, flatten
 from dynalora_optim.update._plain import check_alike
 from dynalora_optim.update._rates import LrTime
 from dynalora_optim.update._updater import Updater
@@ -115,11 +110,7 @@ class AllocatedOptimizer(LateBoundOptimizer):
 
     @torch.no_grad()
     def _receive(self, parameter: Tensor, position: int, *, now: bool) -> ParamGroup | None:
-        """Update a parameter of the piece at ``position`` ``now``, if active, in the backward.
-
-        Returns:
-            The param group of an active parameter.
-        """
+        """Update a parameter of the piece at ``position``, if active; see `Receive`."""
         part = self._parts()[position]
         if not self._is_active_name(part.name):
             return None
