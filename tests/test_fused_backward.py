@@ -153,6 +153,54 @@ def test_a_closure_does_it_too():
     assert same(*ends)
 
 
+def steps_without_gradients(model: nn.Module, optimizer: Any, step: int) -> None:
+    if step % 2 == 0:
+        backward(model, step)
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def changes_of_the_state(model: nn.Module, optimizer: Any, step: int) -> None:
+    train(model, optimizer, 1, start=step)
+    for state in optimizer.state.values() if step == 2 else ():
+        state["exp_avg"].mul_(0.5)
+    if step == 3:
+        optimizer.state.clear()
+
+
+def a_state_that_is_loaded(model: nn.Module, optimizer: Any, step: int) -> None:
+    train(model, optimizer, 1, start=step)
+    optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+
+
+def zeros_instead_of_none(model: nn.Module, optimizer: Any, step: int) -> None:
+    backward(model, step)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=False)
+
+
+@pytest.mark.parametrize("active", [2, 1.0])
+@pytest.mark.parametrize(
+    "loop",
+    [steps_without_gradients, changes_of_the_state, a_state_that_is_loaded, zeros_instead_of_none],
+)
+def test_in_other_loops(loop, active):
+    ends = []
+    for fused in (True, False):
+        model = LanguageModel()
+        optimizer = by_blocks(model, fused=fused, active=active, inner={"weight_decay": 0.1})
+        for step in range(6):
+            loop(model, optimizer, step)
+        ends.append(weights(model))
+    assert same(*ends)
+    if active == 1.0:
+        plain = LanguageModel()
+        inner = AdamW(plain.parameters(), lr=0.01, weight_decay=0.1)
+        for step in range(6):
+            loop(plain, inner, step)
+        assert same(weights(plain), ends[0])
+
+
 def test_what_has_no_hook_is_updated_by_the_step():
     ends = []
     for fused in (True, False):
