@@ -229,6 +229,21 @@ def test_a_weight_used_behind_its_modules_back_stays_and_is_not_counted():
     assert optimizer._allocation.updates["layers.3"] == 0
 
 
+def test_a_gradient_that_a_hook_deletes_is_no_update():
+    runs = []
+    for fused in (True, False):
+        model = LanguageModel()
+        for parameter in model.layers[1].parameters():  # before the optimizer's own hooks
+            parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
+        optimizer = by_blocks(model, fused=fused, active=1.0, lr_time="local")
+        LambdaLR(optimizer, lambda step: 1 / (1 + step))
+        train(model, optimizer, 4)
+        runs.append((optimizer._allocation.updates, optimizer.learning_rates(), weights(model)))
+    assert runs[0][:2] == runs[1][:2]
+    assert runs[0][0]["layers.1"] == 0
+    assert same(runs[0][2], runs[1][2])
+
+
 # One gradient at a time
 
 

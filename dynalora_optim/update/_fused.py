@@ -175,13 +175,12 @@ class FusedBackward:
 
     def end_step(self) -> set[Tensor]:
         """Start the next step, which is fused; return the parameters updated in this backward."""
-        updated = self._arrived if self.is_rehearsed else set()
         for parameter, spent in self._former.items():
             if parameter.grad is None:
                 parameter.grad = spent
         self.is_rehearsed |= bool(self._arrived)
         self._forget()
-        return updated
+        return set(self._former)
 
     def _missing(self) -> Iterator[Tensor]:
         """Yield the parameters without the gradient of this backward, or what stands in for it."""
