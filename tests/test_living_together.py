@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import types
 import warnings
 from collections import defaultdict
 
@@ -380,6 +381,41 @@ def test_accelerates_own_wrapper_is_refused():
     prepared = accelerate.Accelerator(cpu=True).prepare(AdamW(model.parameters()))
     with pytest.raises(ValueError, match="AcceleratedOptimizer itself wraps an optimizer"):
         DynamicAllocationOptimizer(prepared, model)
+
+
+@pytest.mark.parametrize("scheduled", ["never", "before", "after", "on the wrapper"])
+def test_a_step_that_a_user_puts_in_the_place_of_the_classs_is_the_one_that_runs(scheduled):
+    def halving(optimizer):
+        former = optimizer.step
+
+        def step(self, closure=None):
+            for group in self.param_groups:
+                for parameter in group["params"]:
+                    if parameter.grad is not None:
+                        parameter.grad.mul_(0.5)
+            return former(closure)
+
+        optimizer.step = types.MethodType(step, optimizer)
+
+    def run(wrap):
+        model = ToyModel()
+        optimizer = inner = SGD(model.parameters(), lr=0.05, momentum=0.9)
+        for what in ("before", "patch", "after"):
+            if what == "patch":
+                halving(inner)
+            elif what == scheduled:
+                scheduler = lr_scheduler.ExponentialLR(inner, 0.5)
+        if wrap:
+            optimizer = DynamicAllocationOptimizer(inner, model, active=1.0)
+        if scheduled == "on the wrapper":
+            scheduler = lr_scheduler.ExponentialLR(optimizer, 0.5)
+        for step in range(4):
+            train(model, optimizer, 1, start=step)
+            if scheduled != "never":
+                scheduler.step()
+        return weights(model)
+
+    assert same(run(True), run(False))
 
 
 class PerGroup(SGD):
