@@ -109,14 +109,15 @@ class AllocatedOptimizer(LateBoundOptimizer):
         return name not in self._frozen and self._allocation.is_active(name)
 
     @torch.no_grad()
-    def _update_one(self, parameter: Tensor, position: int) -> bool:
-        """Update one parameter of the piece at ``position``, if active, in the backward pass."""
+    def _receive(self, parameter: Tensor, position: int, *, now: bool) -> ParamGroup | None:
+        """Update a parameter of the piece at ``position``, if active; see `Receive`."""
         part = self._parts()[position]
         if not self._is_active_name(part.name):
-            return False
-        piece = self._pieces.piece(self.param_groups, part)
-        self._updater.update_one(parameter, piece, state=self.state, clock=self._allocation)
-        return True
+            return None
+        if now:
+            piece = self._pieces.piece(self.param_groups, part)
+            self._updater.update_one(parameter, piece, state=self.state, clock=self._allocation)
+        return self.param_groups[part.line]
 
     def active_parameters(self) -> list[Tensor]:
         """Return the parameters that get gradients now, including those outside all groups."""
@@ -218,7 +219,7 @@ class AllocatedOptimizer(LateBoundOptimizer):
             self._adopt(self._joining(self._check_new(param_group)))
         super().add_param_group(param_group)
         if self._is_linked:
-            self._updater.attach(self.module_groups, self._update_one)
+            self._updater.attach(self.module_groups, self._receive)
 
     def _joining(self, parameters: Sequence[Tensor]) -> Joining:
         """Return what joins with ``parameters``; nothing is changed.

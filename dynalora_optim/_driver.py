@@ -22,6 +22,7 @@ from dynalora_optim.switching._gradients import drop_gradients
 from dynalora_optim.switching._model_hooks import ModelHooks
 from dynalora_optim.switching._module_switch import ModuleSwitch, gated_groups
 from dynalora_optim.switching._probe import GradientProbe
+from dynalora_optim.update._spent import is_alive
 
 logger = logging.getLogger(__name__)
 
@@ -178,11 +179,11 @@ class ModuleDriver:
     def has_gradients(self) -> bool:
         """Return whether an active group, or what trains outside of all, has a gradient now."""
         for parameter in self._outer:
-            if parameter.grad is not None:
+            if is_alive(parameter.grad):
                 return True
         for name in self._choice.active:  # loops: a generator takes a call for each slot
             for slot in self._groups[name].slots:
-                if slot.parameter.grad is not None:
+                if is_alive(slot.parameter.grad):
                     return True
         return False
 

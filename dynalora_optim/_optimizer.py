@@ -176,7 +176,7 @@ class DynamicAllocationOptimizer(SavedOptimizer):
             raise RuntimeError("step() after close(): build a new DynamicAllocationOptimizer.")
         with torch.enable_grad():
             loss = closure() if closure is not None else None
-        self._updater.drop_spent_gradients()
+        self._updater.end_backward(self.param_groups)
         if not self._has_agreed:
             self._driver.check_held(flatten(self.param_groups))
         if is_rehearsal(self.param_groups, self.state):  # torch.distributed.checkpoint
@@ -261,7 +261,7 @@ class DynamicAllocationOptimizer(SavedOptimizer):
     def _take_charge(self) -> None:
         """Claim what this object drives; remove the hooks when this object is deleted."""
         super()._take_charge()
-        self._updater.attach(self.module_groups, self._update_one)
+        self._updater.attach(self.module_groups, self._receive)
         claim(self, [self._rule.optimizer, *self._driver.modules()])
         watch_strangers()
         self.tracker.follow(self._model)

@@ -11,6 +11,8 @@ import torch
 from torch.optim.lr_scheduler import LambdaLR
 from toy import ToyModel, backward, batch, same, train, weights, wrapped
 
+from dynalora_optim import Backward
+
 MICRO_BATCHES = 20
 
 
@@ -94,6 +96,27 @@ def test_prepare_takes_the_three_in_any_order(order):
         plain.zero_grad()
     assert same(weights(model), weights(twin))
     assert optimizer.record.state_dict() == plain.record.state_dict()
+
+
+def test_fused_updates_are_those_of_the_plain_loop():
+    accelerate = pytest.importorskip("accelerate")
+    accelerator = accelerate.Accelerator(cpu=True)
+    ends = []
+    for fused in (True, False):
+        model = ToyModel()
+        optimizer = wrapped(model, active=2, period=2, backward=Backward(fused=fused))
+        scheduler = LambdaLR(optimizer, decay)
+        if fused:
+            prepared, by, scheduler = accelerator.prepare(model, optimizer, scheduler)
+        else:
+            prepared, by = model, optimizer
+        for step in range(6):
+            prepared(batch(step)).square().mean().backward()
+            by.step()
+            scheduler.step()
+            by.zero_grad()
+        ends.append(weights(model))
+    assert same(*ends)
 
 
 def test_bf16_autocast_is_torchs_own():

@@ -6,6 +6,7 @@ import copy
 import gc
 import io
 import logging
+import multiprocessing
 import pickle
 from collections.abc import Callable
 from typing import Any
@@ -55,6 +56,35 @@ def test_a_copy_trains_all_its_modules_as_a_model_that_was_never_driven(kind, ho
     idle = set(optimizer.groups) - set(active)
     held = {id(p) for g in optimizer.module_groups if g["name"] in idle for p in g["params"]}
     assert all(p.grad is None for p in model.parameters() if id(p) in held)
+
+
+def trained_here(models: dict[str, nn.Module]) -> dict[str, Any]:
+    """The weights after three steps, as arrays, and the parameters that then get no gradient."""
+    ends: dict[str, Any] = {}
+    for kind, model in models.items():
+        train(model, AdamW(model.parameters(), lr=0.01), 3)
+        backward(model)
+        trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        without = [n for n, p in trained.items() if p.grad is None]
+        ends[kind] = {n: w.numpy() for n, w in weights(model).items()}, without
+    return ends
+
+
+def test_a_model_that_is_sent_to_a_spawned_process_trains_whole_there():
+    driven, never = {}, {}
+    held = []
+    for kind, (make, _) in KINDS.items():
+        driven[kind], optimizer = made(kind, active=1, period=3)
+        held.append(optimizer)
+        train(driven[kind], optimizer, 2)
+        never[kind] = make()
+        never[kind].load_state_dict(copy.deepcopy(driven[kind].state_dict()))
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        found = pool.apply(trained_here, (driven,))
+    for kind, (ends, without) in trained_here(never).items():
+        assert without == found[kind][1] == []
+        assert all((found[kind][0][name] == end).all() for name, end in ends.items())
+    assert all(len(optimizer.active_groups) == 1 for optimizer in held)
 
 
 class Checkpointed(nn.Module):

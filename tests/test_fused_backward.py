@@ -13,12 +13,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from kinds import hooks
-from language_model import LanguageModel, backward, train
+from language_model import LanguageModel, backward, tokens, train
 from processes import on_ranks
 from tiny_models import Sizes, build
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim import SGD, AdamW
+from torch.optim import SGD, AdamW, lr_scheduler
 from torch.optim.lr_scheduler import LambdaLR
 from toy import ToyModel, same, weights, wrapped
 from toy import train as train_toy
@@ -153,6 +153,54 @@ def test_a_closure_does_it_too():
     assert same(*ends)
 
 
+def steps_without_gradients(model: nn.Module, optimizer: Any, step: int) -> None:
+    if step % 2 == 0:
+        backward(model, step)
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def changes_of_the_state(model: nn.Module, optimizer: Any, step: int) -> None:
+    train(model, optimizer, 1, start=step)
+    for state in optimizer.state.values() if step == 2 else ():
+        state["exp_avg"].mul_(0.5)
+    if step == 3:
+        optimizer.state.clear()
+
+
+def a_state_that_is_loaded(model: nn.Module, optimizer: Any, step: int) -> None:
+    train(model, optimizer, 1, start=step)
+    optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+
+
+def zeros_instead_of_none(model: nn.Module, optimizer: Any, step: int) -> None:
+    backward(model, step)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=False)
+
+
+@pytest.mark.parametrize("active", [2, 1.0])
+@pytest.mark.parametrize(
+    "loop",
+    [steps_without_gradients, changes_of_the_state, a_state_that_is_loaded, zeros_instead_of_none],
+)
+def test_in_other_loops(loop, active):
+    ends = []
+    for fused in (True, False):
+        model = LanguageModel()
+        optimizer = by_blocks(model, fused=fused, active=active, inner={"weight_decay": 0.1})
+        for step in range(6):
+            loop(model, optimizer, step)
+        ends.append(weights(model))
+    assert same(*ends)
+    if active == 1.0:
+        plain = LanguageModel()
+        inner = AdamW(plain.parameters(), lr=0.01, weight_decay=0.1)
+        for step in range(6):
+            loop(plain, inner, step)
+        assert same(weights(plain), ends[0])
+
+
 def test_what_has_no_hook_is_updated_by_the_step():
     ends = []
     for fused in (True, False):
@@ -181,6 +229,21 @@ def test_a_weight_used_behind_its_modules_back_stays_and_is_not_counted():
     assert optimizer._allocation.updates["layers.3"] == 0
 
 
+def test_a_gradient_that_a_hook_deletes_is_no_update():
+    runs = []
+    for fused in (True, False):
+        model = LanguageModel()
+        for parameter in model.layers[1].parameters():  # before the optimizer's own hooks
+            parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
+        optimizer = by_blocks(model, fused=fused, active=1.0, lr_time="local")
+        LambdaLR(optimizer, lambda step: 1 / (1 + step))
+        train(model, optimizer, 4)
+        runs.append((optimizer._allocation.updates, optimizer.learning_rates(), weights(model)))
+    assert runs[0][:2] == runs[1][:2]
+    assert runs[0][0]["layers.1"] == 0
+    assert same(runs[0][2], runs[1][2])
+
+
 # One gradient at a time
 
 
@@ -206,6 +269,7 @@ def test_at_most_one_gradient_is_alive():
         backward(model, step)
         assert set(alive) == {0}
         optimizer.step()
+        optimizer.zero_grad()
 
 
 def test_the_memory_of_gradients_is_that_of_the_largest():
@@ -309,7 +373,6 @@ def test_reading_a_gradient_that_is_used_is_refused_too():
     assert "SpentGradient(norm=" in repr(weight.grad)
     with pytest.raises(RuntimeError, match="gradients were read between backward"):
         read(model)
-    optimizer.zero_grad(set_to_none=False)
     optimizer.step()
     optimizer.zero_grad()
     train(model, optimizer, 1, start=3)
@@ -350,6 +413,167 @@ def test_clipping_that_changes_nothing_is_no_clipping(clip):
             optimizer.step()
             optimizer.zero_grad()
     assert same(*map(weights, models))
+
+
+OPTION_CHANGES: dict[str, tuple[Any, str]] = {
+    "a rate": (lambda group: group.update(lr=0.02), "'lr' of param group 0 was .* 0.01 to 0.02"),
+    "a rate in place": (
+        lambda group: group["lr"].fill_(0.02),
+        "'lr' of param group 0 was .* 0.00999.* to 0.01999",
+    ),
+    "betas": (
+        lambda group: group.update(betas=(0.5, 0.9)),
+        r"'betas' of param group 0 was .*\(0.9, 0.999\) to \(0.5, 0.9\)",
+    ),
+    "weight decay": (lambda group: group.update(weight_decay=0.3), "'weight_decay' of param group"),
+}
+
+
+@pytest.mark.parametrize("at", [0, 2])
+@pytest.mark.parametrize("name", OPTION_CHANGES)
+def test_an_option_set_between_backward_and_step_is_refused_before_anything_more_moves(name, at):
+    change, message = OPTION_CHANGES[name]
+    ends = []
+    for fused in (True, False):
+        model = LanguageModel()
+        optimizer = by_blocks(model, fused=fused, inner={"weight_decay": 0.1})
+        (group,) = optimizer.param_groups
+        group["lr"] = torch.tensor(0.01) if "in place" in name else 0.01
+        train(model, optimizer, at)
+        backward(model, at)
+        if fused:
+            used = {key: copy.deepcopy(group[key]) for key in ("lr", "betas", "weight_decay")}
+            before, saved = weights(model), copy.deepcopy(optimizer.state_dict())
+            change(group)
+            with pytest.raises(
+                RuntimeError, match=f"{message}.* between .*; set it before backward"
+            ):
+                optimizer.step()
+            assert same(weights(model), before)
+            group.update(used)
+            assert optimizer.state_dict()["param_groups"] == saved["param_groups"]
+        optimizer.step()  # the loop may set the option back
+        optimizer.zero_grad()
+        change(group)
+        train(model, optimizer, 2, start=at + 1)
+        ends.append(weights(model))
+    assert same(*ends)
+
+
+SCHEDULERS: dict[str, Any] = {
+    "cosine": lambda o: lr_scheduler.CosineAnnealingLR(o, 8),
+    "one cycle": lambda o: lr_scheduler.OneCycleLR(o, 0.05, total_steps=20),
+    "plateau": lambda o: lr_scheduler.ReduceLROnPlateau(o, patience=0, threshold=10.0),
+}
+
+
+@pytest.mark.parametrize("when", ["before backward", "after step"])
+@pytest.mark.parametrize("make", SCHEDULERS.values(), ids=SCHEDULERS)
+def test_schedulers_that_step_outside_of_backward_and_step_work(make, when):
+    ends = []
+    for fused in (True, False):
+        model = LanguageModel()
+        optimizer = by_blocks(model, fused=fused)
+        scheduler = make(optimizer)
+        metrics = (1.0,) if isinstance(scheduler, lr_scheduler.ReduceLROnPlateau) else ()
+        for step in range(6):
+            if when == "before backward" and step:
+                scheduler.step(*metrics)
+            train(model, optimizer, 1, start=step)
+            if when == "after step":
+                scheduler.step(*metrics)
+        ends.append((weights(model), optimizer.learning_rates()))
+    assert ends[0][1] == ends[1][1]
+    assert ends[0][1][0] != 0.01
+    assert same(ends[0][0], ends[1][0])
+
+
+def deleted(model: nn.Module) -> None:
+    model.norm.weight.grad = None
+
+
+def replaced(model: nn.Module) -> None:
+    model.norm.weight.grad = torch.zeros_like(model.norm.weight)
+
+
+def emptied(model: nn.Module) -> None:
+    model.norm.weight.grad.set_(torch.zeros_like(model.norm.weight))
+
+
+def zeroed_by_hand(model: nn.Module) -> None:
+    model.norm.weight.grad.data.zero_()
+
+
+LOSSES: dict[str, Any] = {
+    "deleted": (deleted, r"1 parameter\(s\), such as norm.weight, were deleted or replaced"),
+    "zero_grad": (nn.Module.zero_grad, r"\d+ parameter\(s\), .*, were deleted or replaced"),
+    "zeros": (partial(nn.Module.zero_grad, set_to_none=False), "deleted|changed"),
+    "replaced": (replaced, "1 parameter.*, such as norm.weight, were deleted|changed"),
+    "emptied": (emptied, "1 parameter.*, such as norm.weight, were deleted|changed"),
+    "zeroed by hand": (zeroed_by_hand, "1 parameter.*, such as norm.weight, were deleted|changed"),
+}
+
+
+@pytest.mark.parametrize("at", [0, 2])
+@pytest.mark.parametrize(("loss", "message"), LOSSES.values(), ids=LOSSES)
+def test_a_gradient_that_is_lost_before_step_is_refused_in_each_step(loss, message, at):
+    model = LanguageModel()
+    optimizer = by_blocks(model)
+    train(model, optimizer, at)
+    backward(model, at)
+    loss(model)
+    before = weights(model)
+    with pytest.raises(RuntimeError, match=rf"Backward\(fused=True\) .*({message}).*leave out"):
+        optimizer.step()
+    assert same(weights(model), before)
+
+
+@pytest.mark.parametrize("used_by", ["a second step", "the next backward pass"])
+def test_gradients_that_are_used_twice_are_refused_before_anything_moves(used_by):
+    model = LanguageModel()
+    optimizer = by_blocks(model)
+    train(model, optimizer, 2)
+    backward(model, 2)
+    optimizer.step()
+    before = weights(model)
+    match = r"gradients of the step before.* were not set to zero; call zero_grad\(\) after each"
+    with pytest.raises(RuntimeError, match=match):
+        optimizer.step() if used_by == "a second step" else backward(model, 3)
+    assert same(weights(model), before)
+    optimizer.zero_grad()
+    train(model, optimizer, 1, start=3)
+    twin = LanguageModel()
+    train(twin, by_blocks(twin, fused=False), 4)
+    assert same(weights(model), weights(twin))
+
+
+@pytest.mark.parametrize("active", [1, 1.0])
+@pytest.mark.parametrize("rule", [AdamW, partial(SGD, momentum=0.9)])
+def test_gradients_of_zeros_that_stay_move_weights_as_without(rule, active):
+    ends = []
+    for fused in (True, False):
+        model = LanguageModel()
+        optimizer = by_blocks(model, rule, fused=fused, active=active, allocator="round_robin")
+        for step in range(6):
+            x = model.embed_tokens(tokens(step)) + model.position
+            for place, layer in enumerate(model.layers):
+                x = layer(x) if (place + step) % 3 else x  # as experts that get no token
+            model.lm_head(model.norm(x)).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=False)
+        ends.append(weights(model))
+    assert same(*ends)
+
+
+def test_a_state_that_is_loaded_between_backward_and_step_is_refused():
+    model = LanguageModel()
+    optimizer = by_blocks(model)
+    train(model, optimizer, 2)
+    saved = copy.deepcopy(optimizer.state_dict())
+    backward(model, 2)
+    optimizer.load_state_dict(saved)
+    with pytest.raises(RuntimeError, match=r"param groups were replaced .*do this before backward"):
+        optimizer.step()
 
 
 def test_accumulation_that_begins_later_is_refused_before_the_second_pass_moves_anything():

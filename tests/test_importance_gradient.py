@@ -52,6 +52,59 @@ def test_gradient_norm_is_of_a_and_b_together_and_averaged_over_steps(p):
     assert optimizer.tracker.scores() == pytest.approx(expected, rel=1e-5)
 
 
+class Bags(nn.Module):
+    """Groups of an embedding each, whose gradients are sparse, added up for a head."""
+
+    def __init__(self, sparse: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.tables = nn.ModuleList(nn.Embedding(9, 4, sparse=sparse) for _ in range(3))
+        self.head = nn.Linear(4, 2)
+
+    def forward(self, tokens):
+        return self.head(torch.stack([table(tokens) for table in self.tables]).sum((0, 1)))
+
+
+@pytest.mark.parametrize("importance", [GradientNorm(1), GradientNorm(2), Sensitivity()])
+def test_sparse_gradients_score_as_dense_ones(importance):
+    def run(sparse: bool):
+        model = Bags(sparse)
+        optimizer = wrapped(
+            model,
+            torch.optim.SGD,
+            importance=importance,
+            groups=lambda name, module: name if isinstance(module, nn.Embedding) else None,
+            active=2,
+            period=2,
+            allocator="topk",
+        )
+        norms = []
+        for step in range(6):
+            tokens = torch.tensor([step % 3, step % 3, 8, step % 3])  # a token in several places
+            model(tokens).square().sum().backward()
+            grads = [table.weight.grad for table in model.tables]
+            assert {g.is_sparse for g in grads if g is not None} == {sparse}
+            dense = [torch.zeros(9, 4) if g is None else g.to_dense() for g in grads]
+            norms.append(
+                [float(torch.linalg.vector_norm(g, getattr(importance, "p", 2))) for g in dense]
+            )
+            optimizer.step()
+            optimizer.zero_grad()
+        return optimizer.tracker.scores(), optimizer.record.state_dict(), weights(model), norms
+
+    scores, record, ends, norms = run(True)
+    expected, their_record, their_ends, _ = run(False)
+    assert scores == pytest.approx(expected, rel=1e-5)
+    assert [e["chosen"] for e in record] == [e["chosen"] for e in their_record]
+    for name, weight in their_ends.items():
+        torch.testing.assert_close(ends[name], weight)
+    if isinstance(importance, GradientNorm):
+        first = [sum(step[i] for step in norms[:2]) / 2 for i in range(3)]
+        for i, name in enumerate(scores):
+            if name in record[0]["chosen"]:
+                assert record[1]["scores"][name] == pytest.approx(first[i], rel=1e-5)
+
+
 def test_the_gradient_of_b_counts_while_that_of_a_is_zero():
     # With B = 0 the gradient of A is exactly 0: the published score, of A alone, sees nothing.
     model = ToyModel()

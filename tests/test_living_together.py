@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 import logging
+import types
 import warnings
 from collections import defaultdict
 
 import pytest
 import torch
+from kinds import hooks
 from test_optimizer_contract import user_groups
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -67,6 +69,7 @@ SCHEDULERS = {
         [lr_scheduler.LinearLR(o, 0.1, total_iters=3), lr_scheduler.CosineAnnealingLR(o, 5)],
         [3],
     ),
+    "warm restarts": lambda o: lr_scheduler.CosineAnnealingWarmRestarts(o, 3),
 }
 
 
@@ -98,6 +101,39 @@ def test_a_scheduler_reaches_the_run_whatever_it_was_built_on(name, built, lr_ti
             scheduler = make(inner if built.startswith("on the inner") else optimizer)
         assert loop(twin, optimizer, scheduler) == expected
     assert same(weights(model), weights(twin))
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_a_scheduler_on_the_inner_optimizer_drives_a_part_of_the_modules_as_it_drives_all(name):
+    def options(optimizer):
+        return [(group["lr"], group["betas"]) for group in optimizer.param_groups]
+
+    def stepped(model, optimizer, scheduler, step):
+        optimizer.step()
+        optimizer.zero_grad()
+        scheduler.step(*([1.0] if "Plateau" in type(scheduler).__name__ else []))
+        return options(optimizer)
+
+    model, twin = ToyModel(), ToyModel()
+    plain, inner = AdamW(user_groups(model), lr=0.02), AdamW(user_groups(twin), lr=0.02)
+    optimizer = DynamicAllocationOptimizer(inner, twin, active=2, period=2, allocator="random")
+    schedulers, seen = [SCHEDULERS[name](o) for o in (plain, inner)], set()
+    for step in range(8):
+        expected, active = options(plain), set(optimizer.active_groups)
+        backward(model, step)
+        backward(twin, step)
+        for group in set(names()) - active:
+            model.get_submodule(group).zero_grad()
+        ends = [
+            stepped(*run, step)
+            for run in zip((model, twin), (plain, optimizer), schedulers, strict=True)
+        ]
+        assert ends[0] == ends[1]
+        used = zip(optimizer.module_groups, optimizer.learning_rates(), strict=True)
+        assert all(rate == expected[piece["user_group"]][0] for piece, rate in used)
+        assert same(weights(model), weights(twin))
+        seen.add(tuple(expected))
+    assert len(seen) > 2, "the options changed"
 
 
 @pytest.mark.parametrize("after", ["wrapping", "loading"])
@@ -306,12 +342,80 @@ def test_what_cannot_be_wrapped_is_refused_and_leaves_nothing_behind(make, match
     assert all(layer[0].active for layer in model.layers)
 
 
+THEIRS = {
+    "pytorch_optimizer.SAM": lambda package, p: package.SAM(p, SGD, lr=0.1),
+    "pytorch_optimizer.WSAM": lambda package, p: package.WSAM(nn.Linear(1, 1), p, SGD, lr=0.1),
+    "pytorch_optimizer.LookSAM": lambda package, p: package.LookSAM(p, SGD, lr=0.1),
+    "pytorch_optimizer.FriendlySAM": lambda package, p: package.FriendlySAM(p, SGD, lr=0.1),
+    "pytorch_optimizer.Lookahead": lambda package, p: package.Lookahead(SGD(p, lr=0.1)),
+    "pytorch_optimizer.OrthoGrad": lambda package, p: package.OrthoGrad(SGD(p, lr=0.1)),
+    "pytorch_optimizer.TRAC": lambda package, p: package.TRAC(SGD(p, lr=0.1)),
+    "pytorch_optimizer.PCGrad": lambda package, p: package.PCGrad(SGD(p, lr=0.1)),
+    "pytorch_optimizer.ScheduleFreeWrapper": lambda package, p: package.ScheduleFreeWrapper(
+        SGD(p, lr=0.1)
+    ),
+    "schedulefree.ScheduleFreeWrapper": lambda package, p: package.ScheduleFreeWrapper(
+        SGD(p, lr=0.1), momentum=0.9
+    ),
+}
+
+
+@pytest.mark.parametrize("name", THEIRS)
+def test_a_real_optimizer_around_another_is_refused_and_leaves_nothing_behind(name):
+    package = pytest.importorskip(name.split(".")[0])
+    if not hasattr(package, name.split(".")[1]):
+        pytest.skip("this version of the package has none")
+    model = ToyModel()
+    before = [set(vars(module)) for module in model.modules()]
+    made = THEIRS[name](package, list(model.parameters()))
+    with pytest.raises((TypeError, ValueError), match=r"itself wraps an optimizer|is not a torch"):
+        DynamicAllocationOptimizer(made, model)
+    assert [set(vars(module)) for module in model.modules()] == before
+    assert hooks(model) == 0
+    assert all(layer[0].active for layer in model.layers)
+
+
 def test_accelerates_own_wrapper_is_refused():
     accelerate = pytest.importorskip("accelerate")
     model = ToyModel()
     prepared = accelerate.Accelerator(cpu=True).prepare(AdamW(model.parameters()))
     with pytest.raises(ValueError, match="AcceleratedOptimizer itself wraps an optimizer"):
         DynamicAllocationOptimizer(prepared, model)
+
+
+@pytest.mark.parametrize("scheduled", ["never", "before", "after", "on the wrapper"])
+def test_a_step_that_a_user_puts_in_the_place_of_the_classs_is_the_one_that_runs(scheduled):
+    def halving(optimizer):
+        former = optimizer.step
+
+        def step(self, closure=None):
+            for group in self.param_groups:
+                for parameter in group["params"]:
+                    if parameter.grad is not None:
+                        parameter.grad.mul_(0.5)
+            return former(closure)
+
+        optimizer.step = types.MethodType(step, optimizer)
+
+    def run(wrap):
+        model = ToyModel()
+        optimizer = inner = SGD(model.parameters(), lr=0.05, momentum=0.9)
+        for what in ("before", "patch", "after"):
+            if what == "patch":
+                halving(inner)
+            elif what == scheduled:
+                scheduler = lr_scheduler.ExponentialLR(inner, 0.5)
+        if wrap:
+            optimizer = DynamicAllocationOptimizer(inner, model, active=1.0)
+        if scheduled == "on the wrapper":
+            scheduler = lr_scheduler.ExponentialLR(optimizer, 0.5)
+        for step in range(4):
+            train(model, optimizer, 1, start=step)
+            if scheduled != "never":
+                scheduler.step()
+        return weights(model)
+
+    assert same(run(True), run(False))
 
 
 class PerGroup(SGD):

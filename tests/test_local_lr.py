@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import copy
+import math
 from fractions import Fraction
+from functools import partial
 
 import pytest
 import torch
+from every_optimizer import network
+from every_optimizer import rule as every_rule
 from hypothesis import given
 from hypothesis import strategies as st
 from strategies import any_allocator
+from test_optimizer_contract import user_groups
 from torch.optim import lr_scheduler
 from toy import ToyModel, backward, names, same, train, weights, wrapped
 
@@ -87,6 +92,88 @@ def test_chained_schedulers_are_not_disturbed_by_local_rates(make):
     for _, rates, updates in steps_with(optimizer, model, 10, make(optimizer)):
         for name in names():
             assert rates[name] == pytest.approx(expected[updates[name]])
+
+
+FACTORS = {
+    "cosine": lambda step: 0.5 + 0.5 * math.cos(math.pi * step / 10),
+    "exponential": lambda step: 0.8**step,
+    "one cycle": lambda step: min(1 + 2 * step / 3, 3 - (step - 3) / 4),
+}
+PER_GROUP = {
+    "cosine": lambda o: lr_scheduler.CosineAnnealingLR(o, 10, eta_min=0.001),
+    "exponential": lambda o: lr_scheduler.ExponentialLR(o, 0.8),
+    "one cycle": lambda o: lr_scheduler.OneCycleLR(o, [0.1, 0.3, 0.2], total_steps=14),
+    **{
+        f"{name}, a function": partial(lr_scheduler.LambdaLR, lr_lambda=factor)
+        for name, factor in FACTORS.items()
+    },
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "by"),
+    [(name, "local") for name in PER_GROUP]
+    + [(f"{name}, a function", "LocalLR") for name in FACTORS],
+)
+def test_local_time_keeps_the_own_rate_of_each_param_group(name, by):
+    make = PER_GROUP[name]
+    alone = torch.optim.AdamW(user_groups(ToyModel()), lr=RATE)
+    reference, expected = make(alone), []
+    for _ in range(12):
+        expected.append([group["lr"] for group in alone.param_groups])
+        alone.step()
+        reference.step()
+    model = ToyModel()
+    inner = torch.optim.AdamW(user_groups(model), lr=RATE)
+    lr_time = "local" if by == "local" else LocalLR(make(inner))
+    optimizer = DynamicAllocationOptimizer(
+        inner, model, active=2, period=1, allocator="random", lr_time=lr_time
+    )
+    scheduler = make(optimizer) if by == "local" else None
+    for step, _, updates in steps_with(optimizer, model, 12, scheduler):
+        used = zip(optimizer.module_groups, optimizer.learning_rates(), strict=True)
+        for piece, rate in used:
+            time = updates.get(piece["name"], step)
+            assert rate == pytest.approx(expected[time][piece["user_group"]])
+    assert len(set(updates.values())) > 1
+    assert len({tuple(rates) for rates in expected}) > 9
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", ["AdamW8bit", "AdamW4bit"])
+def test_torchaos_optimizers_follow_local_time(name):
+    rule = getattr(pytest.importorskip("torchao.optim"), name)
+    factor, model, twin = linear(2, 9), network(), network()
+    optimizer = DynamicAllocationOptimizer(
+        rule(model.parameters(), lr=0.01),
+        model,
+        groups=every_rule,
+        active=2,
+        period=1,
+        allocator="round_robin",
+        lr_time="local",
+    )
+    scheduler = lr_scheduler.LambdaLR(optimizer, factor)
+    plain = rule([{"params": list(layer.parameters())} for layer in twin], lr=0.01)
+    for step in range(7):
+        updates, active = dict(optimizer._allocation.updates), set(optimizer.active_groups)
+        for line, group in enumerate(plain.param_groups):
+            time = updates.get(str(line), step)
+            group["lr"].fill_(0.01 * factor(time))
+        x = torch.randn(16, 64, generator=torch.Generator().manual_seed(step))
+        for one in (model, twin):
+            one(x).square().mean().backward()
+        for line, layer in enumerate(twin):
+            if str(line) in updates and str(line) not in active:
+                layer.zero_grad()
+        with torch.compiler.set_stance("force_eager"):
+            for one in (optimizer, plain):
+                torch.manual_seed(step)  # of stochastic rounding
+                one.step()
+                one.zero_grad()
+        scheduler.step()
+        assert same(weights(model), weights(twin))
+    assert sorted(set(optimizer._allocation.updates.values())) == [2, 3]
 
 
 @given(any_allocator, st.sampled_from(["unscaled", "scaled"]), st.integers(1, 6), st.integers(0, 4))

@@ -82,6 +82,64 @@ def test_all_active_is_the_wrapped_optimizer_bit_for_bit(rule):
     assert same(run(plain), run(ours))
 
 
+def steps_in_a_row(model, optimizer, step):
+    backward(model, step)
+    optimizer.step()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def gradients_that_add_up(model, optimizer, step):
+    backward(model, step)
+    optimizer.step()
+
+
+def options_set_before_the_step(model, optimizer, step):
+    backward(model, step)
+    for group in optimizer.param_groups:
+        if isinstance(group["lr"], torch.Tensor):
+            group["lr"].fill_(0.02 / (1 + step))
+        else:
+            group["lr"] = 0.02 / (1 + step)
+        if "betas" in group and step == 2:
+            group["betas"] = (0.5, 0.9)
+        if "weight_decay" in group and step == 3:
+            group["weight_decay"] = 0.3
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def steps_without_gradients(model, optimizer, step):
+    if step % 2 == 0:
+        backward(model, step)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=step % 4 == 0)
+
+
+@pytest.mark.parametrize(
+    "loop",
+    [
+        steps_in_a_row,
+        gradients_that_add_up,
+        options_set_before_the_step,
+        steps_without_gradients,
+    ],
+)
+@every_rule
+def test_in_other_loops_too(rule, loop):
+    cls, options = rule
+    ends = []
+    for wrap in (False, True):
+        model = ToyModel()
+        optimizer = without_unused_options(cls, model, copy.deepcopy(options))
+        if wrap:
+            optimizer = DynamicAllocationOptimizer(optimizer, model, active=1.0, period=2)
+        for step in range(5):
+            loop(model, optimizer, step)
+        ends.append(weights(model))
+    assert same(*ends)
+
+
 def test_all_of_torchs_optimizers_are_covered():
     # Those left out cannot serve: one state for all (LBFGS), sparse gradients only, matrices only.
     covered = {cls for cls, _ in RULES.values()}

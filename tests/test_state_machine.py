@@ -624,6 +624,39 @@ def test_any_script_does_what_it_does_with_the_plain_optimizer():
     run_state_machine_as_test(TrainingScript, settings=scripts())
 
 
+SMALL: dict[str, Any] = {
+    "kind": "blocks",
+    "rule": "adamw",
+    "schedule": "one_cycle",
+    "schedule_inner": False,
+    "frozen": 1,
+    "holds_frozen": True,
+    "checkpoints": "",
+    "checkpoint_idle": False,
+    "measure": ForwardNorm(),
+    "window": "run",
+    "every": 1,
+    "probe": False,
+    "allocator": "discounted",
+    "active": 2,
+    "period": 2,
+    "seed": 5,
+    "warmup": 0,
+    "lr_time": "local",
+    "pause": {"state": "keep", "moments": "reset_momentum", "warmup": 3},
+}
+
+
+@quiet
+def test_a_script_goes_on_in_another_process():
+    script = InFreshProcesses()
+    script.begin(chosen=SMALL)
+    for how, schedule in (("plain", True), ("closure", False), ("save between", True)):
+        script.train(micro_batches=2, how=how, schedule=schedule)
+    script.go_on_in_another_process()
+    script.teardown()
+
+
 @quiet
 @pytest.mark.slow
 def test_any_script_goes_on_in_another_process():

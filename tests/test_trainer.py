@@ -153,6 +153,43 @@ def by_loop(
     return Run(weights(model), optimizer)
 
 
+def padded(rows: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """A batch of rows of different lengths; several rows get two tokens more than the longest."""
+    length = max(len(row["input_ids"]) for row in rows) + 2 * (len(rows) > 1)
+    batch = {"labels": torch.stack([row["labels"] for row in rows])}
+    for key in ("input_ids", "attention_mask"):
+        batch[key] = torch.zeros(len(rows), length, dtype=torch.long)
+        for line, row in zip(batch[key], rows, strict=True):
+            line[: len(row["input_ids"])] = row["input_ids"] if key == "input_ids" else 1
+    return batch
+
+
+def test_scores_of_padded_batches_are_those_of_the_rows_without_padding(tmp_path):
+    def run(**options):
+        tiny = adapted()
+        generator = torch.Generator().manual_seed(0)
+        rows = [
+            {
+                "input_ids": torch.randint(1, 60, (3 + i % 5,), generator=generator),
+                "labels": torch.tensor(i % 3),
+            }
+            for i in range(16)
+        ]
+        optimizer = by_hand(tiny.model, {"active": 2, "period": 2, "allocator": "topk"})
+        args = arguments(tmp_path, learning_rate=1e-3, max_steps=4, save_strategy="no", **options)
+        trainer = transformers.Trainer(tiny.model, args, padded, rows, optimizers=(optimizer, None))
+        trainer.train()
+        return optimizer
+
+    batches = run(per_device_train_batch_size=4)
+    alone = run(per_device_train_batch_size=1, gradient_accumulation_steps=4)
+    assert [e.step for e in batches.record] == [e.step for e in alone.record] == [0, 2, 4]
+    for entry, other in zip(batches.record, alone.record, strict=True):
+        assert entry.chosen == other.chosen
+        assert entry.scores == pytest.approx(other.scores, rel=1e-4)
+    assert min(batches.record[-1].scores.values()) > 0
+
+
 @needs_factories
 @pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("accumulate", [1, 2])

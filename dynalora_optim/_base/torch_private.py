@@ -269,12 +269,16 @@ def state_hooks(optimizer: torch.optim.Optimizer, when: str) -> list[Callable[..
     return list(getattr(optimizer, f"_optimizer_{when}_hooks", {}).values())
 
 
-def has_scheduler(optimizer: torch.optim.Optimizer) -> bool:
-    """Return whether a learning-rate scheduler was built on ``optimizer``.
+def has_own_step(optimizer: torch.optim.Optimizer) -> bool:
+    """Return whether a user has put another ``step`` in the place of that of the class.
 
-    If torch changes how it marks this: False; such an optimizer is then not refused.
+    A scheduler puts one there too, which calls the one that it has found. If torch changes how it
+    marks this: True for an optimizer that has a scheduler; its step hooks then run twice.
     """
-    return hasattr(optimizer.step, "_wrapped_by_lr_sched")
+    step = vars(optimizer).get("step")
+    if hasattr(step, "_wrapped_by_lr_sched"):
+        step = getattr(step, "__wrapped__", None)
+    return step is not None and step is not type(optimizer).step
 
 
 def version_of(tensor: Tensor) -> int:

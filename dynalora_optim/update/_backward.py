@@ -11,8 +11,10 @@ class Backward:
 
     Attributes:
         fused: Update each parameter within the backward pass, and free its gradient at once. Not
-            for loops that clip, scale or accumulate gradients: these get an error, in the first
-            step, which is not fused, as well as later.
+            for loops that clip, scale or accumulate gradients, that delete gradients or set rates
+            and other options between ``backward()`` and ``step()``, or that do not call
+            ``zero_grad()`` after it: these get an error, in the first steps, of which one is not
+            fused, as well as later.
         checkpoint_idle: Recompute the blocks that hold no active module in the backward pass,
             instead of keeping their activations. A `Budget` itself decides what to recompute.
 

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 from torch.optim import Optimizer
 
-from dynalora_optim._base.torch_private import has_scheduler, mark_stepped
+from dynalora_optim._base.torch_private import has_own_step, mark_stepped
 from dynalora_optim.update._master_weights import MasterWeights
 from dynalora_optim.update._param_groups import LINE, ParamGroup
 from dynalora_optim.update._pieces import NOT_OPTIONS, is_same
@@ -155,8 +155,7 @@ def _unhooked_step(optimizer: Optimizer) -> Callable[..., Any]:
     The wrapper's own step already calls the hooks, so that the process-wide ones would run twice.
     """
     step = type(optimizer).step
-    patched = "step" in vars(optimizer) and not has_scheduler(optimizer)
-    if patched or not getattr(step, "hooked", False):
+    if has_own_step(optimizer) or not getattr(step, "hooked", False):
         return optimizer.step
     inner = getattr(step, "__wrapped__", step)
     return partial(inner, optimizer)

@@ -35,9 +35,13 @@ class SpentGradient(Tensor):
 
     Attributes:
         left: The norm.
+        place: The address of the number.
+        is_zeroed: Whether the loop has set it to zero, as ``zero_grad(set_to_none=False)`` does.
     """
 
     left: Tensor
+    place: int
+    is_zeroed = False
 
     @classmethod
     def of(cls, gradient: Tensor) -> SpentGradient:
@@ -45,8 +49,12 @@ class SpentGradient(Tensor):
         values = gradient.coalesce().values() if gradient.is_sparse else gradient
         left = torch.linalg.vector_norm(values.detach())
         spent: SpentGradient = left.to(gradient.dtype).expand(gradient.shape).as_subclass(cls)
-        spent.left = left
+        spent.left, spent.place = left, spent.untyped_storage().data_ptr()
         return spent
+
+    def is_whole(self) -> bool:
+        """Return whether the loop has put nothing in the place of the gradient's values."""
+        return not self.is_zeroed and self.untyped_storage().data_ptr() == self.place
 
     def __repr__(self) -> str:  # type: ignore[override]
         return f"SpentGradient(norm={self.left.item()})"
@@ -60,12 +68,19 @@ class SpentGradient(Tensor):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         name, kwargs = getattr(func, "__name__", ""), kwargs or {}
-        if name in _DELETIONS or (name in _SCALINGS and _is_one(args[1])):
+        if name in _DELETIONS:
+            for spent in args[0] if isinstance(args[0], list) else args[:1]:
+                spent.is_zeroed = True
+            return args[0]
+        if name in _SCALINGS and _is_one(args[1]):
             return args[0]
         if name in _NORMS and all(map(_is_euclidean, [*args[1:], *kwargs.values()])):
             return [s.left for s in args[0]] if isinstance(args[0], list) else args[0].left
         if name in _HARMLESS or name == "__get__":
-            return super().__torch_function__(func, types, args, kwargs)  # type: ignore[no-untyped-call]
+            found = super().__torch_function__(func, types, args, kwargs)  # type: ignore[no-untyped-call]
+            if isinstance(found, SpentGradient):  # p.grad.data
+                found.__dict__ = args[0].__dict__
+            return found
         what = "changed" if name.endswith("_") else "read"
         raise RuntimeError(
             refusal(
@@ -73,6 +88,11 @@ class SpentGradient(Tensor):
                 f"GradScaler do (here: {name})"
             )
         )
+
+
+def is_alive(gradient: Tensor | None) -> bool:
+    """Return whether there is a gradient, and it is not used already."""
+    return gradient is not None and not isinstance(gradient, SpentGradient)
 
 
 def _is_one(factor: Any) -> bool:

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from dynalora_optim.update._backward import refusal
-from dynalora_optim.update._fused import FusedBackward, Update
+from dynalora_optim.update._fused import FusedBackward, Receive
 from dynalora_optim.update._idle_state import idle_state
 from dynalora_optim.update._master_weights import MasterWeights
 from dynalora_optim.update._param_groups import ParamGroup, State, flatten
@@ -53,10 +53,10 @@ class Updater:
         self._idle_state = idle_state(pause, self.rule)
         self._fused = FusedBackward() if fused else None
 
-    def attach(self, groups: Sequence[ParamGroup], update: Update) -> None:
-        """Call ``update``, a method that calls `update_one`, within the backward pass if fused."""
+    def attach(self, groups: Sequence[ParamGroup], receive: Receive) -> None:
+        """Call ``receive``, a method that calls `update_one`, within the backward pass if fused."""
         if self._fused:
-            self._fused.attach(groups, update)
+            self._fused.attach(groups, receive)
 
     def remove(self) -> None:
         """Stop updating within the backward pass."""
@@ -64,9 +64,14 @@ class Updater:
             self._fused.drop_spent()
             self._fused.remove()
 
-    def drop_spent_gradients(self) -> None:
-        """Delete what stands in for gradients that were used within the backward pass."""
+    def end_backward(self, groups: Sequence[ParamGroup]) -> None:
+        """Delete what stands in for gradients that were used within the backward pass.
+
+        Raises:
+            RuntimeError: An update now, with the options of ``groups``, would have been another.
+        """
         if self._fused:
+            self._fused.check(groups)
             self._fused.drop_spent()
 
     def update(
@@ -86,7 +91,6 @@ class Updater:
         active = [piece for piece in pieces if is_active(piece)]
         moved = {p for p in flatten(active) if p.grad is not None}
         if self._fused and moved and not self._fused.is_rehearsed:
-            self._fused.check()
             self._check_fusible(active, state)
         self.rates.apply(pieces, clock)
         changed = self.rule.step(active, state, closure)
