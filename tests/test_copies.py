@@ -172,21 +172,45 @@ def test_others_are_not_told(caplog):
     assert not caplog.records
 
 
-def test_a_copy_after_a_forward_that_was_interrupted_trains_whole():
-    model = ToyModel()
-    optimizer = wrapped(model, active=2, period=2)
+@each_kind
+@pytest.mark.parametrize("how", COPIES)
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("when", ["within the forward", "after an interrupt"])
+def test_a_copy_of_a_module_that_runs_trains_whole(kind, how, training, when):
+    model, optimizer = made(kind, active=1, period=9)
+    train(model, optimizer, 2)
+    copies: list[nn.Module] = []
 
-    def interrupt(*_: object) -> None:
-        raise KeyboardInterrupt
+    def interrupt(*_: object) -> None:  # in each module in turn: one of them is active
+        handle.remove()
+        if when == "within the forward":
+            copies.append(COPIES[how](model))
+        else:
+            raise KeyboardInterrupt
 
-    handle = model.head.register_forward_pre_hook(interrupt)
-    with pytest.raises(KeyboardInterrupt):
-        model(batch())
-    handle.remove()
-    twin = copy.deepcopy(model)
-    twin(batch()).square().mean().backward()
-    assert all(p.grad is not None for p in twin.parameters() if p.requires_grad)
-    assert len(optimizer.active_groups) == 2
+    for module in list(optimizer._driver.modules()):
+        handle = next(module.children()).register_forward_pre_hook(interrupt)
+        model.train(training)
+        if when == "within the forward":
+            backward(model)
+        else:
+            with pytest.raises(KeyboardInterrupt):
+                model(batch())
+            copies.append(COPIES[how](model))
+        model.train()
+    fresh = KINDS[kind][0]()
+    fresh.load_state_dict(model.state_dict())
+    for one in (fresh, *copies):
+        one.train()
+        train(one, AdamW(one.parameters(), lr=0.01), 3)
+    assert len(copies) == len(optimizer.groups)
+    assert all(same(weights(one), weights(fresh)) for one in copies)
+    assert len(optimizer.active_groups) == 1
+    backward(model)
+    backward(model)
+    idle = set(optimizer.groups) - set(optimizer.active_groups)
+    held = [p for g in optimizer.module_groups if g["name"] in idle for p in g["params"]]
+    assert all(parameter.grad is None for parameter in held), "the model itself is as it was"
 
 
 def test_parametrized_weights_train_as_with_the_plain_optimizer():

@@ -43,6 +43,7 @@ from training_loop import (
     RULES,
     SCHEDULES,
     Boom,
+    Interrupt,
     Loop,
     go_on,
 )
@@ -109,7 +110,7 @@ def options_of(chosen: dict[str, Any]) -> dict[str, Any]:
 def error_of(move: Callable[..., Any], *arguments: Any) -> BaseException | None:
     try:
         move(*arguments)
-    except (RuntimeError, ValueError, TypeError, Boom) as error:
+    except (RuntimeError, ValueError, TypeError, Boom, Interrupt) as error:
         return error
     return None
 
@@ -183,7 +184,7 @@ class TrainingScript(RuleBasedStateMachine):
             rest = arguments if rest is None else rest
             third = error_of(getattr(self.follower, move_of_follower), *rest)
             assert type(third) is type(error), (move, error, third)
-        self.over = error is not None and not isinstance(error, Boom)
+        self.over = error is not None and not isinstance(error, (Boom, Interrupt))
         return error is None
 
     def waiting(self) -> set[str]:
@@ -320,11 +321,12 @@ class TrainingScript(RuleBasedStateMachine):
         self.do("step_schedulers")
 
     @precondition(lambda self: not self.over)
-    @rule(where=st.sampled_from(["forward", "backward"]), block=st.integers(0, MOST_LAYERS))
+    @rule(where=st.sampled_from(["forward", "interrupt", "backward"]), block=st.integers(0, MOST_LAYERS))
     def fail(self, where, block):
         (number,) = self.take_batches(1)
         names = self.leader.model.names()
-        if self.chosen["probe"] and names[block % len(names)] not in self.trained():
+        is_backward = where == "backward"
+        if is_backward and self.chosen["probe"] and names[block % len(names)] not in self.trained():
             where = "forward"  # only a probe goes back to a block that may lie below all others
         self.do("fail", where, block, number)
 
@@ -435,9 +437,9 @@ class TrainingScript(RuleBasedStateMachine):
         self.do("close")
 
     @precondition(lambda self: not self.over)
-    @rule(how=st.sampled_from(["same inner", "new inner"]))
-    def take_over(self, how):
-        self.do("take_over", how)
+    @rule(how=st.sampled_from(["same inner", "new inner"]), regroups=st.booleans())
+    def take_over(self, how, regroups):
+        self.do("take_over", how, regroups)
         self.active, self.held = self.chosen["active"], False
         self.begin_ledger()
 
