@@ -321,7 +321,10 @@ class TrainingScript(RuleBasedStateMachine):
         self.do("step_schedulers")
 
     @precondition(lambda self: not self.over)
-    @rule(where=st.sampled_from(["forward", "interrupt", "backward"]), block=st.integers(0, MOST_LAYERS))
+    @rule(
+        where=st.sampled_from(["forward", "interrupt", "backward"]),
+        block=st.integers(0, MOST_LAYERS),
+    )
     def fail(self, where, block):
         (number,) = self.take_batches(1)
         names = self.leader.model.names()
