@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed.checkpoint.state_dict
 from kinds import KINDS, each_kind, made
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW
@@ -155,6 +156,83 @@ def test_a_plain_optimizer_over_a_live_model_is_told_once(caplog):
     assert "close()" in record.getMessage()
 
 
+STEPS: dict[str, Callable[[Any], object]] = {
+    "step": lambda inner: inner.step(),
+    "GradScaler": lambda inner: torch.amp.GradScaler("cpu", enabled=False).step(inner),
+    "wrapper": lambda inner: Outer(inner).step(),
+}
+
+
+class Outer(torch.optim.Optimizer):
+    """As Lookahead is written: an optimizer that holds another, and its groups."""
+
+    def __init__(self, inner: torch.optim.Optimizer) -> None:
+        super().__init__([torch.zeros(1)], {})
+        self.inner, self.param_groups = inner, inner.param_groups
+
+    def step(self, closure: Any = None) -> Any:
+        return self.inner.step()
+
+
+@pytest.mark.parametrize("how", STEPS)
+@pytest.mark.parametrize("before", ["at once", "after steps of its own", "after loading"])
+def test_steps_of_the_wrapped_optimizer_itself_are_told_once(how, before, caplog):
+    model = ToyModel()
+    inner = AdamW(model.parameters(), lr=0.01)
+    optimizer = DynamicAllocationOptimizer(inner, model, active=1, period=1)
+    if before != "at once":
+        train(model, optimizer, 2)
+    if before == "after loading":
+        inner.load_state_dict(inner.state_dict())
+    assert not caplog.records
+    for _ in range(3):
+        backward(model)
+        STEPS[how](inner)
+    (line,) = caplog.messages
+    assert "step() of the wrapped AdamW was called" in line
+    assert "Pass the DynamicAllocationOptimizer" in line
+    assert "close()" in line
+
+
+class Patched(AdamW):
+    """Calls the step of its base class, which has hooks too."""
+
+    def step(self, closure: Any = None) -> Any:
+        return super().step(closure)
+
+
+@pytest.mark.parametrize("rule", [AdamW, Patched])
+@pytest.mark.parametrize("patched", [False, True])
+def test_steps_that_our_optimizer_makes_are_not_told(rule, patched, caplog):
+    model = ToyModel()
+    AdamW(model.parameters())  # so that its class has the hooks
+    inner = rule(model.parameters(), lr=0.01)
+    if patched:
+        step = inner.step
+        inner.step = lambda closure=None: step(closure)
+    optimizer = DynamicAllocationOptimizer(inner, model, active=2, period=1)
+    train(model, optimizer, 2)
+    train(model, Outer(optimizer), 2)
+    train(model, Outer(Outer(optimizer)), 2)
+    torch.distributed.checkpoint.state_dict.get_optimizer_state_dict(model, optimizer)
+    optimizer.load_state_dict(optimizer.state_dict())
+    train(model, optimizer, 2)
+    optimizer.close()
+    train(model, inner, 2)
+    train(model, Outer(inner), 2)
+    assert not caplog.records
+    assert len(optimizer.record) == 9
+
+
+def test_saving_the_wrapped_optimizer_is_not_told(caplog):
+    model = ToyModel()
+    inner = AdamW(model.parameters(), lr=0.01)
+    optimizer = DynamicAllocationOptimizer(inner, model, active=1.0)
+    torch.distributed.checkpoint.state_dict.get_optimizer_state_dict(model, inner)
+    assert not caplog.records
+    assert len(optimizer.groups) == 6
+
+
 def test_others_are_not_told(caplog):
     model, other = ToyModel(), ToyModel()
     head = list(model.head.parameters())
@@ -170,6 +248,25 @@ def test_others_are_not_told(caplog):
     optimizer.close()
     train(model, SGD(model.parameters(), lr=0.1), 1)
     assert not caplog.records
+
+
+@each_kind
+def test_a_shallow_copy_of_a_module_is_one_of_an_active_module(kind):
+    model, optimizer = made(kind, active=1, period=9)
+    for module in list(optimizer._driver.modules()):
+        names = set(vars(module))
+        twin = copy.copy(module)
+        assert type(twin) is type(module)
+        assert getattr(twin, "active", True)
+        assert vars(twin).keys() == names - {"__deepcopy__", "__reduce_ex__"}
+        assert set(vars(module)) == names
+        mine, its = module.named_parameters(), twin.named_parameters()
+        assert all(a is b for (_, a), (_, b) in zip(mine, its, strict=True))
+        torch.testing.assert_close(twin(batch()), module(batch()))
+    backward(model)
+    idle = set(optimizer.groups) - set(optimizer.active_groups)
+    held = [p for g in optimizer.module_groups if g["name"] in idle for p in g["params"]]
+    assert all(parameter.grad is None for parameter in held)
 
 
 @each_kind

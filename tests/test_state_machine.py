@@ -426,8 +426,14 @@ class TrainingScript(RuleBasedStateMachine):
         self.do("round_trip", quiet="" if self.leader.loading_leaves_no_trace() else None)
 
     @precondition(lambda self: not self.over)
-    @rule(how=st.sampled_from(["deepcopy", "pickle", "average"]))
-    def train_a_copy_of_the_model(self, how):
+    @rule(
+        how=st.sampled_from(["deepcopy", "pickle", "average"]),
+        interrupted=st.none() | st.integers(0, MOST_LAYERS),
+    )
+    def train_a_copy_of_the_model(self, how, interrupted):
+        if interrupted is not None:
+            (number,) = self.take_batches(1)
+            self.do("fail", "interrupt", interrupted, number)
         ours, plain = self.leader.trained_copy(how), self.plain.trained_copy(how)
         for name, weight in plain.items():
             assert_equal(ours[name], weight, f"{name} of the copy")

@@ -495,6 +495,7 @@ class Loop:
     def take_over(self, how: str, regroups: bool = False) -> None:
         """Build a new optimizer over the same model, around the same inner one or a new one."""
         self.regrouped ^= regroups
+        self.former = self.optimizer  # as a variable of a notebook keeps it
         if how == "new inner":
             saved = self.optimizer.state_dict()
             if not self.plain and not self.closed:

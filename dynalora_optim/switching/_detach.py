@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -143,12 +144,19 @@ class ActiveCopies:
         function, arguments, state, *more = reduced
         if isinstance(state, dict):  # the attributes themselves
             state = {key: value for key, value in state.items() if key not in self._NAMES}
-        items = (*more, None, None)[:2]
-        return function, arguments, state, *items, set_state_active
+        # Without a sixth item, a function that sets the state: `copy.copy` does not take one.
+        return new_module, (function, *arguments), state, *more
 
 
-def set_state_active(module: nn.Module, state: Any) -> None:
-    """Give ``module``, which is being unpickled, its ``state``, and make it active."""
+def new_module(function: Callable[..., nn.Module], *arguments: Any) -> nn.Module:
+    """Return an empty module, as ``function`` makes it, that is active once it gets its state."""
+    module = function(*arguments)
+    vars(module)["__setstate__"] = partial(_set_state, module)
+    return module
+
+
+def _set_state(module: nn.Module, state: Any) -> None:
+    del vars(module)["__setstate__"]
     module.__setstate__(state)  # type: ignore[no-untyped-call]
     activated(module)
 
