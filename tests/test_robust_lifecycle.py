@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
 import random
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -339,6 +341,28 @@ def test_whatever_comes_after_an_interrupt_finds_the_parameters(then, at, traini
         optimizer.step()
         moved = {n[0] for n, p in model.named_parameters() if not torch.equal(p, before[n])}
         assert moved == {*optimizer.active_groups, "4"}
+
+
+@pytest.mark.parametrize("interrupted", [False, True])
+def test_what_a_forward_has_used_is_freed_at_once(interrupted):
+    model, optimizer = made("foreign", active=1, period=9)
+    x = batch()
+    input_of_model = weakref.ref(x)
+    gc.disable()
+    try:
+        if interrupted:
+            model[0].raises = model[1].raises = KeyboardInterrupt()
+            with pytest.raises(KeyboardInterrupt):
+                model(x)
+            model[0].raises.__traceback__ = model[1].raises.__traceback__ = None
+            model.zero_grad()
+        else:
+            model(x).sum().backward()
+        del x
+        assert input_of_model() is None
+    finally:
+        gc.enable()
+    assert len(optimizer.active_groups) == 1
 
 
 def test_modules_that_contain_each_other_find_their_parameters_after_an_interrupt():

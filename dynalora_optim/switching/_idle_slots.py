@@ -96,7 +96,7 @@ class IdleForward(Protocol):
     """What puts ``held`` back into ``slots`` after a forward."""
 
     slots: Sequence[Slot]
-    held: Sequence[Any]
+    held: list[Any]
 
     def restore(self) -> None: ...
 
@@ -118,8 +118,9 @@ def begin(forward: IdleForward) -> None:
     """
     end_interrupted()
     frame = inspect.currentframe()
-    hook = frame and frame.f_back
-    _running.forwards.append((hook and hook.f_back, forward))
+    for _ in range(2):  # a variable must not keep its own frame: a cycle, with all above it
+        frame = frame and frame.f_back
+    _running.forwards.append((frame, forward))
 
 
 def end(forward: IdleForward) -> None:
