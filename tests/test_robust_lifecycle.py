@@ -365,6 +365,21 @@ def test_what_a_forward_has_used_is_freed_at_once(interrupted):
     assert len(optimizer.active_groups) == 1
 
 
+def test_a_model_that_was_interrupted_can_be_thrown_away():
+    def interrupted() -> weakref.ref[nn.Module]:
+        model, _optimizer = made("foreign", active=1, period=9)
+        for layer in model[:2]:
+            layer.raises = KeyboardInterrupt()
+            with pytest.raises(KeyboardInterrupt):
+                model(batch())
+            layer.raises = None
+        return weakref.ref(model)
+
+    model = interrupted()
+    gc.collect()
+    assert model() is None
+
+
 def test_modules_that_contain_each_other_find_their_parameters_after_an_interrupt():
     torch.manual_seed(0)
     inner, model = Foreign(), nn.Sequential(nn.Sequential(nn.Linear(8, 8)), nn.Linear(8, 3))

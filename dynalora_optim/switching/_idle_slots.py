@@ -14,9 +14,10 @@ from __future__ import annotations
 
 import inspect
 import threading
+import weakref
 from collections.abc import Sequence
-from types import FrameType
-from typing import Any, Protocol
+from types import CodeType, FrameType
+from typing import Any, Protocol, TypeAlias
 
 import torch
 from torch import nn
@@ -61,7 +62,9 @@ class _IdleSlots(dict[str, Any]):
         # next forward on.
         end_interrupted()
         own = dict(dict.items(self))
-        for _, forward in reversed(_running.forwards):  # a copy that is made within them
+        # A copy that is made within them:
+        running = (forward() for _, forward in reversed(_running.forwards))
+        for forward in filter(None, running):
             places = zip(forward.slots, forward.held, strict=False)
             own.update((s.attribute, p) for s, p in places if parameter_slots(s.owner) is self)
         return dict, (), None, None, iter(own.items())
@@ -101,11 +104,18 @@ class IdleForward(Protocol):
     def restore(self) -> None: ...
 
 
+Mark: TypeAlias = "tuple[int, CodeType] | None"  # of a call
+
+
 class _Running(threading.local):
-    """The forwards of idle modules that run in this thread, each with the frame of its call."""
+    """The forwards of idle modules that run in this thread, each with the mark of its call.
+
+    The frame itself leads to all that its callers use, and the forward to the model: neither must
+    live longer because a forward was interrupted.
+    """
 
     def __init__(self) -> None:
-        self.forwards: list[tuple[FrameType | None, IdleForward]] = []
+        self.forwards: list[tuple[Mark, weakref.ref[IdleForward]]] = []
 
 
 _running = _Running()
@@ -120,12 +130,12 @@ def begin(forward: IdleForward) -> None:
     frame = inspect.currentframe()
     for _ in range(2):  # a variable must not keep its own frame: a cycle, with all above it
         frame = frame and frame.f_back
-    _running.forwards.append((frame, forward))
+    _running.forwards.append((_mark(frame), weakref.ref(forward)))
 
 
 def end(forward: IdleForward) -> None:
     """Note that ``forward`` has ended."""
-    _running.forwards = [one for one in _running.forwards if one[1] is not forward]
+    _running.forwards = [one for one in _running.forwards if one[1]() is not forward]
 
 
 def end_interrupted() -> None:
@@ -133,12 +143,18 @@ def end_interrupted() -> None:
     forwards = _running.forwards
     # If the last one runs, then so do all others, because it was called within them.
     while forwards and not _is_running(forwards[-1][0]):
-        forwards[-1][1].restore()
+        if last := forwards[-1][1]():
+            last.restore()
         forwards.pop()
 
 
-def _is_running(call: FrameType | None) -> bool:
+def _is_running(call: Mark) -> bool:
+    # If another call has the same mark by chance, what is idle stays so until that one ends.
     frame = inspect.currentframe()
-    while frame is not None and frame is not call:
+    while frame is not None and _mark(frame) != call:
         frame = frame.f_back
     return frame is not None
+
+
+def _mark(frame: FrameType | None) -> Mark:
+    return frame and (id(frame), frame.f_code)
