@@ -211,7 +211,7 @@ class TrainingScript(RuleBasedStateMachine):
         closed, joining = self.leader.closed, self.waiting()
         trained = self.trained(at_step=True)
         self.plain.waits = joining - trained
-        if move != "step_by_closure":  # whose gradients are still to come
+        if move == "step":  # the others clip within it, before
             self.plain.drop(joining - trained)
         batches = arguments[0] if arguments else ()  # of a closure
         moved = {

@@ -384,6 +384,7 @@ class Loop:
         """Update if all gradients are finite."""
         self.scaler.unscale_(self.optimizer)
         self.clipped()
+        self.drop(self.waits)
         with self.local.rates():
             self.scaler.step(self.optimizer)
         self.scaler.update()
