@@ -212,14 +212,15 @@ class AllocatedOptimizer(LateBoundOptimizer):
             ValueError: A parameter is not in the model, or another param group holds it. Then
                 nothing is changed.
         """
+        if not self._is_linked:  # torch's constructor adds the first ones
+            super().add_param_group(param_group)
+            return
         if not isinstance(params := param_group["params"], Tensor):  # a generator is read once
             param_group = {**param_group, "params": list(params)}
-        if self._is_linked:  # not while torch's constructor adds the first ones
-            self._updater.rates.check([*self.param_groups, {**self.defaults, **param_group}])
-            self._adopt(self._joining(self._check_new(param_group)))
+        self._updater.rates.check([*self.param_groups, {**self.defaults, **param_group}])
+        self._adopt(self._joining(self._check_new(param_group)))
         super().add_param_group(param_group)
-        if self._is_linked:
-            self._updater.attach(self.module_groups, self._receive)
+        self._updater.attach(self.module_groups, self._receive)
 
     def _joining(self, parameters: Sequence[Tensor]) -> Joining:
         """Return what joins with ``parameters``; nothing is changed.

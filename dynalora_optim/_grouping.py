@@ -206,13 +206,13 @@ def owners_to_replace(
     """
     groups = [*grouping.groups(), *grouping.waiting]
     mine = _places(groups)
-    things = [optimizer, *(module for group in groups for module in group.modules)]
-    found = {id(o): o for thing in things for o in owners_of(thing) if isinstance(o, Owner)}
     own = owners_of(optimizer)
-    former = [o for o in found.values() if o in own or mine & _places(o.driven_groups())]
+    found = [owner for owner in owners() if isinstance(owner, Owner)]
+    # By places: another rule puts the same parameters into groups of other modules.
+    former = [o for o in found if o in own or mine & _places(o.driven_groups())]
     for owner in former:
         _check_replaceable(owner, groups, optimizer)
-    others = [o for o in owners() if isinstance(o, Owner) and o not in former]
+    others = [owner for owner in found if owner not in former]
     _check_costs(model, groups, [o for o in others if needs_costs or _needs_costs(o)])
     return former
 

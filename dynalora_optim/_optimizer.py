@@ -16,6 +16,7 @@ from dynalora_optim._assembly import Assembly, Choosing
 from dynalora_optim._base.claims import claim, release
 from dynalora_optim._base.collectives import check_agreement
 from dynalora_optim._base.live_bytes import tensor_bytes
+from dynalora_optim._base.torch_private import mark_stepped
 from dynalora_optim._base.wrappers import bare
 from dynalora_optim._costing import StepCosting
 from dynalora_optim._driver import ModuleDriver
@@ -256,6 +257,7 @@ class DynamicAllocationOptimizer(SavedOptimizer):
             self._updater.settle(self.state, flatten(self.param_groups), (), number=0)
             self._unlink()
         _close(self._model, self._driver, self._costing, self._updater)
+        mark_stepped(self)  # its schedulers go on with the wrapped optimizer
         release(self)
 
     def _take_charge(self) -> None:

@@ -1,4 +1,7 @@
-"""Telling the user of another optimizer that trains modules which are inactive at times."""
+"""Telling the user of steps of another optimizer over modules which are inactive at times.
+
+It may be a stranger, or the wrapped optimizer itself, which a loop must no longer step.
+"""
 
 from __future__ import annotations
 
@@ -9,10 +12,12 @@ from typing import Any
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from dynalora_optim._base.claims import is_claimed, is_owner, owners
+from dynalora_optim._base.claims import is_claimed, is_owner, owners, owners_of
 from dynalora_optim._base.torch_private import parameter_slots
 from dynalora_optim._grouping import Owner
 from dynalora_optim.groups._module_group import ModuleGroup
+from dynalora_optim.state._placeholders import is_rehearsal
+from dynalora_optim.update._wrappable import optimizers_within
 
 logger = logging.getLogger(__name__)
 
@@ -30,8 +35,11 @@ def watch_strangers() -> None:
 def _look(optimizer: Optimizer, args: object, kwargs: object) -> None:
     if optimizer in _known:
         return
+    if owners_of(optimizer):
+        _look_at_wrapped(optimizer)
+        return
     _known.add(optimizer)
-    if is_owner(optimizer) or is_claimed(optimizer):
+    if _makes_or_leads_to_choices(optimizer):
         return
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     for owner in owners():
@@ -49,6 +57,37 @@ def _look(optimizer: Optimizer, args: object, kwargs: object) -> None:
                 len(groups),
                 both[0],
             )
+
+
+def _look_at_wrapped(optimizer: Optimizer) -> None:
+    """Tell the user of a step that does not come from the owner, which lends other groups."""
+    shared = [
+        owner
+        for owner in owners_of(optimizer)
+        if isinstance(owner, Owner) and owner.param_groups is optimizer.param_groups
+    ]
+    # torch.distributed.checkpoint steps what it saves, and changes nothing.
+    if shared and not is_rehearsal(optimizer.param_groups, optimizer.state):
+        _known.add(optimizer)
+        logger.warning(
+            "step() of the wrapped %s was called instead of step() of its "
+            "DynamicAllocationOptimizer: no other modules are chosen, so that only those that are "
+            "active now train. Pass the DynamicAllocationOptimizer to whatever makes the steps "
+            "(the loop, GradScaler.step, accelerator.prepare, Lookahead), or call its close() "
+            "first.",
+            type(optimizer).__name__,
+        )
+
+
+def _makes_or_leads_to_choices(optimizer: Optimizer) -> bool:
+    """Return whether ``optimizer`` is an owner or a wrapped one, or has one within it."""
+    found = [optimizer]
+    for one in found:  # which grows
+        if is_owner(one) or is_claimed(one):
+            return True
+        within = (item for items in optimizers_within(one).values() for item in items)
+        found += [item for item in within if all(item is not known for known in found)]
+    return False
 
 
 def _has_one_of(held: set[int], group: ModuleGroup) -> bool:

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed.checkpoint.state_dict
 from kinds import KINDS, each_kind, made
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW
@@ -185,6 +186,83 @@ def test_a_plain_optimizer_over_a_live_model_is_told_once(caplog):
     assert "close()" in record.getMessage()
 
 
+STEPS: dict[str, Callable[[Any], object]] = {
+    "step": lambda inner: inner.step(),
+    "GradScaler": lambda inner: torch.amp.GradScaler("cpu", enabled=False).step(inner),
+    "wrapper": lambda inner: Outer(inner).step(),
+}
+
+
+class Outer(torch.optim.Optimizer):
+    """As Lookahead is written: an optimizer that holds another, and its groups."""
+
+    def __init__(self, inner: torch.optim.Optimizer) -> None:
+        super().__init__([torch.zeros(1)], {})
+        self.inner, self.param_groups = inner, inner.param_groups
+
+    def step(self, closure: Any = None) -> Any:
+        return self.inner.step()
+
+
+@pytest.mark.parametrize("how", STEPS)
+@pytest.mark.parametrize("before", ["at once", "after steps of its own", "after loading"])
+def test_steps_of_the_wrapped_optimizer_itself_are_told_once(how, before, caplog):
+    model = ToyModel()
+    inner = AdamW(model.parameters(), lr=0.01)
+    optimizer = DynamicAllocationOptimizer(inner, model, active=1, period=1)
+    if before != "at once":
+        train(model, optimizer, 2)
+    if before == "after loading":
+        inner.load_state_dict(inner.state_dict())
+    assert not caplog.records
+    for _ in range(3):
+        backward(model)
+        STEPS[how](inner)
+    (line,) = caplog.messages
+    assert "step() of the wrapped AdamW was called" in line
+    assert "Pass the DynamicAllocationOptimizer" in line
+    assert "close()" in line
+
+
+class Patched(AdamW):
+    """Calls the step of its base class, which has hooks too."""
+
+    def step(self, closure: Any = None) -> Any:
+        return super().step(closure)
+
+
+@pytest.mark.parametrize("rule", [AdamW, Patched])
+@pytest.mark.parametrize("patched", [False, True])
+def test_steps_that_our_optimizer_makes_are_not_told(rule, patched, caplog):
+    model = ToyModel()
+    AdamW(model.parameters())  # so that its class has the hooks
+    inner = rule(model.parameters(), lr=0.01)
+    if patched:
+        step = inner.step
+        inner.step = lambda closure=None: step(closure)
+    optimizer = DynamicAllocationOptimizer(inner, model, active=2, period=1)
+    train(model, optimizer, 2)
+    train(model, Outer(optimizer), 2)
+    train(model, Outer(Outer(optimizer)), 2)
+    torch.distributed.checkpoint.state_dict.get_optimizer_state_dict(model, optimizer)
+    optimizer.load_state_dict(optimizer.state_dict())
+    train(model, optimizer, 2)
+    optimizer.close()
+    train(model, inner, 2)
+    train(model, Outer(inner), 2)
+    assert not caplog.records
+    assert len(optimizer.record) == 9
+
+
+def test_saving_the_wrapped_optimizer_is_not_told(caplog):
+    model = ToyModel()
+    inner = AdamW(model.parameters(), lr=0.01)
+    optimizer = DynamicAllocationOptimizer(inner, model, active=1.0)
+    torch.distributed.checkpoint.state_dict.get_optimizer_state_dict(model, inner)
+    assert not caplog.records
+    assert len(optimizer.groups) == 6
+
+
 def test_others_are_not_told(caplog):
     model, other = ToyModel(), ToyModel()
     head = list(model.head.parameters())
@@ -202,21 +280,64 @@ def test_others_are_not_told(caplog):
     assert not caplog.records
 
 
-def test_a_copy_after_a_forward_that_was_interrupted_trains_whole():
-    model = ToyModel()
-    optimizer = wrapped(model, active=2, period=2)
+@each_kind
+def test_a_shallow_copy_of_a_module_is_one_of_an_active_module(kind):
+    model, optimizer = made(kind, active=1, period=9)
+    for module in list(optimizer._driver.modules()):
+        names = set(vars(module))
+        twin = copy.copy(module)
+        assert type(twin) is type(module)
+        assert getattr(twin, "active", True)
+        assert vars(twin).keys() == names - {"__deepcopy__", "__reduce_ex__"}
+        assert set(vars(module)) == names
+        mine, its = module.named_parameters(), twin.named_parameters()
+        assert all(a is b for (_, a), (_, b) in zip(mine, its, strict=True))
+        torch.testing.assert_close(twin(batch()), module(batch()))
+    backward(model)
+    idle = set(optimizer.groups) - set(optimizer.active_groups)
+    held = [p for g in optimizer.module_groups if g["name"] in idle for p in g["params"]]
+    assert all(parameter.grad is None for parameter in held)
 
-    def interrupt(*_: object) -> None:
-        raise KeyboardInterrupt
 
-    handle = model.head.register_forward_pre_hook(interrupt)
-    with pytest.raises(KeyboardInterrupt):
-        model(batch())
-    handle.remove()
-    twin = copy.deepcopy(model)
-    twin(batch()).square().mean().backward()
-    assert all(p.grad is not None for p in twin.parameters() if p.requires_grad)
-    assert len(optimizer.active_groups) == 2
+@each_kind
+@pytest.mark.parametrize("how", COPIES)
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("when", ["within the forward", "after an interrupt"])
+def test_a_copy_of_a_module_that_runs_trains_whole(kind, how, training, when):
+    model, optimizer = made(kind, active=1, period=9)
+    train(model, optimizer, 2)
+    copies: list[nn.Module] = []
+
+    def interrupt(*_: object) -> None:  # in each module in turn: one of them is active
+        handle.remove()
+        if when == "within the forward":
+            copies.append(COPIES[how](model))
+        else:
+            raise KeyboardInterrupt
+
+    for module in list(optimizer._driver.modules()):
+        handle = next(module.children()).register_forward_pre_hook(interrupt)
+        model.train(training)
+        if when == "within the forward":
+            backward(model)
+        else:
+            with pytest.raises(KeyboardInterrupt):
+                model(batch())
+            copies.append(COPIES[how](model))
+        model.train()
+    fresh = KINDS[kind][0]()
+    fresh.load_state_dict(model.state_dict())
+    for one in (fresh, *copies):
+        one.train()
+        train(one, AdamW(one.parameters(), lr=0.01), 3)
+    assert len(copies) == len(optimizer.groups)
+    assert all(same(weights(one), weights(fresh)) for one in copies)
+    assert len(optimizer.active_groups) == 1
+    backward(model)
+    backward(model)
+    idle = set(optimizer.groups) - set(optimizer.active_groups)
+    held = [p for g in optimizer.module_groups if g["name"] in idle for p in g["params"]]
+    assert all(parameter.grad is None for parameter in held), "the model itself is as it was"
 
 
 def test_parametrized_weights_train_as_with_the_plain_optimizer():

@@ -136,6 +136,36 @@ def test_a_scheduler_on_the_inner_optimizer_drives_a_part_of_the_modules_as_it_d
     assert len(seen) > 2, "the options changed"
 
 
+@pytest.mark.parametrize("then", ["trains", "loads", "loads into the inner", "adds a group"])
+@pytest.mark.parametrize("closed", [False, True])
+def test_a_scheduler_of_a_wrapper_reaches_the_one_that_replaces_it(then, closed):
+    """The notebook cell that wraps is run again; the cell that builds the scheduler is not."""
+    model, twin = ToyModel(), ToyModel()
+    plain, inner = (SGD(user_groups(m)[:2], lr=0.02, momentum=0.9) for m in (model, twin))
+    first = DynamicAllocationOptimizer(inner, twin, active=1.0)
+    schedulers = [lr_scheduler.StepLR(o, 2, 0.5) for o in (plain, first)]
+    if closed:
+        first.close()
+    second = DynamicAllocationOptimizer(inner, twin, active=1.0)
+    for step in range(6):
+        train(model, plain, 1, start=step)
+        train(twin, second, 1, start=step)
+        for scheduler in schedulers:
+            scheduler.step()
+        if step == 2 and then.startswith("loads"):
+            target = inner if then.endswith("inner") else second
+            target.load_state_dict(copy.deepcopy(target.state_dict()))
+            plain.load_state_dict(copy.deepcopy(plain.state_dict()))
+        elif step == 2 and then == "adds a group":
+            for m, o in ((model, plain), (twin, second)):
+                o.add_param_group({**user_groups(m)[2], "initial_lr": 0.02})
+                schedulers[o is second].base_lrs.append(0.02)
+        rates = [group["lr"] for group in second.param_groups]
+        assert rates == [group["lr"] for group in plain.param_groups]
+    assert rates[0] == pytest.approx(0.02 / 8)
+    assert same(weights(model), weights(twin))
+
+
 @pytest.mark.parametrize("after", ["wrapping", "loading"])
 def test_a_rate_set_on_the_inner_optimizer_counts(after):
     (model, plain), (twin, inner, optimizer) = both()

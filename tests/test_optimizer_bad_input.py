@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import math
 import re
 
 import pytest
 import torch
-from kinds import Blocks
+from kinds import Blocks, foreign, foreign_groups
 from torch import nn
 from toy import ToyModel, backward, names, same, train, weights, wrapped
 
@@ -189,6 +190,53 @@ def test_a_second_optimizer_takes_over_from_the_first_and_says_so(again, caplog)
     assert same(weights(model), weights(reference))
     with pytest.raises(RuntimeError, match=r"step\(\) after close\(\)"):
         first.step()
+
+
+def linear_groups(name: str, module: nn.Module) -> str | None:
+    """The rule that makes the one part of each `Foreign` a group."""
+    return name if name.endswith("inner") else None
+
+
+REGROUPED = {  # a model, and two rules that find other modules, with the same parameters
+    "full": (foreign, foreign_groups, linear_groups),
+    "adapters": (Blocks, "auto", "blocks"),
+}
+
+
+def trainable(model: nn.Module) -> torch.optim.AdamW:
+    return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.1)
+
+
+@pytest.mark.parametrize("kind", REGROUPED)
+@pytest.mark.parametrize("turned", [False, True])
+def test_a_second_optimizer_takes_over_also_if_its_groups_are_of_other_modules(
+    kind, turned, caplog
+):
+    make, *rules = REGROUPED[kind]
+    torch.manual_seed(0)
+    model = make()
+    reference = copy.deepcopy(model)
+    before, after = reversed(rules) if turned else rules
+    first = DynamicAllocationOptimizer(trainable(model), model, active=1, groups=before)
+    with caplog.at_level("WARNING"):
+        second = DynamicAllocationOptimizer(trainable(model), model, active=1.0, groups=after)
+    (line,) = caplog.messages
+    assert f"takes over the {len(first.driven_groups())} module groups of an earlier one" in line
+    train(model, second, 3)
+    train(reference, trainable(reference), 3)
+    assert same(weights(model), weights(reference))
+    with pytest.raises(RuntimeError, match=r"step\(\) after close\(\)"):
+        first.step()
+
+
+def test_taking_over_a_part_of_groups_of_other_modules_is_refused():
+    model = foreign()
+    first = DynamicAllocationOptimizer(adamw(model), model, active=1, groups=foreign_groups)
+    with pytest.raises(ValueError, match=r"drives 4 module groups.*take over 1 of them, but not 0"):
+        DynamicAllocationOptimizer(
+            adamw(model), model, groups=lambda name, _: name if name == "3.inner" else None
+        )
+    assert not first._driver.is_closed
 
 
 def test_an_optimizer_that_is_refused_takes_nothing_over():

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
 import random
+import weakref
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from kinds import KINDS, assert_as_torch, decided, each_kind, foreign_groups, hooks, made
+from kinds import KINDS, Foreign, assert_as_torch, decided, each_kind, foreign_groups, hooks, made
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LinearLR
@@ -277,6 +280,120 @@ def test_a_forward_that_is_interrupted_takes_no_parameter_away(error, then):
         train(model, optimizer, 2)
     for name, parameter in model.named_parameters():
         assert parameter is parameters[name]
+
+
+def rebuilt(model: nn.Module, optimizer: DynamicAllocationOptimizer) -> None:
+    """What a notebook does when the cell that builds the optimizer runs again."""
+    assert list(model.parameters()) == optimizer.param_groups[0]["params"]
+    train(model, wrapped(model, active=1, groups=foreign_groups), 2)
+
+
+def loaded(model: nn.Module, optimizer: DynamicAllocationOptimizer) -> None:
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    model.load_state_dict(state, assign=True)
+    assert all(p.data_ptr() == state[n].data_ptr() for n, p in model.named_parameters())
+
+
+def converted(model: nn.Module, optimizer: DynamicAllocationOptimizer) -> None:
+    model.double()
+    assert model(batch().double()).dtype == torch.float64
+    assert {p.dtype for p in model.parameters()} == {torch.float64}
+
+
+AFTERWARDS: dict[str, Callable[[nn.Module, DynamicAllocationOptimizer], object]] = {
+    "optimizer": rebuilt,
+    "load assign": loaded,
+    "double": converted,
+    "zero_grad": lambda model, optimizer: optimizer.zero_grad(),
+    "step": lambda model, optimizer: optimizer.step(),
+    "state_dict": lambda model, optimizer: optimizer.load_state_dict(optimizer.state_dict()),
+    "hold": lambda model, optimizer: optimizer.hold(optimizer.groups[1:2]),
+    "active_parameters": lambda model, optimizer: optimizer.active_parameters(),
+    "close": lambda model, optimizer: optimizer.close(),
+    "part": lambda model, optimizer: model[:3](batch()),
+}
+
+
+@pytest.mark.parametrize("then", AFTERWARDS)
+@pytest.mark.parametrize("at", ["the first forward", "a later one"])
+@pytest.mark.parametrize("training", [True, False])
+def test_whatever_comes_after_an_interrupt_finds_the_parameters(then, at, training):
+    model, optimizer = made("foreign", active=1, period=9)
+    if at == "a later one":
+        train(model, optimizer, 1)
+    held = set(optimizer.param_groups[0]["params"])
+    for layer in model[:4]:
+        layer.raises = KeyboardInterrupt()
+        with pytest.raises(KeyboardInterrupt):
+            model.train(training)(batch())
+        layer.raises = None
+        if then in ("optimizer", "close"):
+            continue
+        AFTERWARDS[then](model.train(), optimizer)
+        model.float()
+    if then in ("optimizer", "close"):
+        AFTERWARDS[then](model.train(), optimizer)
+    if then != "load assign":
+        assert set(model.parameters()) == held
+    if then not in ("optimizer", "close", "load assign"):
+        before = weights(model)
+        backward(model)
+        optimizer.step()
+        moved = {n[0] for n, p in model.named_parameters() if not torch.equal(p, before[n])}
+        assert moved == {*optimizer.active_groups, "4"}
+
+
+@pytest.mark.parametrize("interrupted", [False, True])
+def test_what_a_forward_has_used_is_freed_at_once(interrupted):
+    model, optimizer = made("foreign", active=1, period=9)
+    x = batch()
+    input_of_model = weakref.ref(x)
+    gc.disable()
+    try:
+        if interrupted:
+            model[0].raises = model[1].raises = KeyboardInterrupt()
+            with pytest.raises(KeyboardInterrupt):
+                model(x)
+            model[0].raises.__traceback__ = model[1].raises.__traceback__ = None
+            model.zero_grad()
+        else:
+            model(x).sum().backward()
+        del x
+        assert input_of_model() is None
+    finally:
+        gc.enable()
+    assert len(optimizer.active_groups) == 1
+
+
+def test_a_model_that_was_interrupted_can_be_thrown_away():
+    def interrupted() -> weakref.ref[nn.Module]:
+        model, _optimizer = made("foreign", active=1, period=9)
+        for layer in model[:2]:
+            layer.raises = KeyboardInterrupt()
+            with pytest.raises(KeyboardInterrupt):
+                model(batch())
+            layer.raises = None
+        return weakref.ref(model)
+
+    model = interrupted()
+    gc.collect()
+    assert model() is None
+
+
+def test_modules_that_contain_each_other_find_their_parameters_after_an_interrupt():
+    torch.manual_seed(0)
+    inner, model = Foreign(), nn.Sequential(nn.Sequential(nn.Linear(8, 8)), nn.Linear(8, 3))
+    model[0].append(inner)
+    rule = {"groups": lambda name, _: {"0": "a", "0.0": "a", "0.1": "a", "1": "b"}.get(name)}
+    parameters = dict(model.named_parameters())
+    optimizer = wrapped(model, active=1, **rule)
+    optimizer.hold(["b"])
+    inner.raises = KeyboardInterrupt()
+    with pytest.raises(KeyboardInterrupt):
+        model(batch())
+    inner.raises = None
+    optimizer.step()
+    assert all(parameter is parameters[n] for n, parameter in model.named_parameters())
 
 
 def optimizer_parameter(optimizer: Optimizer, name: str) -> Tensor:

@@ -44,6 +44,7 @@ from training_loop import (
     RULES,
     SCHEDULES,
     Boom,
+    Interrupt,
     Loop,
     go_on,
 )
@@ -112,7 +113,7 @@ def options_of(chosen: dict[str, Any]) -> dict[str, Any]:
 def error_of(move: Callable[..., Any], *arguments: Any) -> BaseException | None:
     try:
         move(*arguments)
-    except (RuntimeError, ValueError, TypeError, Boom) as error:
+    except (RuntimeError, ValueError, TypeError, Boom, Interrupt) as error:
         return error
     return None
 
@@ -186,7 +187,7 @@ class TrainingScript(RuleBasedStateMachine):
             rest = arguments if rest is None else rest
             third = error_of(getattr(self.follower, move_of_follower), *rest)
             assert type(third) is type(error), (move, error, third)
-        self.over = error is not None and not isinstance(error, Boom)
+        self.over = error is not None and not isinstance(error, (Boom, Interrupt))
         return error is None
 
     def waiting(self) -> set[str]:
@@ -213,7 +214,7 @@ class TrainingScript(RuleBasedStateMachine):
         closed, joining = self.leader.closed, self.waiting()
         trained = self.trained(at_step=True)
         self.plain.waits = joining - trained
-        if move != "step_by_closure":  # whose gradients are still to come
+        if move == "step":  # the others clip within it, before
             self.plain.drop(joining - trained)
         batches = arguments[0] if arguments else ()  # of a closure
         moved = {
@@ -323,11 +324,15 @@ class TrainingScript(RuleBasedStateMachine):
         self.do("step_schedulers")
 
     @precondition(lambda self: not self.over)
-    @rule(where=st.sampled_from(["forward", "backward"]), block=st.integers(0, MOST_LAYERS))
+    @rule(
+        where=st.sampled_from(["forward", "interrupt", "backward"]),
+        block=st.integers(0, MOST_LAYERS),
+    )
     def fail(self, where, block):
         (number,) = self.take_batches(1)
         names = self.leader.model.names()
-        if self.chosen["probe"] and names[block % len(names)] not in self.trained():
+        is_backward = where == "backward"
+        if is_backward and self.chosen["probe"] and names[block % len(names)] not in self.trained():
             where = "forward"  # only a probe goes back to a block that may lie below all others
         self.do("fail", where, block, number)
 
@@ -424,8 +429,14 @@ class TrainingScript(RuleBasedStateMachine):
         self.do("round_trip", quiet="" if self.leader.loading_leaves_no_trace() else None)
 
     @precondition(lambda self: not self.over)
-    @rule(how=st.sampled_from(["deepcopy", "pickle", "average"]))
-    def train_a_copy_of_the_model(self, how):
+    @rule(
+        how=st.sampled_from(["deepcopy", "pickle", "average"]),
+        interrupted=st.none() | st.integers(0, MOST_LAYERS),
+    )
+    def train_a_copy_of_the_model(self, how, interrupted):
+        if interrupted is not None:
+            (number,) = self.take_batches(1)
+            self.do("fail", "interrupt", interrupted, number)
         ours, plain = self.leader.trained_copy(how), self.plain.trained_copy(how)
         for name, weight in plain.items():
             assert_equal(ours[name], weight, f"{name} of the copy")
@@ -438,9 +449,9 @@ class TrainingScript(RuleBasedStateMachine):
         self.do("close")
 
     @precondition(lambda self: not self.over)
-    @rule(how=st.sampled_from(["same inner", "new inner"]))
-    def take_over(self, how):
-        self.do("take_over", how)
+    @rule(how=st.sampled_from(["same inner", "new inner"]), regroups=st.booleans())
+    def take_over(self, how, regroups):
+        self.do("take_over", how, regroups)
         self.active, self.held = self.chosen["active"], False
         self.begin_ledger()
 

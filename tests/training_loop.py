@@ -64,6 +64,10 @@ class Boom(Exception):
     """What a script's own code raises."""
 
 
+class Interrupt(KeyboardInterrupt):
+    """What Ctrl-C raises: torch runs no hook of a forward that it ends."""
+
+
 # The model
 
 
@@ -84,6 +88,8 @@ class Block(nn.Module):
         y = self.linear(self.norm(x))
         if self.fails == "forward":
             raise Boom("forward")
+        if self.fails == "interrupt":
+            raise Interrupt("forward")
         if self.fails == "backward" and y.requires_grad:
             y.register_hook(boom)
         return x + self.dropout(torch.tanh(y))
@@ -214,6 +220,7 @@ class Loop:
         seed: Of the weights.
         layers: How many blocks the model has.
         joined: The modules that were frozen at first and have been unfrozen.
+        regrouped: Whether the groups are made of other modules, with the same parameters.
     """
 
     def __init__(
@@ -223,8 +230,9 @@ class Loop:
         plain: bool = False,
         seed: int = 0,
         added: Collection[str] = (),
+        regrouped: bool = False,
     ) -> None:
-        self.chosen, self.plain = chosen, plain
+        self.chosen, self.plain, self.regrouped = chosen, plain, regrouped
         self.model = Model(chosen["kind"], LAYERS, seed)
         self.model.checkpoints = chosen["checkpoints"]
         self.frozen: list[str] = self.model.names()[LAYERS - chosen["frozen"] :]
@@ -281,11 +289,26 @@ class Loop:
                 every=self.chosen["every"],
                 probe=self.chosen["probe"],
             ),
-            groups="blocks" if self.chosen["kind"] == "blocks" else "auto",
+            groups=self.rule(),
             pause=Pause(**self.chosen["pause"]),
             backward=Backward(checkpoint_idle=self.chosen["checkpoint_idle"]),
             **rest,
         )
+
+    def rule(self) -> Any:
+        """How modules form groups, of which the names are always the same."""
+        is_blocks = self.chosen["kind"] == "blocks"
+        if not self.regrouped:
+            return "blocks" if is_blocks else "auto"
+        depth = 3 if is_blocks else 2  # the parts of blocks, or the blocks around adapters
+
+        def rule(name: str, module: nn.Module) -> str | None:
+            parts = name.split(".")
+            if parts[0] != "blocks" or len(parts) != depth:
+                return None
+            return ".".join(parts[:2]) if is_blocks else f"{name}.linear"
+
+        return rule
 
     def scheduled(self) -> list[Any]:
         """The schedulers, built on the optimizer or on the one inside."""
@@ -362,6 +385,7 @@ class Loop:
         """Update if all gradients are finite."""
         self.scaler.unscale_(self.optimizer)
         self.clipped()
+        self.drop(self.waits)
         with self.local.rates():
             self.scaler.step(self.optimizer)
         self.scaler.update()
@@ -470,8 +494,10 @@ class Loop:
             self.optimizer.close()
         self.optimizer, self.closed = self.inner, True
 
-    def take_over(self, how: str) -> None:
+    def take_over(self, how: str, regroups: bool = False) -> None:
         """Build a new optimizer over the same model, around the same inner one or a new one."""
+        self.regrouped ^= regroups
+        self.former = self.optimizer  # as a variable of a notebook keeps it
         if how == "new inner":
             saved = self.optimizer.state_dict()
             if not self.plain and not self.closed:
@@ -513,14 +539,16 @@ class Loop:
     def shape(self) -> dict[str, Any]:
         """What the script itself knows when it starts again."""
         dtype = next(self.model.parameters()).dtype
-        kept = {key: copy.copy(getattr(self, key)) for key in ("frozen", "added", "clip")}
+        names = ("frozen", "added", "clip", "regrouped")
+        kept = {key: copy.copy(getattr(self, key)) for key in names}
         modes = {"training": self.model.training, "checkpoints": self.model.checkpoints}
         return {"chosen": self.chosen, "plain": self.plain, "dtype": dtype, **kept, **modes}
 
     @staticmethod
     def resumed(shape: dict[str, Any], file: bytes, *, used: bool = False) -> Loop:
         """A run built anew that goes on from ``file``; one that was ``used`` has trained before."""
-        fresh = Loop(shape["chosen"], plain=shape["plain"], seed=5, added=shape["added"])
+        fixed = {key: shape[key] for key in ("plain", "added", "regrouped")}
+        fresh = Loop(shape["chosen"], seed=5, **fixed)
         fresh.clip, fresh.model.checkpoints = shape["clip"], shape["checkpoints"]
         fresh.model.to(shape["dtype"])
         if used:

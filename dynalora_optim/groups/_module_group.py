@@ -46,6 +46,9 @@ class Slot:
             RuntimeError: Something else is in this place, or nothing.
         """
         parameter = self.tensor
+        if parameter is not None and not isinstance(parameter, nn.Parameter):
+            # A read puts back what an interrupted forward has replaced.
+            parameter = parameter_slots(self.owner)[self.attribute]
         return parameter if isinstance(parameter, nn.Parameter) else self._refuse(parameter)
 
     @property

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from dynalora_optim._base.torch_private_hooks import (
 )
 from dynalora_optim.groups._module_group import AdapterModule, Slot
 from dynalora_optim.switching._gate import gated, needs_gate, new_gate, set_gate
-from dynalora_optim.switching._idle_slots import stay_idle, wake
+from dynalora_optim.switching._idle_slots import begin, end, stay_idle, wake
 
 
 class DetachedForward:
@@ -34,7 +35,7 @@ class DetachedForward:
         self.gated = True
         self._active = True
         self._gate = new_gate()
-        self._held: list[Tensor | None] = []
+        self.held: list[Tensor | None] = []
         self._handles: list[RemovableHandle] = [
             # Both run inside FSDP2's hooks, which put the full parameters into this module.
             module.register_forward_pre_hook(self._detach),
@@ -56,27 +57,31 @@ class DetachedForward:
         is_gated = self.gated and needs_gate()
         if not is_gated and self._active:  # in this order: compiled code must not depend on it
             return
+        if not torch.compiler.is_compiling():  # compiled code must find ordinary dicts
+            if not (module.training or torch.is_grad_enabled()):
+                return
+            begin(self)
+            stay_idle(self.slots)
         self.restore()
-        self._held = [slot.tensor for slot in self.slots]
-        for slot, parameter in zip(self.slots, self._held, strict=True):
+        self.held = [slot.tensor for slot in self.slots]
+        for slot, parameter in zip(self.slots, self.held, strict=True):
             if parameter is not None:
                 slot.put(gated(parameter, self._gate) if is_gated else parameter.detach())
-        if not torch.compiler.is_compiling() and (module.training or torch.is_grad_enabled()):
-            # Not before: compiled code must find ordinary dicts.
-            stay_idle(self.slots)
 
     def _restore(self, module: nn.Module, args: object, output: object) -> None:
         self.restore()
+        if not torch.compiler.is_compiling():
+            end(self)
 
     def restore(self) -> None:
         """Put the parameters back; also needed if an interrupt in the forward skipped the hook."""
-        if self._held:
-            for slot, parameter in zip(self.slots, self._held, strict=True):
+        if self.held:
+            for slot, parameter in zip(self.slots, self.held, strict=True):
                 slot.put(parameter)
-            self._held = []
+            self.held = []
 
     def holds(self, parameter: Tensor) -> bool:
-        return any(held is parameter for held in (self._held or [s.tensor for s in self.slots]))
+        return any(held is parameter for held in (self.held or [s.tensor for s in self.slots]))
 
     def remove(self) -> None:
         self.restore()
@@ -86,7 +91,7 @@ class DetachedForward:
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy of a model has no optimizer that would make its modules active again.
-        return {**self.__dict__, "_active": True}
+        return {**self.__dict__, "_active": True, "held": []}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -139,12 +144,19 @@ class ActiveCopies:
         function, arguments, state, *more = reduced
         if isinstance(state, dict):  # the attributes themselves
             state = {key: value for key, value in state.items() if key not in self._NAMES}
-        items = (*more, None, None)[:2]
-        return function, arguments, state, *items, set_state_active
+        # Without a sixth item, a function that sets the state: `copy.copy` does not take one.
+        return new_module, (function, *arguments), state, *more
 
 
-def set_state_active(module: nn.Module, state: Any) -> None:
-    """Give ``module``, which is being unpickled, its ``state``, and make it active."""
+def new_module(function: Callable[..., nn.Module], *arguments: Any) -> nn.Module:
+    """Return an empty module, as ``function`` makes it, that is active once it gets its state."""
+    module = function(*arguments)
+    vars(module)["__setstate__"] = partial(_set_state, module)
+    return module
+
+
+def _set_state(module: nn.Module, state: Any) -> None:
+    del vars(module)["__setstate__"]
     module.__setstate__(state)  # type: ignore[no-untyped-call]
     activated(module)
 

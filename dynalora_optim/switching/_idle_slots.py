@@ -1,4 +1,8 @@
-"""Keeping an idle module idle while its forward is recomputed, whoever checkpoints it.
+"""Keeping an idle module idle while its forward is recomputed, and its parameters its own.
+
+In a forward, an idle module has detached tensors in the places of its parameters. An interrupt
+(Ctrl-C) ends the forward without the hook that puts the parameters back. So whoever reads such a
+place after that, to copy, convert or load the model, puts them back.
 
 A checkpoint may recompute a part of a forward without a call of the module, so that no hook of the
 module runs: the module's own forward checkpoints one of its methods, a caller checkpoints a
@@ -8,8 +12,12 @@ the parameters as attributes of their modules.
 
 from __future__ import annotations
 
+import inspect
+import threading
+import weakref
 from collections.abc import Sequence
-from typing import Any
+from types import CodeType, FrameType
+from typing import Any, Protocol, TypeAlias
 
 import torch
 from torch import nn
@@ -29,9 +37,13 @@ class _IdleSlots(dict[str, Any]):
     idle: frozenset[str] = frozenset()
 
     def _read(self, name: str, held: Any) -> Any:
-        if name in self.idle and isinstance(held, nn.Parameter) and _is_recomputing():
-            return held.detach()
-        return held
+        if name not in self.idle or held is None:
+            return held
+        if isinstance(held, nn.Parameter):
+            return held.detach() if _is_recomputing() else held
+        if not torch.compiler.is_compiling():
+            end_interrupted()
+        return super().__getitem__(name)
 
     def __getitem__(self, name: str) -> Any:
         return self._read(name, super().__getitem__(name))
@@ -48,7 +60,14 @@ class _IdleSlots(dict[str, Any]):
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         # A copy of a model is active. One that is copied with its optimizer is idle again from its
         # next forward on.
-        return dict, (), None, None, iter(dict.items(self))
+        end_interrupted()
+        own = dict(dict.items(self))
+        # A copy that is made within them:
+        running = (forward() for _, forward in reversed(_running.forwards))
+        for forward in filter(None, running):
+            places = zip(forward.slots, forward.held, strict=False)
+            own.update((s.attribute, p) for s, p in places if parameter_slots(s.owner) is self)
+        return dict, (), None, None, iter(own.items())
 
 
 def _is_recomputing() -> bool:
@@ -74,3 +93,68 @@ def wake(slots: Sequence[Slot]) -> None:
             held.idle -= {slot.attribute}
             if not held.idle:
                 set_parameter_slots(slot.owner, dict.copy(held))
+
+
+class IdleForward(Protocol):
+    """What puts ``held`` back into ``slots`` after a forward."""
+
+    slots: Sequence[Slot]
+    held: list[Any]
+
+    def restore(self) -> None: ...
+
+
+Mark: TypeAlias = "tuple[int, CodeType] | None"  # of a call
+
+
+class _Running(threading.local):
+    """The forwards of idle modules that run in this thread, each with the mark of its call.
+
+    The frame itself leads to all that its callers use, and the forward to the model: neither must
+    live longer because a forward was interrupted.
+    """
+
+    def __init__(self) -> None:
+        self.forwards: list[tuple[Mark, weakref.ref[IdleForward]]] = []
+
+
+_running = _Running()
+
+
+def begin(forward: IdleForward) -> None:
+    """Note that ``forward`` runs, until the function that has called this function's caller ends.
+
+    The caller is a hook, and that function is torch's call of the module.
+    """
+    end_interrupted()
+    frame = inspect.currentframe()
+    for _ in range(2):  # a variable must not keep its own frame: a cycle, with all above it
+        frame = frame and frame.f_back
+    _running.forwards.append((_mark(frame), weakref.ref(forward)))
+
+
+def end(forward: IdleForward) -> None:
+    """Note that ``forward`` has ended."""
+    _running.forwards = [one for one in _running.forwards if one[1]() is not forward]
+
+
+def end_interrupted() -> None:
+    """Put back the parameters of forwards that have ended without their hook, the last first."""
+    forwards = _running.forwards
+    # If the last one runs, then so do all others, because it was called within them.
+    while forwards and not _is_running(forwards[-1][0]):
+        if last := forwards[-1][1]():
+            last.restore()
+        forwards.pop()
+
+
+def _is_running(call: Mark) -> bool:
+    # If another call has the same mark by chance, what is idle stays so until that one ends.
+    frame = inspect.currentframe()
+    while frame is not None and _mark(frame) != call:
+        frame = frame.f_back
+    return frame is not None
+
+
+def _mark(frame: FrameType | None) -> Mark:
+    return frame and (id(frame), frame.f_code)

@@ -17,6 +17,7 @@ from dynalora_optim.groups._layout import blocks_of
 from dynalora_optim.groups._module_group import ModuleGroup
 from dynalora_optim.switching._detach import DetachedForward, has_flag
 from dynalora_optim.switching._former_flags import Flagged, FormerFlags
+from dynalora_optim.switching._idle_slots import end_interrupted
 from dynalora_optim.switching._recompute import Recomputer, is_compiled
 
 
@@ -52,6 +53,7 @@ class ModuleSwitch:
 
     def restore(self) -> None:
         """Put back the parameters that an interrupted forward has replaced."""
+        end_interrupted()
         for hooks in self._detached.values():
             for hook in hooks:
                 hook.restore()

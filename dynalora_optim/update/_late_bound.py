@@ -41,7 +41,8 @@ class LateBoundOptimizer(Optimizer):
         self._before: dict[Any, Any] = {}
         self._is_provisional = False  # the state was created for a checkpoint, not by training
         super().__init__(optimizer.param_groups, dict(optimizer.defaults))
-        self.state = optimizer.state
+        # The very list: an earlier wrapper, which a scheduler may still set rates in, has it too.
+        self.param_groups, self.state = optimizer.param_groups, optimizer.state
         self._link()
         self._parts()
 

@@ -42,10 +42,9 @@ def check_wrappable(optimizer: object) -> None:
 
 def _check_alone(optimizer: Optimizer, kind: str) -> None:
     """Raise if ``optimizer`` changes the weights through another optimizer."""
-    attributes = vars(optimizer)
-    inner = [name for name, value in attributes.items() if any(map(_is_optimizer, _items(value)))]
-    if inner or "param_groups" not in attributes:
-        where = f" in its attribute {inner[0]!r}" if inner else ""
+    inner = optimizers_within(optimizer)
+    if inner or "param_groups" not in vars(optimizer):
+        where = f" in its attribute {next(iter(inner))!r}" if inner else ""
         raise ValueError(
             f"optimizer={kind} itself wraps an optimizer{where}, so that it cannot be given the "
             "groups of active modules. Build it the other way round: wrap the inner optimizer in "
@@ -54,14 +53,19 @@ def _check_alone(optimizer: Optimizer, kind: str) -> None:
         )
 
 
+def optimizers_within(optimizer: Optimizer) -> dict[str, list[Optimizer]]:
+    """Return the optimizers that ``optimizer`` has as attributes, by the attribute."""
+    found = {
+        name: [item for item in _items(value) if isinstance(item, Optimizer)]
+        for name, value in vars(optimizer).items()
+    }
+    return {name: inner for name, inner in found.items() if inner}
+
+
 def _items(value: object) -> Iterable[object]:
     if isinstance(value, Mapping):
         return value.values()
     return value if isinstance(value, (list, tuple)) else (value,)
-
-
-def _is_optimizer(value: object) -> bool:
-    return isinstance(value, Optimizer)
 
 
 def _check_closure(optimizer: Optimizer, kind: str) -> None:
