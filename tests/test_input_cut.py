@@ -268,6 +268,24 @@ def test_a_model_of_ones_own_is_cut_after_its_first_forward():
     assert seen == [True, False, False]
 
 
+def test_a_block_that_is_called_after_an_interrupt_keeps_its_graph():
+    model = Asking()
+    optimizer = drive(model, active=3)  # the first block need not record anything
+    for _ in range(2):  # in the first forward nothing is cut
+        model(IDS).backward()
+
+    def interrupt(*args):
+        raise KeyboardInterrupt
+
+    hook = model.layers[2].register_forward_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        model(IDS)
+    hook.remove()
+    y = model.layers[0](torch.ones(2, 3, 8, requires_grad=True))
+    assert y.requires_grad
+    optimizer.close()
+
+
 def assert_same_gradients(model: nn.Module, plain: nn.Module) -> None:
     """In each of three passes, to the bit, and for the same parameters."""
     for _ in range(3):

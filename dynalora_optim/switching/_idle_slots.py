@@ -12,16 +12,15 @@ the parameters as attributes of their modules.
 
 from __future__ import annotations
 
-import inspect
 import threading
 import weakref
 from collections.abc import Sequence
-from types import CodeType, FrameType
-from typing import Any, Protocol, TypeAlias
+from typing import Any, Protocol
 
 import torch
 from torch import nn
 
+from dynalora_optim._base.calls import Call, call_around, is_running
 from dynalora_optim._base.torch_private import parameter_slots, set_parameter_slots
 from dynalora_optim._base.torch_private_autograd import in_backward
 from dynalora_optim.groups._module_group import Slot
@@ -104,33 +103,23 @@ class IdleForward(Protocol):
     def restore(self) -> None: ...
 
 
-Mark: TypeAlias = "tuple[int, CodeType] | None"  # of a call
-
-
 class _Running(threading.local):
-    """The forwards of idle modules that run in this thread, each with the mark of its call.
+    """The forwards of idle modules that run in this thread, each with its call.
 
-    The frame itself leads to all that its callers use, and the forward to the model: neither must
-    live longer because a forward was interrupted.
+    A forward leads to the model, which must not live longer because it was interrupted.
     """
 
     def __init__(self) -> None:
-        self.forwards: list[tuple[Mark, weakref.ref[IdleForward]]] = []
+        self.forwards: list[tuple[Call | None, weakref.ref[IdleForward]]] = []
 
 
 _running = _Running()
 
 
 def begin(forward: IdleForward) -> None:
-    """Note that ``forward`` runs, until the function that has called this function's caller ends.
-
-    The caller is a hook, and that function is torch's call of the module.
-    """
+    """Note that ``forward`` runs, until the call of its module ends, whose hook calls this."""
     end_interrupted()
-    frame = inspect.currentframe()
-    for _ in range(2):  # a variable must not keep its own frame: a cycle, with all above it
-        frame = frame and frame.f_back
-    _running.forwards.append((_mark(frame), weakref.ref(forward)))
+    _running.forwards.append((call_around(2), weakref.ref(forward)))
 
 
 def end(forward: IdleForward) -> None:
@@ -142,19 +131,7 @@ def end_interrupted() -> None:
     """Put back the parameters of forwards that have ended without their hook, the last first."""
     forwards = _running.forwards
     # If the last one runs, then so do all others, because it was called within them.
-    while forwards and not _is_running(forwards[-1][0]):
+    while forwards and not is_running(forwards[-1][0]):
         if last := forwards[-1][1]():
             last.restore()
         forwards.pop()
-
-
-def _is_running(call: Mark) -> bool:
-    # If another call has the same mark by chance, what is idle stays so until that one ends.
-    frame = inspect.currentframe()
-    while frame is not None and _mark(frame) != call:
-        frame = frame.f_back
-    return frame is not None
-
-
-def _mark(frame: FrameType | None) -> Mark:
-    return frame and (id(frame), frame.f_code)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import BackwardCFunction
 
+from dynalora_optim._base.calls import Call, call_around, is_running
 from dynalora_optim._base.past import Past
 from dynalora_optim._base.torch_private_autograd import in_backward
 from dynalora_optim._base.torch_private_fsdp import is_units_node
@@ -30,12 +31,14 @@ class CallersTensors:
     """Hooks of the model: know which leaves the arguments of the running forward reach."""
 
     def __init__(self) -> None:
-        self._calls: list[list[Tensor]] = []
+        self._calls: list[tuple[Call | None, list[Tensor]]] = []
 
     def enter(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not torch.compiler.is_compiling():
             needy = (tensor for tensor in tensors((args, kwargs)) if tensor.requires_grad)
-            self._calls.append([leaf for tensor in needy for leaf in leaves(tensor)])
+            reached = [leaf for tensor in needy for leaf in leaves(tensor)]
+            self._end_interrupted()
+            self._calls.append((call_around(1), reached))
 
     def leave(self, model: nn.Module, args: Any, output: Any) -> None:
         if self._calls and not torch.compiler.is_compiling():
@@ -46,7 +49,12 @@ class CallersTensors:
 
         So a part of the model that is called by itself keeps its graph.
         """
-        return not self._calls or any(leaf is known for known in self._calls[-1])
+        self._end_interrupted()
+        return not self._calls or any(leaf is known for known in self._calls[-1][1])
+
+    def _end_interrupted(self) -> None:
+        while self._calls and not is_running(self._calls[-1][0]):
+            self._calls.pop()
 
 
 class InputCut:
