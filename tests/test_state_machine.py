@@ -605,6 +605,7 @@ class InFreshProcesses(TrainingScript):
     """The same, and a run that goes on in another process."""
 
     @precondition(lambda self: not (self.over or self.leader.closed or self.leader.pending))
+    @precondition(lambda self: self.leader.loading_leaves_no_trace())
     @rule()
     def go_on_in_another_process(self):
         first, twin = self.take_batches(3)[0], copy.deepcopy(self.leader)
