@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
-from itertools import islice
 from types import CodeType, FrameType
 from typing import NamedTuple
 
@@ -25,24 +23,26 @@ class Call(NamedTuple):
 
 def call_around(functions: int) -> Call | None:
     """Return the call that is so many functions further out than the function that asks."""
-    frame = next(islice(_outwards(inspect.currentframe()), functions + 1, None), None)
+    frame = inspect.currentframe()
+    for _ in range(functions + 1):  # a variable must not keep its own frame: a cycle
+        frame = frame and frame.f_back
     return _mark(frame) if frame else None
 
 
 def is_running(call: Call | None) -> bool:
     """Return whether ``call`` has not ended in this thread."""
-    return call is not None and any(
-        id(frame) == call.frame and _mark(frame) == call
-        for frame in _outwards(inspect.currentframe())
-    )
-
-
-def _outwards(frame: FrameType | None) -> Iterator[FrameType]:
-    while frame is not None:
-        yield frame
+    frame = inspect.currentframe()
+    while frame is not None and call is not None:
+        if id(frame) == call.frame and _mark(frame) == call:
+            return True
         frame = frame.f_back
+    return False
 
 
 def _mark(frame: FrameType) -> Call:
-    callers = islice(_outwards(frame.f_back), _CALLERS)
-    return Call(id(frame), frame.f_code, tuple((id(f), f.f_lasti) for f in callers))
+    callers: list[tuple[int, int]] = []
+    caller = frame.f_back
+    while caller is not None and len(callers) < _CALLERS:
+        callers.append((id(caller), caller.f_lasti))
+        caller = caller.f_back
+    return Call(id(frame), frame.f_code, tuple(callers))

@@ -37,7 +37,8 @@ class CallersTensors:
         if not torch.compiler.is_compiling():
             needy = (tensor for tensor in tensors((args, kwargs)) if tensor.requires_grad)
             reached = [leaf for tensor in needy for leaf in leaves(tensor)]
-            self._end_interrupted()
+            if self._calls:
+                self._end_interrupted()
             self._calls.append((call_around(1), reached))
 
     def leave(self, model: nn.Module, args: Any, output: Any) -> None:
@@ -51,6 +52,9 @@ class CallersTensors:
         """
         self._end_interrupted()
         return not self._calls or any(leaf is known for known in self._calls[-1][1])
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_calls": []}  # a copy does not run
 
     def _end_interrupted(self) -> None:
         while self._calls and not is_running(self._calls[-1][0]):
