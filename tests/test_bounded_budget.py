@@ -27,7 +27,7 @@ from toy import same, weights
 
 from dynalora_optim import AllocationContext, Bounded, Budget, TopK
 from dynalora_optim.allocation import CostAware, Covering
-from dynalora_optim.allocation._costs import BlockUses, Costs, Plan, Use
+from dynalora_optim.allocation._costs import BlockCost, BlockUses, Costs, Plan, Use
 from dynalora_optim.allocation._cover import covering_plans, shares
 
 DRAWN = ("discounted", "stochastic", "random")
@@ -162,6 +162,23 @@ seeds = st.integers(0, 1000)
 @given(alike_costs(), memories, computes, st.sampled_from([*DRAWN, "topk"]), further, seeds)
 def test_no_block_waits_longer_and_no_step_takes_more(costs, memory, compute, base, more, seed):
     hold_together(costs, Budget(memory, compute, base), more, seed)
+
+
+def test_what_no_plan_of_different_forwards_holds_is_refused_by_the_least_that_would_do():
+    nothing = Use(0, 0, 0, 0, 1)
+    idle = BlockUses(nothing, nothing)
+    alone = replace(layered(1), blocks=(BlockCost(idle, idle, idle, 0, 0),), group_blocks=(0, None))
+    alone = replace(alone, head=nothing, forward_base=40, backward_base=0, entry=0)
+    lowest = replace(idle, full=Use(0, 0, 33, 0, 1))
+    larger = replace(alone, blocks=(replace(alone.blocks[0], lowest=lowest),), head_gradients=12)
+    costs = alone.in_loop(carried=16, followers=(larger,))
+    least = min(map(costs.peak, every_plan(costs, frozenset({0}))))
+    for limit in range(1, least + 3):
+        message = refused(Budget(limit), costs)
+        if limit >= least:
+            assert message is None
+        else:
+            assert f"or {least} bytes" in message
 
 
 @given(any_costs(), memories, computes, st.sampled_from([*DRAWN, "topk"]), further, seeds)

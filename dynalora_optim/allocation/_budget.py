@@ -262,10 +262,10 @@ class Budget:
         return _share_of(costs.flops(costs.all_active), self.compute)
 
     def _none_fits(self, costs: Costs, what: str) -> str:
-        least = least_peak_of_any(costs)
-        if least > self.limit(costs):
-            return self._too_small(costs, least, what)
-        share = min(shares(costs, fewest_plans(costs, self.limit(costs))))
+        fewest = fewest_plans(costs, self.limit(costs))
+        if not fewest:
+            return self._too_small(costs, least_peak_of_any(costs), what)
+        share = min(shares(costs, fewest))
         return (
             f"Budget(compute={self.compute}) is too small for every choice that fits the memory; "
             f"pass at least {up(share)}."

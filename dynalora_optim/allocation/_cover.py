@@ -7,7 +7,12 @@ from dataclasses import replace
 from functools import lru_cache
 
 from dynalora_optim.allocation._costs import Costs, Plan
-from dynalora_optim.allocation._search import best_plan, cheapest_plan, least_peak
+from dynalora_optim.allocation._search import (
+    best_plan,
+    cheapest_plan,
+    least_peak,
+    least_peak_of_one,
+)
 
 
 def including(costs: Costs, blocks: frozenset[int]) -> Costs:
@@ -113,8 +118,13 @@ def covering_plans(
 
 
 def least_peak_of_any(costs: Costs) -> int:
-    """Return the smallest peak of any plan."""
-    return min(least_peak(costs, lowest) for lowest in costs.lowest_blocks())
+    """Return the smallest peak of any plan; in loops of several forwards, of one with one block.
+
+    There `least_peak` of a lowest block is only a bound, which no plan need reach.
+    """
+    if costs.loop.is_even:
+        return min(least_peak(costs, lowest) for lowest in costs.lowest_blocks())
+    return min(least_peak_of_one(costs, block) for block in alone(costs))
 
 
 def most_needed(costs: Costs, *, every_lowest: bool) -> tuple[str, int]:
