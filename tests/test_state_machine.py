@@ -331,9 +331,13 @@ class TrainingScript(RuleBasedStateMachine):
     def fail(self, where, block):
         (number,) = self.take_batches(1)
         names = self.leader.model.names()
-        is_backward = where == "backward"
-        if is_backward and self.chosen["probe"] and names[block % len(names)] not in self.trained():
-            where = "forward"  # only a probe goes back to a block that may lie below all others
+        trained = [names.index(name) for name in self.trained()]
+        place = block % len(names)
+        # What the plain run makes require a gradient below all that trains may be cut off in ours,
+        # and a probe may go back further than the plain run does.
+        never = place not in trained if self.chosen["probe"] else place < min(trained, default=0)
+        if where == "backward" and never:
+            where = "forward"
         self.do("fail", where, block, number)
 
     @precondition(lambda self: not (self.over or self.leader.pending))
