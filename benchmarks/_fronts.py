@@ -73,9 +73,17 @@ def plot(path: Path, title: str, panels: Mapping[str, Series]) -> None:
         ):
             xs, ys = zip(*sorted(points.values()), strict=True)
             axes.plot(xs, ys, f"{marker}-", label=name, markersize=5)
-            for label, point in points.items():
-                place = (4, -11) if turn % 2 else (4, 5)  # labels of neighbours do not overlap
-                axes.annotate(label, point, xytext=place, textcoords="offset points", fontsize=8)
+            for label, (x, y) in points.items():
+                # Labels of neighbours do not overlap: those of other series, and of this one.
+                below, is_left = turn % 2, any(0 < other - x < 0.05 for other in xs)
+                axes.annotate(
+                    label,
+                    (x, y),
+                    xytext=(-4 if is_left else 4, -11 if below else 5),
+                    ha="right" if is_left else "left",
+                    textcoords="offset points",
+                    fontsize=8,
+                )
         axes.set(xlabel="peak memory / peft LoRA", ylabel=f"{cost} / peft LoRA")
         axes.margins(0.12)
         axes.set(xlim=(0, None), ylim=(0, None))
