@@ -29,25 +29,31 @@ LATE = names()[3:]
 
 
 class Case(NamedTuple):
-    """How the model is distributed, and whether a param group is added for what is unfrozen."""
+    """How the model is distributed, whether a param group is added for what is unfrozen, and the
+    first layer of that: 0 if the head alone trains at first.
+    """
 
     how: str
     added: bool = False
     options: dict[str, Any] = {}
+    first: int = 3
 
 
 CASES = {
     "DDP that was built before they were frozen": Case("ddp first"),
     "DDP that is built anew": Case("ddp anew"),
     "DDP that is built anew, a group": Case("ddp anew", added=True),
+    "DDP that is built anew, a head alone": Case("ddp anew", first=0),
     "FSDP2": Case("blocks"),
+    "FSDP2, a head alone": Case("blocks", first=0),
     "FSDP2, a group": Case("blocks", added=True),
     "FSDP2, whole": Case("whole"),
     "FSDP2, adapters": Case("adapters", added=True),
     # torch itself raises an error if a whole unit is frozen in the first forward.
     "FSDP2, whole, bfloat16": Case("whole", options=BF16_REDUCED_IN_32),
 }
-SHARDED, PARTS = ("FSDP2", "FSDP2, a group"), ("adapters", "head")
+SHARDED = ("FSDP2", "FSDP2, a group", "FSDP2, a head alone")
+PARTS = ("adapters", "head")
 UNUSED = {"find_unused_parameters": True}
 
 
@@ -56,7 +62,7 @@ class Run:
 
     def __init__(self, case: Case, allocation: dict[str, Any] | None) -> None:
         self.case = case
-        self.model = ToyModel() if case.how == "ddp first" else frozen()
+        self.model = ToyModel() if case.how == "ddp first" else frozen(case.first)
         self.called: nn.Module = self.model
         if case.how == "ddp first":
             self.called = DistributedDataParallel(self.model, **UNUSED)
@@ -71,7 +77,7 @@ class Run:
             self.optimizer = DynamicAllocationOptimizer(self.optimizer, self.model, **allocation)
 
     def unfreeze(self) -> None:
-        unfreeze(self.model, self.optimizer, self.case.added)
+        unfreeze(self.model, self.optimizer, self.case.added, self.case.first)
         if self.case.how == "ddp anew":
             self.called = DistributedDataParallel(self.model)
 

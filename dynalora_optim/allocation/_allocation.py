@@ -151,7 +151,8 @@ class Allocation(AllocationState):
     ) -> None:
         """Add groups and sort all groups by ``order``.
 
-        If all groups are active, the new ones are too. If not, they wait for the next selection.
+        If all groups are active, so are the new ones; the first ones, if a selection would choose
+        all of them. If not, they wait for the next selection.
         It follows the next step, because a schedule such as `Once` may never ask for another.
 
         Raises:
@@ -159,6 +160,9 @@ class Allocation(AllocationState):
         """
         self._active.check(len(self.names) + len(names))
         is_everyone = len(self.chosen) == len(self.names)
+        if not self.names:  # the first ones: would a selection choose all of them?
+            chosen = self._active.resolve(len(names))
+            is_everyone = self._clock.is_warming_up or chosen == len(names)
         self._counters.add(names)
         self.names = self.names_with(names, order)
         self._layout = layout if self._layout else None
