@@ -249,7 +249,7 @@ class AllocatedOptimizer(LateBoundOptimizer):
 
     def _join_unfrozen(self) -> None:
         """Let groups join that were frozen so far, and train now."""
-        ready = [g for g in self._waiting if any(p.requires_grad for p in g.parameters())]
+        ready = [group for group in self._waiting if not group.is_frozen]
         if found := self._held_of(ready):
             self._adopt(self._joining(found))
 

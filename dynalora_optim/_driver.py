@@ -155,11 +155,7 @@ class ModuleDriver:
         self._outer = [p for p in trained if id(p) not in in_groups]
 
     def _tell_of_frozen(self, choice: Choice) -> None:
-        frozen = [
-            name
-            for name, group in self._groups.items()
-            if not any(parameter.requires_grad for parameter in group.parameters())
-        ]
+        frozen = [name for name, group in self._groups.items() if group.is_frozen]
         active = [name for name in frozen if name in choice.active]
         # All of them: another adapter of the model is in use at the moment.
         if active and len(frozen) < len(self._groups) and not self._has_told:
@@ -179,11 +175,12 @@ class ModuleDriver:
     def has_gradients(self) -> bool:
         """Return whether an active group, or what trains outside of all, has a gradient now."""
         for parameter in self._outer:
-            if is_alive(parameter.grad):
+            if parameter.grad is not None and is_alive(parameter.grad):
                 return True
         for name in self._choice.active:  # loops: a generator takes a call for each slot
             for slot in self._groups[name].slots:
-                if is_alive(slot.parameter.grad):
+                gradient = slot.parameter.grad
+                if gradient is not None and is_alive(gradient):
                     return True
         return False
 

@@ -148,12 +148,10 @@ class Joining:
 def log_waiting(grouping: Grouping, parameters: Iterable[Tensor]) -> None:
     """Log a warning that names the groups that are frozen, by whether ``parameters`` has them."""
     held = set(map(id, parameters))
-    remedies = {
-        True: "",
-        False: " and call add_param_group() with their parameters, which the optimizer lacks",
-    }
-    for is_held, remedy in remedies.items():
-        found = [g for g in grouping.waiting if is_held is not held.isdisjoint(_ids(g))]
+    lacking = [g for g in grouping.waiting if held.isdisjoint(map(id, g.parameters()))]
+    others = [g for g in grouping.waiting if g not in lacking]
+    remedy_of = " and call add_param_group() with their parameters, which the optimizer lacks"
+    for found, remedy in ((others, ""), (lacking, remedy_of)):
         if found:
             logger.warning(
                 "requires_grad is False for every parameter of %d module group(s), such as %s: "
@@ -162,10 +160,6 @@ def log_waiting(grouping: Grouping, parameters: Iterable[Tensor]) -> None:
                 found[0].name,
                 remedy,
             )
-
-
-def _ids(group: ModuleGroup) -> Iterable[int]:
-    return map(id, group.parameters())
 
 
 @runtime_checkable

@@ -82,11 +82,14 @@ class SavedOptimizer(AllocatedOptimizer):
         with misfit_named():
             lean, values = unpack(state_dict, self._pieces.names(self.param_groups))
             joined = {name for value in values for name in value["modules"]}
-            joining = self._joining(self._held_of(g for g in self._waiting if g.name in joined))
-            names = self._allocation.names_with(joining.names, joining.order)
+            found = self._held_of(g for g in self._waiting if g.name in joined)
+            joining = self._joining(found) if found else None
+            names = self._allocation.names
+            if joining:
+                names = self._allocation.names_with(joining.names, joining.order)
             self._run.check(values, self.param_groups, record, names)
         self._load_state(lean)
-        if joining.new:
+        if joining:
             self._adopt(joining)
         self._run.load(values, self.param_groups, record)
         self._apply_allocation(probe=values[0]["probing"])

@@ -92,6 +92,11 @@ class ModuleGroup:
     aliases: tuple[str, ...] = ()
     role: GroupRole = "allocated"
 
+    @property
+    def is_frozen(self) -> bool:
+        """Whether requires_grad is False for every parameter."""
+        return not any(parameter.requires_grad for parameter in self.parameters())
+
     def parameters(self) -> Iterator[nn.Parameter]:
         """Yield the parameters that are in the slots now, each once."""
         return iter({id(p): p for p in (slot.parameter for slot in self.slots)}.values())

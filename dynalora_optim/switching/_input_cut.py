@@ -37,8 +37,7 @@ class CallersTensors:
         if not torch.compiler.is_compiling():
             needy = (tensor for tensor in tensors((args, kwargs)) if tensor.requires_grad)
             reached = [leaf for tensor in needy for leaf in leaves(tensor)]
-            if self._calls:
-                self._end_interrupted()
+            self._end_interrupted()
             self._calls.append((call_around(1), reached))
 
     def leave(self, model: nn.Module, args: Any, output: Any) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable
-from contextlib import suppress
 from typing import Any, Protocol, TypeAlias
 
 import torch
@@ -13,7 +12,7 @@ from torch import Tensor
 from dynalora_optim.update._param_groups import State
 from dynalora_optim.update._pause import Pause, PausedState
 from dynalora_optim.update._rule import UpdateRule
-from dynalora_optim.update._trial import new_states
+from dynalora_optim.update._trial import recreated
 
 # The keys of state that holds the weights themselves or their mean: in ASGD, in schedule-free
 # optimizers, and in Prodigy. If it were deleted, the progress in it would be lost.
@@ -142,19 +141,15 @@ def idle_state(pause: Pause, rule: UpdateRule) -> IdleState:
     """Return the `IdleState` that handles the state of an optimizer as ``pause`` says.
 
     Raises:
-        ValueError: The state is to be dropped, but holds weights.
+        ValueError: The state is to be dropped, but holds weights, or cannot be created again.
     """
     if pause.state == "drop":
+        # What cannot be tried out is seen when it is dropped.
+        states = recreated(rule, "state='drop'")
         has_modes = callable(getattr(rule.optimizer, "eval", None))  # schedule-free optimizers
-        if has_modes or _has_iterates(rule):
+        if has_modes or any(key in state for state in states for key in _ITERATES):
             raise ValueError(_holds_iterate(type(rule.optimizer).__name__))
     return _KINDS[pause.state]()
-
-
-def _has_iterates(rule: UpdateRule) -> bool:
-    with suppress(Exception):  # what cannot be tried out is seen when it is dropped
-        return any(key in state for state in new_states(rule) for key in _ITERATES)
-    return False
 
 
 def _holds_iterate(what: str) -> str:

@@ -90,7 +90,7 @@ class ParameterIndex:
         """
         held = {id(parameter) for parameter in parameters}
         groups = [g for g in self._groups if g.role == "allocated" or g.name in named]
-        frozen = [g for g in groups if not any(p.requires_grad for p in g.parameters())]
+        frozen = [group for group in groups if group.is_frozen]
         waiting = [g for g in frozen if g.name not in named]
         trains = any(p.requires_grad for p in parameters)  # a head alone, at first
         if all(g in waiting or g.name in named for g in groups) and not (waiting and trains):

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dynalora_optim._base.checks import whole_number
 from dynalora_optim.update._rule import UpdateRule
-from dynalora_optim.update._trial import new_states
+from dynalora_optim.update._trial import new_states, recreated
 
 PausedState: TypeAlias = Literal["keep", "offload", "drop"]
 Moments: TypeAlias = Literal["keep", "reset_momentum", "reset"]
@@ -55,25 +55,19 @@ class Pause:
         whole_number("Pause(warmup)", self.warmup, least=0)
 
     def check(self, rule: UpdateRule) -> None:
-        """Raise unless the state of the optimizer can be reset or dropped as asked.
+        """Raise unless the state of the optimizer can be reset as ``moments`` says.
 
         Raises:
             ValueError: It cannot, or nothing is known of its first moment.
         """
-        kind = type(rule.optimizer).__name__
-        if self.moments == "reset_momentum":
-            if why := _no_first_moment(rule):
-                raise ValueError(
-                    "Pause(moments='reset_momentum') sets the first moment to zero, but "
-                    f"{why.format(kind)}; pass 'keep', or an optimizer such as AdamW."
-                )
-        elif self.moments == "reset" or self.state == "drop":
-            option = "moments='reset'" if self.moments == "reset" else "state='drop'"
-            if not _creates_state_again(rule):
-                raise ValueError(
-                    f"Pause({option}) deletes state that {kind} creates only when it is built; "
-                    "pass 'keep', or another optimizer."
-                )
+        if self.moments == "reset":
+            recreated(rule, "moments='reset'")
+        elif self.moments == "reset_momentum" and (why := _no_first_moment(rule)):
+            raise ValueError(
+                "Pause(moments='reset_momentum') sets the first moment to zero, but "
+                f"{why.format(type(rule.optimizer).__name__)}; pass 'keep', or an optimizer such "
+                "as AdamW."
+            )
 
     def welcome(self, state: MutableMapping[Tensor, Any], returning: Iterable[Tensor]) -> None:
         """Reset the state of ``returning`` parameters as ``moments`` says.
@@ -107,15 +101,6 @@ def _no_first_moment(rule: UpdateRule) -> str:
             if not moment.any():
                 return "that of {} is always zero with these options"
     return ""
-
-
-def _creates_state_again(rule: UpdateRule) -> bool:
-    """Return whether an update creates the state that is missing, as far as can be told."""
-    try:
-        list(new_states(rule))
-    except Exception as error:  # others need more than gradients, such as second derivatives
-        return not isinstance(error, KeyError)
-    return True
 
 
 def as_pause(pause: object) -> Pause:

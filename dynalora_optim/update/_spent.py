@@ -90,9 +90,9 @@ class SpentGradient(Tensor):
         )
 
 
-def is_alive(gradient: Tensor | None) -> bool:
-    """Return whether there is a gradient, and it is not used already."""
-    return gradient is not None and not isinstance(gradient, SpentGradient)
+def is_alive(gradient: Tensor) -> bool:
+    """Return whether a gradient is not used already."""
+    return not isinstance(gradient, SpentGradient)
 
 
 def _is_one(factor: Any) -> bool:

@@ -27,6 +27,23 @@ def new_states(rule: UpdateRule) -> Iterator[Mapping[str, Any]]:
             yield _new_state(rule, line, group)
 
 
+def recreated(rule: UpdateRule, option: str) -> list[Mapping[str, Any]]:
+    """Return the `new_states` of a rule whose state ``option`` deletes; none if they are not known.
+
+    Raises:
+        ValueError: The optimizer creates its state only when it is built.
+    """
+    try:
+        return list(new_states(rule))
+    except KeyError:
+        raise ValueError(
+            f"Pause({option}) deletes state that {type(rule.optimizer).__name__} creates only when "
+            "it is built; pass 'keep', or another optimizer."
+        ) from None
+    except Exception:  # others need more than gradients, such as second derivatives
+        return []
+
+
 def _new_state(rule: UpdateRule, line: int, group: ParamGroup) -> Mapping[str, Any]:
     own = local_part(_typical(group["params"]).detach())
     copy = nn.Parameter(own.clone())
