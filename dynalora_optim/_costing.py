@@ -22,6 +22,7 @@ from dynalora_optim.importance._tracker import ImportanceTracker
 from dynalora_optim.memory._announce import announce
 from dynalora_optim.memory._block_meter import BlockMeter
 from dynalora_optim.memory._passes import Around
+from dynalora_optim.memory._planned import Planned
 from dynalora_optim.memory._shapes import Measure, Shape, shape_of
 from dynalora_optim.update._pause import PausedState
 from dynalora_optim.update._rule import UpdateRule
@@ -106,15 +107,10 @@ class StepCosting(CostingState):
             of_ranks = (costs,) if costs else ()
         if costs is not None:
             here, plan = self._planned_or_refused(costs, around, of_ranks)
-            self._driver.recompute(costs.in_model(plan.checkpointed))
+            switch = self._driver.switch
+            now = self._now = Planned.of(costs, here, plan, can_keep=switch.can_keep)
+            switch.recompute(costs.in_model(plan.checkpointed), keeping=costs.in_model(now.keeping))
             self._shapes.recomputes = bool(plan.checkpointed)
-            self._now = costs, here, plan
-
-    def _count_holdings(self, args: Any, kwargs: Any) -> None:
-        """Count what is alive beside the step, and again if there is new state."""
-        holdings, known = self._holdings, self._habits.resident.weights
-        if holdings and (not known or holdings.has_new_state()):
-            self._habits.resident = holdings.count(args, kwargs)
 
     def _known(self, batch: tuple[Shape, int], around: Around, measure: Measure) -> Costs | None:
         """Return costs that hold for this batch; measure it if no measured one will do."""
@@ -137,21 +133,31 @@ class StepCosting(CostingState):
     def _planned_or_refused(
         self, costs: Costs, around: Around, of_ranks: Iterable[Costs]
     ) -> tuple[Costs, Plan]:
+        """Plan a forward; what earlier ones keep is released where only that makes room for it.
+
+        Raises:
+            ValueError: The forward cannot be held within the budget.
+        """
         try:
-            return self._planned(costs, around, with_fewer=True)
+            if around.least == around.carried or self._fits(costs, around):
+                return self._planned(costs, around, with_fewer=True)
+            found = self._planned(costs, around.released, with_fewer=True)
         except ValueError:  # do not expect such a batch again, but as many forwards as there were
             for measured in of_ranks:
                 self._shapes.drop(measured)
             if around.before:
                 self._habits.see_together([*around.before, costs])
             raise
+        self._driver.switch.release()
+        self._allocation.count_forward(self._passes.release(), 0)
+        return found
 
     def after_forward(self, output: Any) -> None:
         """Follow the graph of this forward, which takes memory until its backward."""
-        if self._now and not self._is_measuring:
-            costs, here, plan = self._now
-            self._allocation.count_forward(costs.flops(plan), costs.flops(costs.all_active))
-            self._passes.follow(output, costs, here.left(plan))
+        if (now := self._now) and not self._is_measuring:
+            costs = now.costs
+            self._allocation.count_forward(costs.flops(now.plan), costs.flops(costs.all_active))
+            self._passes.follow(output, costs, now.left())
 
     def _costs_of(self, shape: Shape, found: Costs) -> Costs | None:
         """Keep what was measured; the result is None for a batch without rows: it has no costs."""

@@ -15,6 +15,7 @@ from dynalora_optim.memory._block_meter import BlockMeter
 from dynalora_optim.memory._habits import Habits
 from dynalora_optim.memory._loop_state import restored_loop, saved_loop
 from dynalora_optim.memory._passes import Passes
+from dynalora_optim.memory._planned import Planned
 from dynalora_optim.memory._room import gradient_bytes
 from dynalora_optim.memory._shapes import MeasuredShapes
 from dynalora_optim.memory._updates import Updates
@@ -41,8 +42,7 @@ class CostingState:
         self._habits = habits
         self._passes = Passes(self._see_backward)
         self._ranks = Ranks(self._meter, self._driver, self._shapes, habits)
-        # Of the forward that runs: its costs, its costs in the loop, and its plan.
-        self._now: tuple[Costs, Costs, Plan] | None = None
+        self._now: Planned | None = None  # the forward that runs
         self._version: object = None  # of the habits that the allocation knows
         self._plans: dict[object, tuple[Costs, Plan, Costs, tuple[Costs, ...]]] = {}
         self._updates = Updates(habits)
@@ -61,6 +61,12 @@ class CostingState:
             return None
         around = self._passes.around()
         return limit - around.carried - around.stale - gradient_bytes(self._meter.model)
+
+    def _count_holdings(self, args: Any, kwargs: Any) -> None:
+        """Count what is alive beside the step, and again if there is new state."""
+        holdings, known = self._holdings, self._habits.resident.weights
+        if holdings and (not known or holdings.has_new_state()):
+            self._habits.resident = holdings.count(args, kwargs)
 
     def end_trial(self) -> None:
         """After the passes of the first step, let the allocation select as the step ends.

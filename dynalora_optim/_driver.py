@@ -168,10 +168,6 @@ class ModuleDriver:
                 active[0],
             )
 
-    def recompute(self, blocks: Collection[int]) -> None:
-        """Recompute these blocks in the backward of the next forward, and no others."""
-        self.switch.recompute(blocks)
-
     def has_gradients(self) -> bool:
         """Return whether an active group, or what trains outside of all, has a gradient now."""
         for parameter in self._outer:

@@ -70,7 +70,7 @@ def shape(optimizer: DynamicAllocationOptimizer, plan: Plan) -> None:
         if block is None or block in plan.active
     }
     driver.switch.set_flags(groups, chosen)
-    driver.recompute(costs.in_model(plan.checkpointed))
+    driver.switch.recompute(costs.in_model(plan.checkpointed))
 
 
 def some_plans(costs: Costs, count: int, seed: int = 0) -> list[Plan]:

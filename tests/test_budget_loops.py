@@ -208,9 +208,14 @@ def test_a_batch_is_planned_by_its_own_shape(monkeypatch):
     tiny.loss()
     optimizer.hold(optimizer.groups)
     plans = []
-    recompute = optimizer._driver.recompute
+    recompute = optimizer._driver.switch.recompute
     monkeypatch.setattr(
-        optimizer._driver, "recompute", lambda blocks: (plans.append(blocks), recompute(blocks))
+        optimizer._driver.switch,
+        "recompute",
+        lambda blocks, **of_plan: (
+            of_plan and plans.append(blocks),
+            recompute(blocks, **of_plan),
+        ),
     )
     for number, length in enumerate([32, 32, 32, 8, 32]):
         tiny.model(**rows(tiny, 8, length, number)).loss.backward()
@@ -249,7 +254,8 @@ def test_gradients_of_the_head_stand_though_those_of_blocks_that_take_turns_are_
         assert gradients(tiny)
         memory.restart()
         loss = tiny.loss()
-        _, here, plan = optimizer._costing._now
+        now = optimizer._costing._now
+        here, plan = now.here, now.plan
         clear(tiny)  # late
         loss.backward()
     assert memory.peak <= here.peak(plan)

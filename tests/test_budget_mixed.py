@@ -55,7 +55,8 @@ def test_no_step_exceeds_the_budget_nor_changes_a_gradient(name):
         tiny.batch = given[step % len(given)]
         peak, _ = measured(tiny.loss)
         assert peak <= budget.memory, step
-        _, here, plan = optimizer._costing._now
+        now = optimizer._costing._now
+        here, plan = now.here, now.plan
         known = len(optimizer._costing._shapes.entries)
         if known == measured_before:  # else the peak is that of measuring, too
             differences.append(here.in_no_loop().peak(plan) - peak)

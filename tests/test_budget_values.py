@@ -21,7 +21,8 @@ SLACK = 2_400  # scalars
 
 def predicted(optimizer: Any) -> int:
     """The peak of the forward that runs now, in a loop that does nothing else."""
-    _, here, plan = optimizer._costing._now
+    now = optimizer._costing._now
+    here, plan = now.here, now.plan
     return int(here.in_no_loop().peak(plan))
 
 

@@ -200,10 +200,11 @@ def unequal_rows(rank: int) -> dict[str, Any]:
     return {**found.result(), "said": said, "bounded": bounded.peaks, "bound": limit}
 
 
-def growing(rank: int) -> dict[str, Any]:
+def growing(rank: int, *, shards: bool) -> dict[str, Any]:
     """Two forwards before a backward; then the second one of rank 1 is larger than any before."""
     limit = 600_000
-    found = Run(sharded(), Budget(memory=limit))
+    model = sharded() if shards else DistributedDataParallel(Wide())
+    found = Run(model, Budget(memory=limit))
     optimizer, small = found.optimizer, rows(0, rank, ROWS // 8)
     active = []
 
@@ -224,7 +225,8 @@ def growing(rank: int) -> dict[str, Any]:
     peak = step(small, rows(1, rank, 2 * ROWS if rank else ROWS // 8))
     changed = active[-2:]
     step(small, small)
-    return {"active": changed, "peak": peak, "limit": limit, "weights": full(found.model)}
+    found_weights = full(found.model) if shards else weights(found.model.module)
+    return {"active": changed, "peak": peak, "limit": limit, "weights": found_weights}
 
 
 def refused_by_ddp(rank: int) -> dict[str, Any]:
@@ -326,7 +328,7 @@ def everything(rank: int) -> dict[str, Any]:
         **{case: set_otherwise(rank, case) for case in SETTINGS},
         "unsynchronised": unsynchronised(rank),
         "unequal rows": unequal_rows(rank),
-        "growing": growing(rank),
+        "growing": {shards: growing(rank, shards=shards) for shards in (True, False)},
         "refused by ddp": refused_by_ddp(rank),
         "failing": failing(rank),
         "gathers": gathers(rank) if COUNTS_GATHERS else None,
@@ -391,13 +393,13 @@ def test_ranks_with_unequal_batches_plan_and_refuse_together(ranks):
         assert max(found["bounded"]) <= found["bound"]
 
 
-def test_all_ranks_train_less_if_a_forward_grows_on_one(ranks):
-    one, other = (rank["growing"] for rank in ranks)
-    assert one["active"] == other["active"]
-    assert 0 < one["active"][1] < one["active"][0] == BLOCKS
-    assert same(one["weights"], other["weights"])
+@pytest.mark.parametrize("shards", [True, False], ids=["fsdp", "ddp"])
+def test_a_forward_that_grows_on_one_rank_takes_what_can_be_recomputed_on_all(ranks, shards):
+    one, other = (rank["growing"][shards] for rank in ranks)
     for found in (one, other):
+        assert found["active"] == [BLOCKS, BLOCKS]
         assert found["peak"] <= found["limit"]
+    assert same(one["weights"], other["weights"])
 
 
 def test_a_rank_that_cannot_measure_stops_all_and_changes_nothing(ranks):

@@ -7,6 +7,7 @@ import weakref
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.autograd.function import BackwardCFunction
 from torch.utils import checkpoint as checkpoints
 
@@ -59,6 +60,21 @@ def keeps_graph() -> bool:
     ask = getattr(torch._C, "_autograd", None)
     ask = getattr(ask, "_get_current_graph_task_keep_graph", None)
     return bool(ask and ask())
+
+
+def current_saved_tensors_hooks() -> tuple[Any, Any] | None:
+    """Return the hooks that get what autograd saves now; None if there are none.
+
+    If torch lacks the name: None. A budget then recomputes more where forwards share a backward.
+    """
+    ask = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+    hooks: tuple[Any, Any] | None = ask(False) if ask else None
+    return hooks
+
+
+def version(tensor: Tensor) -> int:
+    """Return how often ``tensor`` was changed in place; 0 if torch lacks this."""
+    return int(getattr(tensor, "_version", 0))
 
 
 def next_node() -> int:

@@ -25,6 +25,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 from dynalora_optim.allocation._loop import ALONE, Loop
@@ -287,6 +288,12 @@ class Costs:
     def outer_gradients(self) -> int:
         """The bytes of the gradients of the parameters outside the blocks."""
         return self.head_gradients + self.prefix_gradients
+
+    @cached_property
+    def releasable(self) -> Costs:
+        """The costs if blocks that are kept in full can still be recomputed after the forward."""
+        blocks = tuple(block.releasable for block in self.blocks)
+        return replace(self, blocks=blocks, routes=tuple(r.releasable for r in self.routes))
 
     def in_loop(self, **changes: Any) -> Costs:
         """Return the same costs in a loop with these values."""

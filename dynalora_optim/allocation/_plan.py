@@ -43,10 +43,35 @@ class Use:
 
 @dataclass(frozen=True)
 class BlockUses:
-    """The costs of one block in one role, kept in full or checkpointed."""
+    """The costs of one block in one role.
+
+    Attributes:
+        full: The block is kept in full.
+        checkpointed: The block is checkpointed.
+        beside: The bytes that it holds beside those of ``full`` if it is kept in full, but can
+            still be recomputed.
+    """
 
     full: Use
     checkpointed: Use
+    beside: int = 0
+
+    @property
+    def releasable(self) -> BlockUses:
+        """The same if a block that is kept in full can still be recomputed in the backward pass.
+
+        Its backward pass is then the larger of the two.
+        """
+        full, other = self.full, self.checkpointed
+        full = replace(
+            full,
+            forward=full.forward + self.beside,
+            held=full.held + self.beside,
+            backward=max(full.backward + self.beside, other.backward),
+            spent=max(full.spent + self.beside, other.spent),
+            input=max(full.input, other.input),
+        )
+        return replace(self, full=full, beside=0)
 
 
 @dataclass(frozen=True)
@@ -66,6 +91,12 @@ class BlockCost:
     idle: BlockUses
     below: int
     gradients: int
+
+    @property
+    def releasable(self) -> BlockCost:
+        """The same in each role; see `BlockUses.releasable`."""
+        lowest, active = self.lowest.releasable, self.active.releasable
+        return replace(self, lowest=lowest, active=active, idle=self.idle.releasable)
 
 
 @dataclass(frozen=True)

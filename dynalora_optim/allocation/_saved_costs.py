@@ -89,8 +89,10 @@ def _numbers(tree: Any) -> Iterator[Any]:
 
 
 def _block_cost(state: Mapping[str, Any]) -> BlockCost:
-    roles = {
-        name: BlockUses(Use(**state[name]["full"]), Use(**state[name]["checkpointed"]))
-        for name in ("lowest", "active", "idle")
-    }
+    roles = {name: _block_uses(state[name]) for name in ("lowest", "active", "idle")}
     return BlockCost(**{**state, **roles})
+
+
+def _block_uses(state: Mapping[str, Any]) -> BlockUses:
+    full, checkpointed = Use(**state["full"]), Use(**state["checkpointed"])
+    return BlockUses(full, checkpointed, state.get("beside", checkpointed.held))

@@ -208,7 +208,7 @@ def _shifted(use: Use, forward: int, backward: int) -> Use:
 
 def _changed(cost: BlockCost, change: Callable[[Use], Use]) -> BlockCost:
     lowest, active, idle = (
-        BlockUses(change(role.full), change(role.checkpointed))
+        replace(role, full=change(role.full), checkpointed=change(role.checkpointed))
         for role in (cost.lowest, cost.active, cost.idle)
     )
     return replace(cost, lowest=lowest, active=active, idle=idle)

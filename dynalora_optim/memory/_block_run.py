@@ -112,12 +112,13 @@ class BlockRunner:
     ) -> BlockCost:
         def role(*, trains: bool, passes: bool) -> BlockUses:
             self._switch.set_flags(groups, [g.name for g in groups] if trains else [])
-            uses = []
-            for checkpointed in (False, True):
-                self._recompute([block] if checkpointed else [])
-                uses.append(self._run(block, call, passes=passes))
             self._recompute([])
-            return BlockUses(*uses)
+            full = self._run(block, call, passes=passes)
+            beside = self._beside(block, call, full, passes=passes)
+            self._recompute([block])
+            checkpointed = self._run(block, call, passes=passes)
+            self._recompute([])
+            return BlockUses(full, checkpointed, beside)
 
         idle = role(trains=False, passes=True)
         active = role(trains=True, passes=True)
@@ -137,6 +138,23 @@ class BlockRunner:
         with self.routing.even():
             even = self._once(block, call, passes=passes)
         return worst(found.use, even.use, max(even.gradients - found.gradients, 0))
+
+    def _beside(self, block: nn.Module, call: Call, full: Use, *, passes: bool) -> int:
+        """Return what the block holds beside those of ``full`` if it can still be recomputed."""
+        self._recompute([], keeping=[block])
+        held = self._held(block, call, passes=passes)
+        if self._chooses:
+            with self.routing.even():
+                held = max(held, self._held(block, call, passes=passes))
+        return max(held - full.held, 0)
+
+    def _held(self, block: nn.Module, call: Call, *, passes: bool) -> int:
+        """Return the bytes that the block holds after its forward."""
+        start = self.memory.live
+        anchor = wanted(torch.zeros((), requires_grad=True))
+        with torch.enable_grad():
+            losses = self._forward(block, call, anchor if passes else None)
+        return self.memory.live - start if losses else 0
 
     def _once(self, block: nn.Module, call: Call, *, passes: bool) -> Run:
         self.memory.restart()

@@ -101,11 +101,13 @@ class Habits:
         chain = merged(self.pattern, [*before, costs])
         largest = max(block.gradients for block in costs.blocks)
         followers = chain[len(before) + 1 :]
+        if followers:  # one of them may need what this forward keeps
+            costs = costs.releasable
         places = range(len(before) + 1, len(chain))
         beside = [self._gradients(place, len(chain)) for place in places]
         keeps = self.keeps_output or not self.is_known
         later = [
-            replace(one, loop=replace(loop, keeps_output=keeps))
+            replace(one.releasable, loop=replace(loop, keeps_output=keeps))
             for one, loop in zip(followers, beside, strict=True)
         ]
         loop = replace(

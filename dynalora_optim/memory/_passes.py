@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
@@ -23,11 +23,33 @@ class Around:
         before: The costs of the forwards whose graphs are alive, in their order.
         carried: The bytes that these hold.
         stale: The bytes of outputs whose backward is over.
+        least: The bytes that the forwards before it hold once what they keep is released.
     """
 
     before: tuple[Costs, ...] = ()
     carried: int = 0
     stale: int = 0
+    least: int = 0
+
+    @property
+    def released(self) -> Around:
+        """What is alive once that is released."""
+        return replace(self, carried=self.least)
+
+
+@dataclass(frozen=True)
+class Left:
+    """What a forward leaves alive for its backward.
+
+    Attributes:
+        held: The bytes that it leaves.
+        least: The bytes that are left of these once what it keeps is released.
+        flops: The FLOPs with which the backward then recomputes what was released.
+    """
+
+    held: int
+    least: int
+    flops: int = 0
 
 
 class Graph(ForwardGraph):
@@ -35,13 +57,13 @@ class Graph(ForwardGraph):
 
     Attributes:
         costs: The costs of the forward.
-        held: The bytes that it leaves alive.
+        left: What it leaves alive.
     """
 
-    def __init__(self, costs: Costs, held: int, passes: Passes) -> None:
+    def __init__(self, costs: Costs, left: Left, passes: Passes) -> None:
         super().__init__()
         self.costs = costs
-        self.held = held
+        self.left = left
         self._passes = weakref.ref(passes)
 
     def begin_backward(self) -> None:
@@ -66,9 +88,9 @@ class Passes:
         self._graphs: list[weakref.ref[Graph]] = []
         self._outputs: list[tuple[weakref.ref[Any], weakref.ref[Graph], int]] = []
 
-    def follow(self, output: Any, costs: Costs, held: int) -> None:
-        """Follow the forward that has returned ``output`` and leaves ``held`` bytes alive."""
-        graph = Graph(costs, held, self)
+    def follow(self, output: Any, costs: Costs, left: Left) -> None:
+        """Follow the forward that has returned ``output`` and has ``left`` this alive."""
+        graph = Graph(costs, left, self)
         if not graph.follow(output):
             return
         alive = weakref.ref(graph)
@@ -94,8 +116,17 @@ class Passes:
     def around(self) -> Around:
         """Return what is alive as a forward begins now."""
         graphs = self.alive()
-        carried = sum(graph.held for graph in graphs)
-        return Around(tuple(graph.costs for graph in graphs), carried, self.stale())
+        carried = sum(graph.left.held for graph in graphs)
+        least = sum(graph.left.least for graph in graphs)
+        return Around(tuple(graph.costs for graph in graphs), carried, self.stale(), least)
+
+    def release(self) -> int:
+        """Count what the forwards keep as released; return the FLOPs that recompute it."""
+        graphs = self.alive()
+        flops = sum(graph.left.flops for graph in graphs)
+        for graph in graphs:
+            graph.left = Left(graph.left.least, graph.left.least)
+        return flops
 
     def begin_backward(self) -> None:
         """Tell the listener what is alive when a backward begins, at the first of its graphs."""

@@ -125,7 +125,8 @@ class Sharding:
                 gathered = replace(use, forward=forward(use.forward))
                 return _unreduced(gathered, lambda backward: max(backward + back, *others, 0))
 
-            return BlockUses(*map(shifted, _uses(uses)))
+            full, checkpointed = map(shifted, _uses(uses))
+            return replace(uses, full=full, checkpointed=checkpointed)
 
         return BlockCost(
             lowest=role(cost.lowest, reducing, ending),

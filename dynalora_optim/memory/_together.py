@@ -84,9 +84,10 @@ class Together:
         place, is_exact = self._shapes.place_for(shape, elements)
         place = _UNKNOWN if exact and not is_exact else place
         place, is_exact = (place, is_exact) if elements else (_EMPTY, True)
-        own = [place, is_exact, around.carried, around.stale, self._table(), self._loop(around)]
+        alive = around.carried, around.stale, around.least
+        own = [place, is_exact, *alive, self._table(), self._loop(around)]
         numbers = zip(*gathered_numbers(own, device), strict=True)
-        places, exacts, carried, stale, tables, loops = numbers
+        places, exacts, carried, stale, least, tables, loops = numbers
         if len(set(tables)) > 1:  # such as after forwards that each rank ran by itself
             self._shapes.merge(gathered(self._shapes.entries))
             return self.agree(batch, around, device, measure, exact=exact)
@@ -97,7 +98,7 @@ class Together:
             answers = self._measured(shape, must)
             found = [new or old for (new, _), old in zip(answers, found, strict=True)]
             exacts = tuple(e or new for e, (_, new) in zip(exacts, answers, strict=True))
-        around = Around(before, max(carried), max(stale))
+        around = Around(before, max(carried), max(stale), max(least))
         return Agreed(tuple(costs for costs in found if costs), around, all(exacts))
 
     def _measured(

@@ -18,7 +18,7 @@ from dynalora_optim.groups._module_group import ModuleGroup
 from dynalora_optim.switching._detach import DetachedForward, has_flag
 from dynalora_optim.switching._former_flags import Flagged, FormerFlags
 from dynalora_optim.switching._idle_slots import end_interrupted
-from dynalora_optim.switching._recompute import Recomputer, is_compiled
+from dynalora_optim.switching._recompute import Recomputer, can_keep, is_compiled
 
 
 class ModuleSwitch:
@@ -46,10 +46,21 @@ class ModuleSwitch:
         self.set_flags(groups, choice.active)
         self.recompute(choice.recomputed)
 
-    def recompute(self, blocks: Collection[int]) -> None:
-        """Recompute the blocks at these positions, and no others."""
-        chosen = [self._blocks[block] for block in sorted(blocks)]
-        self._recomputer.recompute(chosen, among=self.held)
+    def recompute(self, blocks: Collection[int], *, keeping: Collection[int] = ()) -> None:
+        """Recompute the blocks at these positions, and no others.
+
+        Those of ``keeping`` are recomputed only if what they keep is released.
+        """
+        chosen, keeps = ([self._blocks[b] for b in sorted(some)] for some in (blocks, keeping))
+        self._recomputer.recompute(chosen, keeping=keeps, among=self.held)
+
+    def can_keep(self, block: int) -> bool:
+        """Return whether the block at this position can be one that keeps; see `recompute`."""
+        return can_keep(self._blocks[block])
+
+    def release(self) -> None:
+        """Drop what such blocks keep of the forwards so far; their backward recomputes it."""
+        self._recomputer.kept.release()
 
     def restore(self) -> None:
         """Put back the parameters that an interrupted forward has replaced."""

@@ -6,7 +6,7 @@ that ``block.compile()`` made is wrapped; or the switch of a transformers layer 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from typing import Any
 
@@ -15,19 +15,33 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from dynalora_optim._base.torch_private import COMPILED_CALL
+from dynalora_optim._base.torch_private_autograd import current_saved_tensors_hooks
+from dynalora_optim.switching._kept import Kept
 
 
 def _recomputed(
-    function: Callable[..., Any], *args: Any, use_reentrant: bool = False, **kwargs: Any
+    function: Callable[..., Any],
+    *args: Any,
+    kept: Kept | None = None,
+    use_reentrant: bool = False,
+    **kwargs: Any,
 ) -> Any:
     """Return ``function(*args, **kwargs)`` under torch's non-reentrant checkpoint.
+
+    If ``kept`` is given, the backward recomputes nothing until its `Kept.release`.
 
     Autocast keeps its casts of the parameters that train until it ends, which takes as much memory
     as the checkpoint saves where much trains. Here it keeps none of them.
     """
     is_cast = any(map(torch.is_autocast_enabled, ("cpu", "cuda")))
     caches = torch.is_autocast_cache_enabled()
-    if torch.compiler.is_compiling() or not (is_cast and caches):
+    if torch.compiler.is_compiling():
+        return checkpoint(function, *args, use_reentrant=use_reentrant, **kwargs)
+    if kept is not None:
+        if current_saved_tensors_hooks():  # the user's: they keep it in a place of their own
+            return function(*args, **kwargs)
+        function = kept.keeping(function)
+    if not (is_cast and caches):
         return checkpoint(function, *args, use_reentrant=use_reentrant, **kwargs)
     torch.set_autocast_cache_enabled(False)
     try:
@@ -40,9 +54,13 @@ class _CheckpointedForward:
     """A block's own ``forward``, run under a checkpoint in training.
 
     It is an attribute of the block itself, so that it is copied with the model.
+
+    Attributes:
+        kept: What keeps the saved tensors, until they must be recomputed; None: nothing does.
     """
 
     def __init__(self, block: nn.Module) -> None:
+        self.kept: Kept | None = None
         self._block = block
         self._previous = block.__dict__.get("forward")
         block.__dict__["forward"] = self
@@ -51,7 +69,7 @@ class _CheckpointedForward:
         forward = self._previous or partial(type(self._block).forward, self._block)
         if not self._block.training:
             return forward(*args, **kwargs)
-        return _recomputed(forward, *args, **kwargs)
+        return _recomputed(forward, *args, kept=self.kept, **kwargs)
 
     def remove(self) -> None:
         if self._previous is None:
@@ -87,9 +105,10 @@ class _LayerSwitch:
             self._function = _Function(_recomputed, use_reentrant=False)
             self._function.users = {}
 
-    def hold(self, *, on: bool) -> None:
-        """Switch checkpointing on or off, whatever the user has set."""
+    def hold(self, *, on: bool, kept: Kept | None = None) -> None:
+        """Switch checkpointing on or off, whatever the user has set; see `_recomputed`."""
         self._note()
+        self._function.keywords["kept"] = kept
         self._ours = {self._FLAG: self._ON if on else self._OFF, self._FUNCTION: self._function}
         vars(self._block).update(self._ours)
 
@@ -122,6 +141,8 @@ class _CheckpointedCode:
     recompilation.
     """
 
+    kept: Kept | None = None  # see `can_keep`
+
     def __init__(self, block: nn.Module) -> None:
         self._block = block
         self._previous = block.__dict__[COMPILED_CALL]
@@ -142,6 +163,11 @@ def is_compiled(block: nn.Module) -> bool:
     return block.__dict__.get(COMPILED_CALL) is not None
 
 
+def can_keep(block: nn.Module) -> bool:
+    """Return whether `Recomputer.recompute` can recompute this block only where it must."""
+    return not is_compiled(block)  # compiled code frees what it keeps by itself
+
+
 def checkpoints_itself(block: nn.Module) -> bool:
     """Return whether the user has switched gradient checkpointing on for this block."""
     return getattr(block, "gradient_checkpointing", False) is True
@@ -154,14 +180,23 @@ def is_reentrant(block: nn.Module) -> bool:
 
 
 class Recomputer:
-    """Switches checkpoints on and off."""
+    """Switches checkpoints on and off.
+
+    Attributes:
+        kept: What blocks have saved that are recomputed only after its `Kept.release`.
+    """
 
     def __init__(self) -> None:
+        self.kept = Kept()
         self._layers: dict[nn.Module, _LayerSwitch] = {}
         self._wrapped: dict[nn.Module, _CheckpointedForward | _CheckpointedCode] = {}
 
     def recompute(
-        self, blocks: Collection[nn.Module], *, among: Collection[nn.Module] = ()
+        self,
+        blocks: Collection[nn.Module],
+        *,
+        keeping: Collection[nn.Module] = (),
+        among: Collection[nn.Module] = (),
     ) -> None:
         """Recompute these blocks and no others.
 
@@ -169,11 +204,14 @@ class Recomputer:
 
         Args:
             blocks: The blocks to recompute.
+            keeping: Further blocks, which are recomputed only if what they keep is released;
+                `can_keep` says which can be.
             among: Blocks whose own switch is held until a call without them: off unless they are
-                among ``blocks``. Then what the user has set last stands again, also if that was
-                while the switch was held.
+                recomputed. Then what the user has set last stands again, also if that was while
+                the switch was held.
         """
-        blocks = [block for block in blocks if block in among or not self._is_users(block)]
+        kept = dict.fromkeys(keeping, self.kept)
+        blocks = [b for b in (*blocks, *keeping) if b in among or not self._is_users(b)]
         layers = dict.fromkeys(filter(_has_switch, among), False)
         layers |= {b: True for b in blocks if _has_switch(b) and not is_compiled(b)}
         for block in self._layers.keys() - layers.keys():
@@ -181,10 +219,10 @@ class Recomputer:
         for block, on in layers.items():
             if block not in self._layers:
                 self._layers[block] = _LayerSwitch(block)
-            self._layers[block].hold(on=on)
-        self._wrap([block for block in blocks if not layers.get(block)])
+            self._layers[block].hold(on=on, kept=kept.get(block))
+        self._wrap([block for block in blocks if not layers.get(block)], kept)
 
-    def _wrap(self, blocks: Collection[nn.Module]) -> None:
+    def _wrap(self, blocks: Collection[nn.Module], kept: Mapping[nn.Module, Kept]) -> None:
         """Recompute these blocks, whose switch cannot be used, and no others of this kind."""
         for block in [block for block in self._wrapped if block not in blocks]:
             self._wrapped.pop(block).remove()
@@ -192,6 +230,7 @@ class Recomputer:
             if block not in self._wrapped:
                 wrap = _CheckpointedCode if is_compiled(block) else _CheckpointedForward
                 self._wrapped[block] = wrap(block)
+            self._wrapped[block].kept = kept.get(block)
 
     def _is_users(self, block: nn.Module) -> bool:
         held = self._layers.get(block)
