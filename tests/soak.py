@@ -5,7 +5,8 @@
 
 Case n is made from the seed and n alone; ``soak_cases.py`` says what must hold for it. The counts
 are stored after every 50 cases. If the file has counts of this seed, the run goes on after them; it
-first repeats the cases that have failed.
+first repeats the cases that have failed. With ``--growing`` only those of the cases run in which a
+forward pass can be larger than any before it while others await their backward pass.
 """
 
 from __future__ import annotations
@@ -58,31 +59,37 @@ def count(counts: dict[str, Any], outcome: Outcome | dict[str, Any]) -> None:
     counts["measured_most"] = max(counts["measured_most"], round(outcome.measuring, 4))
 
 
-def started(path: Path | None, seed: int) -> dict[str, Any]:
-    """What an earlier run of this seed has counted, without the cases that failed."""
+def started(path: Path | None, seed: int, row: str) -> dict[str, Any]:
+    """What an earlier run of this row has counted, without the cases that failed."""
     rows = read(path) if path and path.exists() else []
-    of_seed = [row for row in rows if row["part"] == PART and row["seed"] == seed]
-    new = {"row": f"seed {seed}", "seed": seed, "cases": 0, "held": 0, "refused": 0}
+    same = [found for found in rows if found["part"] == PART and found["row"] == row]
+    new = {"row": row, "seed": seed, "cases": 0, "held": 0, "refused": 0}
     new |= {"again": 0, "measured_beyond": 0, "measured_most": 0.0, "failed": []}
-    return {key: (of_seed or [new])[0].get(key, value) for key, value in new.items()}
+    return {key: (same or [new])[0].get(key, value) for key, value in new.items()}
 
 
 def soak(
-    cases: int, seed: int, path: Path | None, store: Callable[[Any], None], jobs: int = 1
+    cases: int,
+    seed: int,
+    path: Path | None,
+    store: Callable[[Any], None],
+    jobs: int = 1,
+    *,
+    growing: bool = False,
 ) -> dict[str, Any]:
     """Check the cases that are left, and return the counts of all."""
-    counts = started(path, seed)
+    counts = started(path, seed, f"seed {seed}" + ", growing" * growing)
+    numbers = [n for n in range(cases) if not growing or case_of(seed, n).grows]
     again, counts["failed"] = [failed["number"] for failed in counts["failed"]], []
     start, begin = time.monotonic(), counts["cases"]
     with Pool(jobs, quiet) if jobs > 1 else nullcontext() as pool:
         checked = pool.imap if pool else map
         for outcome in checked(found, [(seed, number) for number in again]):
             count(counts, outcome)
-        left = [(seed, number) for number in range(begin, cases)]
-        for (_, number), outcome in zip(left, checked(found, left), strict=True):
+        for outcome in checked(found, [(seed, number) for number in numbers[begin:]]):
             count(counts, outcome)
-            counts["cases"] = number + 1
-            if counts["cases"] % EVERY == 0 or counts["cases"] == cases:
+            counts["cases"] += 1
+            if counts["cases"] % EVERY == 0 or counts["cases"] == len(numbers):
                 each = (time.monotonic() - start) / (counts["cases"] - begin + len(again))
                 failed = len(counts["failed"])
                 print(f"{counts['cases']} cases, {failed} failed, {each:.2f} s each", flush=True)
@@ -102,6 +109,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--cases", type=int, default=10_000, help="how many in all")
     parser.add_argument("--seed", type=int, default=0, help="the cases are made from it")
     parser.add_argument("--jobs", type=int, default=1, help="how many processes")
+    parser.add_argument("--growing", action="store_true", help="only cases whose forwards grow")
     parser.add_argument("--only", type=int, help="check only the case of this number")
     parser.add_argument("--output", type=Path, help="a file of rows; it is also where to go on")
     options = parser.parse_args(arguments)
@@ -114,7 +122,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.output:
             write(options.output, PART, [counts], run_of(__file__, arguments))
 
-    counts = soak(options.cases, options.seed, options.output, store, options.jobs)
+    where = options.cases, options.seed, options.output
+    counts = soak(*where, store, options.jobs, growing=options.growing)
     for failed in counts["failed"]:
         print(failed)
     return int(bool(counts["failed"]))

@@ -153,6 +153,11 @@ class Case:
         return found
 
     @property
+    def grows(self) -> bool:
+        """Whether forwards of several sizes share a backward: one may be larger than any before."""
+        return self.calls > 1 and len(self.shapes) > 1
+
+    @property
     def hidden_state(self) -> int:
         """The bytes of the largest hidden state."""
         largest = max(rows * length for rows, length in self.shapes)
@@ -215,7 +220,7 @@ def check(case: Case) -> Outcome:
     try:
         measured: list[tuple[int, int]] = []
         refusal = ""
-        for _ in range(1 + (case.calls > 1 and len(case.shapes) > 1)):
+        for _ in range(1 + case.grows):
             try:
                 found = case.peaks(tiny, optimizer, measured=measured)
                 check_gradients(case, tiny, unshaped)

@@ -48,8 +48,8 @@ class BlockUses:
     Attributes:
         full: The block is kept in full.
         checkpointed: The block is checkpointed.
-        beside: The bytes that it holds beside those of ``full`` if it is kept in full, but can
-            still be recomputed.
+        beside: The bytes that it holds only if it is kept in full, but can still be recomputed; in
+            addition to what it is recomputed from.
     """
 
     full: Use
@@ -60,15 +60,16 @@ class BlockUses:
     def releasable(self) -> BlockUses:
         """The same if a block that is kept in full can still be recomputed in the backward pass.
 
-        Its backward pass is then the larger of the two.
+        So it also holds what it is recomputed from, and has the larger of the two backward passes.
         """
         full, other = self.full, self.checkpointed
+        more = self.beside + other.held - (other.input if full.input else 0)
         full = replace(
             full,
-            forward=full.forward + self.beside,
-            held=full.held + self.beside,
-            backward=max(full.backward + self.beside, other.backward),
-            spent=max(full.spent + self.beside, other.spent),
+            forward=full.forward + more,
+            held=full.held + more,
+            backward=max(full.backward + more, other.backward),
+            spent=max(full.spent + more, other.spent),
             input=max(full.input, other.input),
         )
         return replace(self, full=full, beside=0)

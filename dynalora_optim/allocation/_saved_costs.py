@@ -95,4 +95,4 @@ def _block_cost(state: Mapping[str, Any]) -> BlockCost:
 
 def _block_uses(state: Mapping[str, Any]) -> BlockUses:
     full, checkpointed = Use(**state["full"]), Use(**state["checkpointed"])
-    return BlockUses(full, checkpointed, state.get("beside", checkpointed.held))
+    return BlockUses(full, checkpointed, state.get("beside", 0))

@@ -112,19 +112,19 @@ class BlockRunner:
     ) -> BlockCost:
         def role(*, trains: bool, passes: bool) -> BlockUses:
             self._switch.set_flags(groups, [g.name for g in groups] if trains else [])
-            self._recompute([])
             full = self._run(block, call, passes=passes)
-            beside = self._beside(block, call, full, passes=passes)
             self._recompute([block])
             checkpointed = self._run(block, call, passes=passes)
             self._recompute([])
-            return BlockUses(full, checkpointed, beside)
+            return BlockUses(full, checkpointed)
 
         idle = role(trains=False, passes=True)
         active = role(trains=True, passes=True)
+        lowest = active if call.is_reached else role(trains=True, passes=False)
+        beside = self._beside(block, call, active)
         return BlockCost(
-            lowest=active if call.is_reached else role(trains=True, passes=False),
-            active=active,
+            lowest=dataclasses.replace(lowest, beside=beside),
+            active=dataclasses.replace(active, beside=beside),
             idle=idle,
             below=below,
             gradients=sum(tensor_bytes(p) for p in block.parameters() if p.requires_grad),
@@ -139,21 +139,25 @@ class BlockRunner:
             even = self._once(block, call, passes=passes)
         return worst(found.use, even.use, max(even.gradients - found.gradients, 0))
 
-    def _beside(self, block: nn.Module, call: Call, full: Use, *, passes: bool) -> int:
-        """Return what the block holds beside those of ``full`` if it can still be recomputed."""
+    def _beside(self, block: nn.Module, call: Call, active: BlockUses) -> int:
+        """Return the bytes that the active block holds only if it can still be recomputed.
+
+        These are beside what it is recomputed from: layers may keep more for a backward that may
+        recompute them, such as the LoRA layers of `dynalora_adapters`.
+        """
         self._recompute([], keeping=[block])
-        held = self._held(block, call, passes=passes)
+        held = self._held(block, call)
         if self._chooses:
             with self.routing.even():
-                held = max(held, self._held(block, call, passes=passes))
-        return max(held - full.held, 0)
+                held = max(held, self._held(block, call))
+        self._recompute([])
+        return max(held - active.releasable.full.held, 0)
 
-    def _held(self, block: nn.Module, call: Call, *, passes: bool) -> int:
-        """Return the bytes that the block holds after its forward."""
+    def _held(self, block: nn.Module, call: Call) -> int:
+        """Return the bytes that the block holds after its forward; its input needs a gradient."""
         start = self.memory.live
-        anchor = wanted(torch.zeros((), requires_grad=True))
         with torch.enable_grad():
-            losses = self._forward(block, call, anchor if passes else None)
+            losses = self._forward(block, call, wanted(torch.zeros((), requires_grad=True)))
         return self.memory.live - start if losses else 0
 
     def _once(self, block: nn.Module, call: Call, *, passes: bool) -> Run:
