@@ -26,6 +26,16 @@ def test_what_the_soak_has_found_stays_mended(number):
     assert check(soak.case_of(0, number)).kind in ("held", "refused")
 
 
+@pytest.mark.parametrize("number", [65, 435, 855, 3195])
+def test_a_growing_forward_is_not_refused(number):
+    """Earlier forwards of the step held the memory, and the step was refused once."""
+    case = soak.case_of(0, number)
+    assert case.grows
+    outcome = check(case)
+    assert outcome.kind == "held"
+    assert not outcome.again
+
+
 def test_the_soak_goes_on_where_it_ended_and_repeats_what_failed(tmp_path, monkeypatch):
     path, tried, broken = tmp_path / "soak.jsonl", [], {2, 51}
 
