@@ -12,13 +12,13 @@ and the same for the part after the blocks (the head and the loss). All these nu
 in ``memory/_block_profiler.py``. What the loop keeps alive beside them (gradients, the output,
 other forwards) is in a `Loop`. This file computes with numbers only.
 
-A model may have several lists of blocks: an encoder and a decoder, a tower for images and one for
-text. They form one sequence, in the order in which they run. What a block costs can depend on the
-list in which the backward pass ends: if that is the encoder, a decoder block also passes a gradient
-to the encoder's output. So there is one *route* for each list in which a backward pass can end,
-with numbers of its own. In a route the gradient reaches all blocks of a list that reads what an
-earlier list of the route has made. Of any other list, such as a second tower, it reaches the blocks
-from the lowest one up that trains; if none trains there, the list runs without a graph.
+Several lists of blocks (an encoder and a decoder, a tower for images and one for text) form one
+sequence, in the order in which they run. What a block costs can depend on the list in which the
+backward pass ends: if that is the encoder, a decoder block also passes a gradient to the encoder's
+output. So each list in which a backward pass can end has a *route* with numbers of its own. In it
+the gradient reaches all blocks of a list that reads what an earlier list of the route has made. Of
+any other list, such as a second tower, it reaches the blocks from the lowest one up that trains; if
+none trains there, the list runs without a graph.
 """
 
 from __future__ import annotations
@@ -271,10 +271,6 @@ class Costs:
         """The FLOPs of the backward of what lies outside the blocks."""
         return self.head.flops + (self.prefix.flops if self.prefix else 0)
 
-    def recomputed(self, plan: Plan) -> int:
-        """Return the FLOPs of the recomputation alone."""
-        return self.flops(plan) - self.flops(Plan(plan.active))
-
     def gradients(self, plan: Plan) -> int:
         """Return the bytes of the gradients of the blocks that train."""
         return sum(self.blocks[block].gradients for block in plan.active)
@@ -292,8 +288,8 @@ class Costs:
     @cached_property
     def releasable(self) -> Costs:
         """The costs if blocks that are kept in full can still be recomputed after the forward."""
-        blocks = tuple(block.releasable for block in self.blocks)
-        return replace(self, blocks=blocks, routes=tuple(r.releasable for r in self.routes))
+        routes = tuple(route.releasable for route in self.routes)
+        return replace(self, blocks=tuple(b.releasable for b in self.blocks), routes=routes)
 
     def in_loop(self, **changes: Any) -> Costs:
         """Return the same costs in a loop with these values."""

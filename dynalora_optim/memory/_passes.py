@@ -32,6 +32,11 @@ class Around:
     least: int = 0
 
     @property
+    def alive(self) -> tuple[int, int, int]:
+        """The three numbers of bytes."""
+        return self.carried, self.stale, self.least
+
+    @property
     def released(self) -> Around:
         """What is alive once that is released."""
         return replace(self, carried=self.least)

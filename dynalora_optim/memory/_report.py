@@ -138,7 +138,7 @@ def _use(costs: Costs, plan: Plan, names: Sequence[str], optimizer_state: int) -
         saved={**before, **blocks, "head": costs.head.held},
         peak=peak,
         backward_flops=costs.flops(plan),
-        recomputed_flops=costs.recomputed(plan),
+        recomputed_flops=costs.flops(plan) - costs.flops(Plan(plan.active)),
         process={**resident.parts(trained), "step": peak} if resident.weights else {},
     )
 

@@ -84,8 +84,7 @@ class Together:
         place, is_exact = self._shapes.place_for(shape, elements)
         place = _UNKNOWN if exact and not is_exact else place
         place, is_exact = (place, is_exact) if elements else (_EMPTY, True)
-        alive = around.carried, around.stale, around.least
-        own = [place, is_exact, *alive, self._table(), self._loop(around)]
+        own = [place, is_exact, *around.alive, self._table(), self._loop(around)]
         numbers = zip(*gathered_numbers(own, device), strict=True)
         places, exacts, carried, stale, least, tables, loops = numbers
         if len(set(tables)) > 1:  # such as after forwards that each rank ran by itself

@@ -108,7 +108,8 @@ class _LayerSwitch:
     def hold(self, *, on: bool, kept: Kept | None = None) -> None:
         """Switch checkpointing on or off, whatever the user has set; see `_recomputed`."""
         self._note()
-        self._function.keywords["kept"] = kept
+        self._function.keywords.pop("kept", None)
+        self._function.keywords.update({"kept": kept} if kept else {})
         self._ours = {self._FLAG: self._ON if on else self._OFF, self._FUNCTION: self._function}
         vars(self._block).update(self._ours)
 
