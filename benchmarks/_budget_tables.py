@@ -10,12 +10,11 @@ from itertools import pairwise
 from pathlib import Path
 
 from _measure import markdown
-from _quality_tables import BLOCK_PAIRS, FOLDER, mean_and_less, stored
+from _quality_tables import BLOCK_PAIRS, FOLDER, language_runs, mean_and_less, stored
 from _stored import Row, described, read
 
 sys.path.insert(0, str(Path(__file__).resolve().parent / "quality"))
 from _compare import Cell, Sweep
-from _store import finished
 from report import pairs_table, qualities, rates
 
 COSTS = FOLDER / "costs.jsonl"
@@ -125,12 +124,12 @@ def equal_rates() -> str:
     return rates(stored("equal"))
 
 
-def language() -> str:
+def language(part: str = "language") -> str:
     """Return the table of the runs of a language model, one line for each method and rate."""
-    sweep = stored("language")
+    sweep = stored(part)
     lines = [line for name in sweep.methods for line in _language_lines(sweep, name)]
     head = ["method", "learning rate", "seeds", "validation loss", "held-out loss", "minus lora"]
-    return markdown([*head, "active parameters", "peak"], lines)
+    return markdown([*head, "active parameters", "peak", "with all state"], lines)
 
 
 def _language_lines(sweep: Sweep, name: str) -> list[list[str]]:
@@ -138,7 +137,7 @@ def _language_lines(sweep: Sweep, name: str) -> list[list[str]]:
     (task,) = sweep.tasks
     best, lora = (sweep.cells[method, task] for method in (name, "lora"))
     rates = defaultdict(list)
-    for run in finished(FOLDER / "language" / "runs.jsonl"):
+    for run in language_runs(task):
         if run["settings"]["method"] == name:
             rates[run["settings"]["lr"]].append(run)
     lines = []
@@ -150,12 +149,13 @@ def _language_lines(sweep: Sweep, name: str) -> list[list[str]]:
             found = sweep.difference(name, "lora")  # of the loss with a minus
             percent = [100 * x / lora.mean for x in (found.value, found.high, found.low)]
             less = "{:+.1f}% [{:+.1f}, {:+.1f}]".format(*percent)
+        sizes = (cell.largest(size) / lora.largest(size) for size in ("peak_bytes", "whole"))
+        active = cell.average("active_parameters") / lora.average("active_parameters")
         lines.append(
             [
                 *(name + " (best)" * is_best, f"{rate:g}", str(len(runs))),
                 *(f"{cell.average('validation_loss'):.3f}", f"{-cell.mean:.3f}{spread}", less),
-                f"{cell.average('active_parameters') / lora.average('active_parameters'):.2f}",
-                f"{cell.largest('peak_bytes') / lora.largest('peak_bytes'):.2f}",
+                *(f"{number:.2f}" for number in (active, *sizes)),
             ]
         )
     return lines

@@ -12,7 +12,7 @@ import math
 import statistics
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -135,8 +135,10 @@ def _equal() -> list[Result]:
     return [*_lines(FOLDER, ["lora", "random"]), *finished(FOLDER / "equal" / "runs.jsonl")]
 
 
-def _language() -> list[Result]:
-    return finished(FOLDER / "language" / "runs.jsonl")
+def language_runs(task: str) -> list[Result]:
+    """Return the runs of a language model on a task, with the whole training memory of each."""
+    runs = finished(FOLDER / "language" / "runs.jsonl")
+    return [run | _whole(run) for run in runs if run["settings"]["task"] == task]
 
 
 def _short_figures() -> list[Result]:
@@ -152,7 +154,9 @@ PARTS: dict[str, tuple[Callable[[], list[Result]], tuple[str, ...]]] = {
     "few": (_few, FEW_PAIRS),
     "blocks": (_blocks, BLOCK_PAIRS),
     "equal": (_equal, ()),
-    "language": (_language, ()),
+    "language": (partial(language_runs, "reuters_few"), ()),
+    "language_2000": (partial(language_runs, "reuters_2000"), ()),
+    "answers": (partial(language_runs, "bbc_answers"), ()),
 }
 
 
@@ -183,6 +187,14 @@ def store_intervals(run: dict[str, Any]) -> None:
 
 def quality() -> str:
     return main_table(stored("full"), "lora")
+
+
+def answers() -> str:
+    return main_table(stored("answers"), "lora")
+
+
+def answers_rates() -> str:
+    return rates(stored("answers"))
 
 
 def quality_rates() -> str:

@@ -30,6 +30,7 @@ from causal_models import (  # noqa: E402
 
 from dynalora_adapters import LoRAConfig, inject  # noqa: E402
 from dynalora_optim import (  # noqa: E402
+    Blocks,
     Budget,
     DynamicAllocationOptimizer,
     ForwardNorm,
@@ -347,6 +348,53 @@ def test_our_adapters(head, log):
             nn.init.normal_(parameter, std=0.3)
     same_chunked(model)
     assert log() == []
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("always", [[], ["lm_head"]], ids=["frozen head", "head trains"])
+@pytest.mark.parametrize("dtype", TOLERANCES)
+def test_whole_blocks_beside_a_head_that_the_optimizer_holds(tied, always, dtype, log):
+    """It gives an inactive head detached parameters; in chunks it has no gradient either."""
+    model = build(tied=tied, dtype=dtype)
+    weight = model.lm_head.weight
+    optimizer = DynamicAllocationOptimizer(
+        torch.optim.SGD(model.parameters(), lr=0.1),
+        model,
+        groups=Blocks(outside="frozen"),
+        active=0.5,
+        always_active=always,
+    )
+    (_, gradients), peaks, steps = step(model, batch()), [], {}
+    assert (weight.grad is not None) == bool(always)
+    assert 0 < sum("layers" in name for name in gradients) < len(gradients) + (not always)
+    for chunked in (False, True):
+        handle = chunk_loss(model, chunk=CHUNK) if chunked else None
+        with LiveBytes() as memory:
+            steps[chunked] = step(model, batch())
+        peaks.append(memory.peak)
+        assert isinstance(model(**batch()).logits, LazyLogits) == chunked
+        if handle:
+            handle.close()
+    tolerance = 1e-6 if dtype == torch.float64 else TOLERANCES[dtype]  # the model's own is float32
+    assert_same(steps[True], steps[False], tolerance)
+    assert peaks[1] < peaks[0]
+    assert log() == []
+    before = weight.detach().clone()
+    optimizer.step()
+    assert torch.equal(weight, before) == (not always)
+
+
+def test_logits_that_are_asked_for_later_have_the_graph_of_the_forward():
+    model = build()
+    optimizer = DynamicAllocationOptimizer(
+        torch.optim.SGD(model.parameters(), lr=0.1), model, groups=Blocks(outside="frozen")
+    )
+    with chunk_loss(model, chunk=CHUNK):
+        lazy = model(**batch()).logits
+        lazy.tensor().square().sum().backward()
+    assert model.lm_head.weight.grad is None
+    assert any(parameter.grad is not None for parameter in model.parameters())
+    optimizer.close()
 
 
 @pytest.mark.parametrize("head", ["frozen", "adapter", "modules_to_save", "tied, saved"])

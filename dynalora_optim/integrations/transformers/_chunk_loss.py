@@ -24,13 +24,14 @@ from dynalora_optim.integrations.transformers._cross_entropy import (
     liger_kernel,
 )
 from dynalora_optim.integrations.transformers._heads import (
+    as_it_is,
     causal_model,
     classes_of,
     has_labels,
     obstacle,
 )
 from dynalora_optim.loss import LazyLogits
-from dynalora_optim.loss._head import WithoutHooks, is_plain, mixing
+from dynalora_optim.loss._head import mixing
 
 logger = logging.getLogger(__name__)
 
@@ -171,13 +172,14 @@ class _Pass:
         if kwargs or len(args) > 1 or not isinstance(hidden, Tensor):
             self._say("the model passes more than hidden states to its head")
             return head.forward(*args, **kwargs)
-        reason = mixing(head, hidden)
+        mapped = as_it_is(head)
+        reason = mixing(mapped, hidden)
         if reason:
             self._say(f"the head, {type(head).__name__}, {reason}")
             return head.forward(hidden)
         return LazyLogits(
             hidden,
-            head if is_plain(head) else WithoutHooks(head),
+            mapped,
             classes=classes_of(head) or 0,
             cross_entropy=self._cross_entropy,
             told=self._told,

@@ -9,10 +9,12 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-from dynalora_optim._base.torch_private import active_ddp
+from dynalora_optim._base.torch_private import active_ddp, parameter_slots, set_parameter_slots
 from dynalora_optim._base.torch_private_hooks import forward_hooks, has_backward_hooks
 from dynalora_optim.importance._forward_hook import ForwardHook
+from dynalora_optim.loss._head import WithoutHooks, is_plain
 from dynalora_optim.switching._anchor import _Tied
+from dynalora_optim.switching._detach import DetachedForward
 
 
 def causal_model(model: nn.Module) -> PreTrainedModel:
@@ -60,14 +62,33 @@ def obstacle(head: Any) -> str | None:
     if any(forward_hooks(child) or has_backward_hooks(child) for child in within):
         return "modules within the head have hooks"
     # A hook of the backward pass would never run: the head returns no tensor.
-    if has_backward_hooks(head) or not all(map(_takes_lazy_logits, forward_hooks(head).values())):
+    hooks = forward_hooks(head).values()
+    if has_backward_hooks(head) or not all(_takes_lazy_logits(head, hook) for hook in hooks):
         return "the head has hooks"
     return None
 
 
-def _takes_lazy_logits(hook: object) -> bool:
+def _takes_lazy_logits(head: nn.Module, hook: object) -> bool:
     """Whether a forward hook of the head works on `LazyLogits`: our own do."""
+    if isinstance(getattr(hook, "__self__", None), DetachedForward):
+        return type(head) is nn.Linear  # see `as_it_is`
     return isinstance(hook, ForwardHook) or (isinstance(hook, _Tied) and active_ddp() is None)
+
+
+def as_it_is(head: nn.Module) -> nn.Module:
+    """Return what maps rows to logits as ``head`` does now, also once its forward is over.
+
+    While the forward of an inactive head runs, its parameters are detached; so are those of what is
+    returned.
+    """
+    if is_plain(head):
+        return head
+    if type(head) is not nn.Linear or "forward" in vars(head):
+        return WithoutHooks(head)
+    plain = nn.Linear(1, 1, bias=False, device="meta")
+    plain.in_features, plain.out_features = head.in_features, head.out_features
+    set_parameter_slots(plain, dict(parameter_slots(head)))
+    return plain
 
 
 def has_labels(
