@@ -58,7 +58,7 @@ class StepCosting(CostingState):
             places = self._meter.model, self._meter.blocks
             self._holdings = Holdings(holder, rule, *places, paused=paused, total=total)
         if self._allocation.needs_costs:
-            self._handles = announce(self._meter.model, self)
+            self._handles = announce(self._meter.model, self._meter.blocks, self)
 
     def close(self) -> None:
         """Stop listening to forwards."""
