@@ -88,7 +88,8 @@ class Assembly:
         chosen = [*groups, *grouping.waiting]  # the latter may join later
         members = [module for group in chosen for module in group.modules]
         self._blocks = model_blocks(self._model, must=self._recomputes, members=members)
-        self._meter = BlockMeter(self._model, self._blocks, holds=needs_costs)
+        frozen = grouping.frozen
+        self._meter = BlockMeter(self._model, self._blocks, frozen, holds=needs_costs)
         if needs_costs:
             self._meter.check(groups)
         self._tracker = tracker

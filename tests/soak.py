@@ -6,7 +6,8 @@
 Case n is made from the seed and n alone; ``soak_cases.py`` says what must hold for it. The counts
 are stored after every 50 cases. If the file has counts of this seed, the run goes on after them; it
 first repeats the cases that have failed. With ``--growing`` only those of the cases run in which a
-forward pass can be larger than any before it while others await their backward pass.
+forward pass can be larger than any before it while others await their backward pass. With
+``--blocks`` whole blocks train in each case, in place of adapters.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
+from functools import partial
 from multiprocessing import Pool
 from pathlib import Path
 from typing import Any
@@ -33,14 +36,15 @@ PART = "soak"
 EVERY = 50  # cases between two writes
 
 
-def case_of(seed: int, number: int) -> Case:
-    """Case ``number`` of a seed."""
-    return Case.drawn(random.Random(f"{seed}/{number}"))
+def case_of(seed: int, number: int, *, blocks: bool = False) -> Case:
+    """Case ``number`` of a seed; with whole ``blocks`` in place of adapters."""
+    case = Case.drawn(random.Random(f"{seed}/{number}"))
+    return replace(case, how="blocks") if blocks else case
 
 
-def found(numbered: tuple[int, int]) -> Outcome | dict[str, Any]:
+def found(numbered: tuple[int, int], *, blocks: bool = False) -> Outcome | dict[str, Any]:
     """Check the case of this seed and number; return what came of it, or why it failed."""
-    case = case_of(*numbered)
+    case = case_of(*numbered, blocks=blocks)
     try:
         return check(case)
     except Exception as error:
@@ -76,17 +80,19 @@ def soak(
     jobs: int = 1,
     *,
     growing: bool = False,
+    blocks: bool = False,
 ) -> dict[str, Any]:
     """Check the cases that are left, and return the counts of all."""
-    counts = started(path, seed, f"seed {seed}" + ", growing" * growing)
+    row = f"seed {seed}" + ", growing" * growing + ", whole blocks" * blocks
+    counts, check_one = started(path, seed, row), partial(found, blocks=blocks)
     numbers = [n for n in range(cases) if not growing or case_of(seed, n).grows]
     again, counts["failed"] = [failed["number"] for failed in counts["failed"]], []
     start, begin = time.monotonic(), counts["cases"]
     with Pool(jobs, quiet) if jobs > 1 else nullcontext() as pool:
         checked = pool.imap if pool else map
-        for outcome in checked(found, [(seed, number) for number in again]):
+        for outcome in checked(check_one, [(seed, number) for number in again]):
             count(counts, outcome)
-        for outcome in checked(found, [(seed, number) for number in numbers[begin:]]):
+        for outcome in checked(check_one, [(seed, number) for number in numbers[begin:]]):
             count(counts, outcome)
             counts["cases"] += 1
             if counts["cases"] % EVERY == 0 or counts["cases"] == len(numbers):
@@ -110,11 +116,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0, help="the cases are made from it")
     parser.add_argument("--jobs", type=int, default=1, help="how many processes")
     parser.add_argument("--growing", action="store_true", help="only cases whose forwards grow")
+    parser.add_argument("--blocks", action="store_true", help="whole blocks, not adapters")
     parser.add_argument("--only", type=int, help="check only the case of this number")
     parser.add_argument("--output", type=Path, help="a file of rows; it is also where to go on")
     options = parser.parse_args(arguments)
     if options.only is not None:
-        case = case_of(options.seed, options.only)
+        case = case_of(options.seed, options.only, blocks=options.blocks)
         print(case, check(case), sep="\n")
         return 0
 
@@ -123,7 +130,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             write(options.output, PART, [counts], run_of(__file__, arguments))
 
     where = options.cases, options.seed, options.output
-    counts = soak(*where, store, options.jobs, growing=options.growing)
+    kind = {"growing": options.growing, "blocks": options.blocks}
+    counts = soak(*where, store, options.jobs, **kind)
     for failed in counts["failed"]:
         print(failed)
     return int(bool(counts["failed"]))

@@ -14,10 +14,10 @@ from typing import Any
 
 import torch
 from budgets import adapted, clear, costs_of, gradients, on_budget, shape
-from tiny_models import Sizes, TinyModel
+from tiny_models import Sizes, TinyModel, build
 from torch import Tensor
 
-from dynalora_optim import AllocationContext, Budget, LiveBytes
+from dynalora_optim import AllocationContext, Blocks, Budget, LiveBytes
 from dynalora_optim.allocation._costs import Plan
 
 FAMILIES = ("bert", "roberta", "llama", "gpt2", "encoder")
@@ -40,7 +40,10 @@ class Checked(Budget):
 
 @dataclass(frozen=True)
 class Case:
-    """A model, a user's loop (what happens between two optimizer steps), and a budget."""
+    """A model, a user's loop (what happens between two optimizer steps), and a budget.
+
+    ``how``: our adapters ("ours"), those of "peft", or whole "blocks".
+    """
 
     family: str
     how: str
@@ -80,12 +83,24 @@ class Case:
 
     def model(self) -> TinyModel:
         sizes = Sizes(length=16, width=WIDTH, blocks=self.blocks)
-        tiny = adapted(self.family, self.how, sizes=sizes)
+        tiny = self._adapted(sizes)
         if self.own_checkpoints and self.family != "encoder":
             tiny.model.gradient_checkpointing_enable({"use_reentrant": False})
         if self.precision == "float64":
             tiny.model.double()
         return tiny
+
+    def _adapted(self, sizes: Sizes) -> TinyModel:
+        if self.how != "blocks":
+            return adapted(self.family, self.how, sizes=sizes)
+        tiny = build(self.family, 0, sizes)
+        tiny.model.train()
+        return tiny
+
+    def optimizer(self, tiny: TinyModel, budget: Budget) -> Any:
+        """An optimizer that chooses in every step, with random draws of the case's own."""
+        options = {"groups": Blocks(outside="frozen")} if self.how == "blocks" else {}
+        return on_budget(tiny, budget, period=1, seed=self.seed, **options)
 
     def batches(self, step: int) -> Iterator[dict[str, Tensor]]:
         for number in range(self.accumulate * self.calls):
@@ -216,7 +231,7 @@ def check(case: Case) -> Outcome:
     # Gradients of the step before may be alive, so the second step can be larger.
     whole = max(case.peaks(unshaped, None, 1 + max(len(case.shapes) - 1, case.zeroes_late)))
     limit = round(case.memory * whole)
-    optimizer = on_budget(tiny, Checked(memory=limit, base="random"), period=1, seed=case.seed)
+    optimizer = case.optimizer(tiny, Checked(memory=limit, base="random"))
     try:
         measured: list[tuple[int, int]] = []
         refusal = ""
@@ -282,7 +297,7 @@ def least_peak(case: Case) -> int:
     If gradients are zeroed between the forward and the backward, they may count in both.
     """
     tiny, most = case.model(), 0
-    optimizer = on_budget(tiny, Budget(memory=1 << 40), period=1)
+    optimizer = case.optimizer(tiny, Budget(memory=1 << 40))
     case.passes(tiny, 0)
     costs = costs_of(optimizer)
     for block in costs.lowest_blocks():

@@ -36,6 +36,12 @@ def test_a_growing_forward_is_not_refused(number):
     assert not outcome.again
 
 
+@pytest.mark.parametrize("number", [95, 210, 327, 344])
+def test_what_the_soak_of_whole_blocks_has_found_stays_mended(number):
+    """A copy of the model was measured in which frozen parts trained."""
+    assert check(soak.case_of(7, number, blocks=True)).kind in ("held", "refused")
+
+
 def test_the_soak_goes_on_where_it_ended_and_repeats_what_failed(tmp_path, monkeypatch):
     path, tried, broken = tmp_path / "soak.jsonl", [], {2, 51}
 

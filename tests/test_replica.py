@@ -18,6 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from listed_models import LISTED
 from mixed_models import MIXED, skip_unless_it_runs
+from tiny_models import build
 from torch import Tensor, nn
 from torch._subclasses import FakeTensor, FakeTensorMode
 
@@ -34,12 +35,12 @@ FAMILIES: dict[str, Callable[[], Any]] = {
 READ = ("bart", "llava", "qwen2_vl", "mixtral", "mixtures", "gemma3")
 
 
-def costs_of(make: Callable[[], Any], *, padded: bool | None) -> Any:
+def costs_of(make: Callable[[], Any], *, padded: bool | None, **settings: Any) -> Any:
     tiny = make()
     if padded is not None:
         tiny.batch["attention_mask"] = torch.ones_like(tiny.batch["attention_mask"])
         tiny.batch["attention_mask"][0, 0] = not padded
-    optimizer = on_budget(tiny)
+    optimizer = on_budget(tiny, **settings)
     tiny.loss()
     return optimizer._allocation.costs
 
@@ -67,6 +68,18 @@ def test_a_copy_of_any_family_costs_what_the_model_costs(name, monkeypatch):
 @pytest.mark.parametrize("name", ["bert", "llama"])
 def test_code_that_looks_into_a_mask_finds_what_is_in_it(name, padded, monkeypatch):
     same_costs(FAMILIES[name], monkeypatch, padded=padded)
+
+
+@pytest.mark.parametrize("name", ["bert", "llama", "encoder"])
+def test_what_never_trains_does_not_train_in_the_copy(name, monkeypatch):
+    """The optimizer gives it detached parameters; a copy of the model has no such optimizer."""
+
+    def whole() -> Any:
+        tiny = build(name)
+        tiny.model.train()
+        return tiny
+
+    same_costs(whole, monkeypatch, padded=None, groups=Blocks(outside="frozen"))
 
 
 @contextmanager

@@ -32,6 +32,7 @@ class BlockMeter:
     Args:
         model: The adapted model.
         blocks: Its blocks.
+        frozen: Groups that are never active. A copy of the model has them active at first.
         holds: Whether the user's own checkpoints of blocks are held off; see `ModuleSwitch`.
 
     Attributes:
@@ -39,9 +40,17 @@ class BlockMeter:
             each rank keeps whole ones for some time.
     """
 
-    def __init__(self, model: nn.Module, blocks: Sequence[Block], *, holds: bool = False) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        blocks: Sequence[Block],
+        frozen: Sequence[ModuleGroup] = (),
+        *,
+        holds: bool = False,
+    ) -> None:
         self.model = model
         self.blocks = blocks
+        self._frozen = frozen
         self._holds = holds
         self.reduces = True
 
@@ -133,7 +142,9 @@ class BlockMeter:
         """Measure a copy that is not sharded and has no data, and add what sharding takes."""
         replica = Replica(self.model)
         blocks, groups = list(map(replica.block, self.blocks)), list(map(replica.group, groups))
-        routes = Routes(replica.model, blocks, groups, ModuleSwitch(blocks, holds=self._holds))
+        switch = ModuleSwitch(blocks, holds=self._holds)
+        switch.set_flags(map(replica.group, self._frozen), ())
+        routes = Routes(replica.model, blocks, groups, switch)
         padded = is_padded(shape_of(batch.args, batch.kwargs))
         with self._uncompiled(), _own_checkpoints_refused(), replica.running(padded=padded) as fake:
             costs = routes.measure(Batch(*fake((batch.args, batch.kwargs))), known)
