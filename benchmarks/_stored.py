@@ -139,12 +139,14 @@ def _lines(path: Path) -> list[str]:
 def write(path: Path, part: str, rows: Iterable[Row], run: Row) -> list[dict[str, Any]]:
     """Replace the rows of a part, and return them as they are stored.
 
+    A row that has a run keeps it; the others get this ``run``.
+
     The file is written under a temporary name and then renamed, so it is never incomplete.
 
     Raises:
         ValueError: The existing file is not a file of stored runs.
     """
-    stored = [{"part": part, **row, "run": dict(run)} for row in rows]
+    stored = [{"part": part, **row, "run": dict(row.get("run", run))} for row in rows]
     others = [row for row in read(path) if row["part"] != part] if path.exists() else []
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.{os.getpid()}")

@@ -127,7 +127,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     def store(counts: Any) -> None:
         if options.output:
-            write(options.output, PART, [counts], run_of(__file__, arguments))
+            stored = read(options.output) if options.output.exists() else []
+            others = [row for row in stored if row["row"] != counts["row"]]
+            write(options.output, PART, [*others, counts], run_of(__file__, arguments))
 
     where = options.cases, options.seed, options.output
     kind = {"growing": options.growing, "blocks": options.blocks}

@@ -42,6 +42,10 @@ def test_what_the_soak_of_whole_blocks_has_found_stays_mended(number):
     assert check(soak.case_of(7, number, blocks=True)).kind in ("held", "refused")
 
 
+def test_a_whole_block_that_a_growing_forward_makes_inactive_is_recomputed_as_it_ran():
+    assert check(soak.case_of(0, 537, blocks=True)).kind == "held"
+
+
 def test_the_soak_goes_on_where_it_ended_and_repeats_what_failed(tmp_path, monkeypatch):
     path, tried, broken = tmp_path / "soak.jsonl", [], {2, 51}
 
@@ -65,6 +69,11 @@ def test_the_soak_goes_on_where_it_ended_and_repeats_what_failed(tmp_path, monke
     (row,) = map(json.loads, path.read_text().splitlines())
     assert (row["cases"], row["held"], row["failed"]) == (55, 55, [])
     assert (row["measured_beyond"], row["measured_most"]) == (4, 1.08)
+    assert soak.main([*arguments, "60", "--growing"]) == 0
+    whole, growing = map(json.loads, path.read_text().splitlines())
+    assert whole == row
+    grow = sum(soak.case_of(3, number).grows for number in range(60))
+    assert (growing["row"], growing["cases"]) == ("seed 3, growing", grow)
 
 
 def test_a_case_is_made_from_the_seed_and_its_number_alone():

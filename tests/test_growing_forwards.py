@@ -9,11 +9,11 @@ import pytest
 import torch
 from budgets import adapted, clear, gradients, on_budget
 from test_budget_loops import WIDE, rows
-from tiny_models import TinyModel
+from tiny_models import TinyModel, build
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from dynalora_optim import Budget, DynamicAllocationOptimizer, LiveBytes
+from dynalora_optim import Blocks, Budget, DynamicAllocationOptimizer, LiveBytes
 
 SMALL, LARGE = (1, 6), (8, 16)
 
@@ -63,6 +63,31 @@ def test_a_forward_is_recomputed_with_what_was_active_in_it(name, adapters, chec
     names = [key for key in want if not any(f"{group}." in key for group in optimizer.groups)]
     names += [key for key in want if any(f"{group}." in key for group in stay)]
     assert len(names) < len(want)
+    for key in names:
+        torch.testing.assert_close(found[key], want[key], rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("checkpoints", ["none", "switch", "reentrant", "block", "parts"])
+@pytest.mark.parametrize("name", ["roberta", "llama"])
+def test_a_whole_block_is_recomputed_with_what_was_active_in_it(name, checkpoints):
+    """Its own forward alone is recomputed, so that no hook of the block runs."""
+    tiny, plain = (build(name, 0, WIDE) for _ in range(2))
+    for one in (tiny, plain):
+        one.model.train()
+    checkpoint_blocks(tiny, checkpoints)
+    optimizer = DynamicAllocationOptimizer(
+        torch.optim.SGD(tiny.model.parameters(), lr=0.01),
+        tiny.model,
+        groups=Blocks(outside="frozen"),
+        active=1.0,
+    )
+    first = loss(tiny, SMALL)
+    stay = deactivate_between_forwards(optimizer)
+    (first + loss(tiny, LARGE)).backward()
+    (loss(plain, SMALL) + loss(plain, LARGE)).backward()
+    found, want = gradients(tiny), gradients(plain)
+    names = [key for key in want if any(key.startswith(f"{group}.") for group in stay)]
+    assert 0 < len(names) < len(want)
     for key in names:
         torch.testing.assert_close(found[key], want[key], rtol=1e-5, atol=1e-7)
 

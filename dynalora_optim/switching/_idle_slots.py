@@ -21,9 +21,13 @@ import torch
 from torch import nn
 
 from dynalora_optim._base.calls import Call, call_around, is_running
+from dynalora_optim._base.past import Past
 from dynalora_optim._base.torch_private import parameter_slots, set_parameter_slots
 from dynalora_optim._base.torch_private_autograd import in_backward
 from dynalora_optim.groups._module_group import Slot
+
+# The names that were idle in each forward, by module: it may become idle between two of them.
+_histories: weakref.WeakKeyDictionary[nn.Module, Past[frozenset[str]]] = weakref.WeakKeyDictionary()
 
 
 class _IdleSlots(dict[str, Any]):
@@ -34,12 +38,13 @@ class _IdleSlots(dict[str, Any]):
     """
 
     idle: frozenset[str] = frozenset()
+    history: Past[frozenset[str]]
 
     def _read(self, name: str, held: Any) -> Any:
         if name not in self.idle or held is None:
             return held
         if isinstance(held, nn.Parameter):
-            return held.detach() if _is_recomputing() else held
+            return held.detach() if _is_recomputing() and name in self.history.value() else held
         if not torch.compiler.is_compiling():
             end_interrupted()
         return super().__getitem__(name)
@@ -79,9 +84,11 @@ def stay_idle(slots: Sequence[Slot]) -> None:
         held = parameter_slots(slot.owner)
         if type(held) is dict:
             held = _IdleSlots(held)
+            held.history = _histories.setdefault(slot.owner, Past(frozenset()))
             set_parameter_slots(slot.owner, held)
         if isinstance(held, _IdleSlots) and slot.attribute not in held.idle:
             held.idle |= {slot.attribute}
+            held.history.note(held.idle)
 
 
 def wake(slots: Sequence[Slot]) -> None:
@@ -90,6 +97,7 @@ def wake(slots: Sequence[Slot]) -> None:
         held = parameter_slots(slot.owner)
         if isinstance(held, _IdleSlots):
             held.idle -= {slot.attribute}
+            held.history.note(held.idle)
             if not held.idle:
                 set_parameter_slots(slot.owner, dict.copy(held))
 
