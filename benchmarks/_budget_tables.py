@@ -129,7 +129,7 @@ def language(part: str = "language") -> str:
     sweep = stored(part)
     lines = [line for name in sweep.methods for line in _language_lines(sweep, name)]
     head = ["method", "learning rate", "seeds", "validation loss", "held-out loss", "minus lora"]
-    return markdown([*head, "active parameters", "peak", "with all state"], lines)
+    return markdown([*head, "active parameters", "peak", "with active state"], lines)
 
 
 def _language_lines(sweep: Sweep, name: str) -> list[list[str]]:
@@ -149,7 +149,7 @@ def _language_lines(sweep: Sweep, name: str) -> list[list[str]]:
             found = sweep.difference(name, "lora")  # of the loss with a minus
             percent = [100 * x / lora.mean for x in (found.value, found.high, found.low)]
             less = "{:+.1f}% [{:+.1f}, {:+.1f}]".format(*percent)
-        sizes = (cell.largest(size) / lora.largest(size) for size in ("peak_bytes", "whole"))
+        sizes = (cell.largest(size) / lora.largest(size) for size in ("peak_bytes", "whole_active"))
         active = cell.average("active_parameters") / lora.average("active_parameters")
         lines.append(
             [
