@@ -17,6 +17,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from dynalora_optim.groups._blocks import Block, in_lists
+from dynalora_optim.switching._recompute import autocast_keeps_casts
 
 
 class ForwardListener(Protocol):
@@ -55,8 +56,7 @@ class _Announce:
                 torch.set_autocast_cache_enabled(True)
 
     def _turn_off(self) -> None:
-        is_cast = any(map(torch.is_autocast_enabled, ("cpu", "cuda")))
-        if is_cast and torch.is_autocast_cache_enabled():
+        if autocast_keeps_casts():
             torch.set_autocast_cache_enabled(False)
             self._is_off = True
 

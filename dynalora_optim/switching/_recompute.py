@@ -19,6 +19,12 @@ from dynalora_optim._base.torch_private_autograd import current_saved_tensors_ho
 from dynalora_optim.switching._kept import Kept
 
 
+def autocast_keeps_casts() -> bool:
+    """Return whether autocast is on, and keeps its casts of parameters that train until it ends."""
+    is_cast = any(map(torch.is_autocast_enabled, ("cpu", "cuda")))
+    return is_cast and torch.is_autocast_cache_enabled()
+
+
 def _recomputed(
     function: Callable[..., Any],
     *args: Any,
@@ -30,18 +36,16 @@ def _recomputed(
 
     If ``kept`` is given, the backward recomputes nothing until its `Kept.release`.
 
-    Autocast keeps its casts of the parameters that train until it ends, which takes as much memory
-    as the checkpoint saves where much trains. Here it keeps none of them.
+    The casts that autocast keeps take as much memory as the checkpoint saves where much trains.
+    Here it keeps none of them.
     """
-    is_cast = any(map(torch.is_autocast_enabled, ("cpu", "cuda")))
-    caches = torch.is_autocast_cache_enabled()
     if torch.compiler.is_compiling():
         return checkpoint(function, *args, use_reentrant=use_reentrant, **kwargs)
     if kept is not None:
         if current_saved_tensors_hooks():  # the user's: they keep it in a place of their own
             return function(*args, **kwargs)
         function = kept.keeping(function)
-    if not (is_cast and caches):
+    if not autocast_keeps_casts():
         return checkpoint(function, *args, use_reentrant=use_reentrant, **kwargs)
     torch.set_autocast_cache_enabled(False)
     try:
@@ -166,7 +170,7 @@ def is_compiled(block: nn.Module) -> bool:
 
 def can_keep(block: nn.Module) -> bool:
     """Return whether `Recomputer.recompute` can recompute this block only where it must."""
-    return not is_compiled(block)  # compiled code frees what it keeps by itself
+    return not is_compiled(block)  # whose code decides itself what it saves, and how
 
 
 def checkpoints_itself(block: nn.Module) -> bool:
