@@ -124,9 +124,11 @@ def _blocks() -> list[Result]:
 def _whole(run: Result) -> dict[str, int]:
     """Return the peak of a step with the state of everything, and with that of what is active."""
     usual = ADAMW_BYTES * run["trainable_parameters"]  # of runs that trained all in every step
+    # The largest peak and the most state together: they may be of two steps.
+    apart = run["peak_bytes"] + run.get("active_state_bytes", usual)
     return {
         "whole": run["peak_bytes"] + run.get("state_bytes", usual),
-        "whole_active": run["peak_bytes"] + run.get("active_state_bytes", usual),
+        "whole_active": run.get("held_bytes", apart),
     }
 
 

@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 from dynalora_optim._base.collectives import gathered
 from dynalora_optim._driver import ModuleDriver
-from dynalora_optim._holdings import Holdings, given_limit
+from dynalora_optim._holdings import Holdings, room_to_measure
 from dynalora_optim._ranks import Ranks
 from dynalora_optim.allocation._allocation import Allocation
 from dynalora_optim.allocation._costs import Costs, Plan
@@ -55,8 +55,9 @@ class CostingState:
         return {**vars(self), "_plans": {}, "_holdings": None}
 
     def _room(self) -> int | None:
-        """Return the bytes that measuring may take now; None if no amount of them is given."""
-        limit = given_limit(self._allocation.allocator, self._allocation.costs)
+        """Return the bytes that measuring may take now; None for any number."""
+        blocks = len(self._meter.blocks)
+        limit = room_to_measure(self._allocation.allocator, self._habits.resident, blocks)
         if limit is None:
             return None
         around = self._passes.around()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,7 @@ from dynalora_optim._base.live_bytes import flattened, storage_bytes, tensor_byt
 from dynalora_optim._base.trees import tensors
 from dynalora_optim.allocation._amounts import DEVICE
 from dynalora_optim.allocation._budget import Budget
-from dynalora_optim.allocation._costs import Costs
+from dynalora_optim.allocation._causes import total_limit
 from dynalora_optim.allocation._resident import Resident, rate
 from dynalora_optim.groups._blocks import Block
 from dynalora_optim.memory._device import capacity, in_use, rounding
@@ -23,6 +23,9 @@ from dynalora_optim.memory._state_sizes import StateSize, StateSizes, existing_s
 from dynalora_optim.update._param_groups import ParamGroup, State
 from dynalora_optim.update._pause import PausedState
 from dynalora_optim.update._rule import UpdateRule
+
+# A block with what it keeps and what its backward takes for a moment, and two hidden states.
+_BLOCKS_TO_MEASURE = 2
 
 
 class Holder(Protocol):
@@ -50,14 +53,20 @@ def total_of(allocator: object) -> int | str | None:
     return total if total is not None or inner is None else total_of(inner)
 
 
-def given_limit(allocator: object, costs: Costs | None) -> int | None:
-    """Return the bytes that a step may take, where they are given; a share is one of all costs."""
+def room_to_measure(allocator: object, resident: Resident, blocks: int) -> int | None:
+    """Return the bytes that measuring may take, with what is alive in a step; None for any number.
+
+    What a share is of is known only when all is measured. Measuring takes about one of the
+    ``blocks``: where the share may be less, there is room for nothing on the device.
+    """
     if isinstance(allocator, Budget):
-        if isinstance(allocator.memory, int):
-            return allocator.memory
-        return allocator.limit(costs) if costs and allocator.total is not None else None
+        if allocator.total is not None:
+            return total_limit(allocator.total, resident) if resident.weights else None
+        if isinstance(allocator.memory, float):
+            return 0 if allocator.memory * blocks < _BLOCKS_TO_MEASURE else None
+        return cast(int, allocator.memory)
     inner = getattr(allocator, "allocator", None)
-    return None if inner is None else given_limit(inner, costs)
+    return None if inner is None else room_to_measure(inner, resident, blocks)
 
 
 class Holdings:

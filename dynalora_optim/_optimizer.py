@@ -16,7 +16,7 @@ from dynalora_optim._assembly import Assembly, Choosing
 from dynalora_optim._base.claims import claim, release
 from dynalora_optim._base.collectives import check_agreement
 from dynalora_optim._base.live_bytes import tensor_bytes
-from dynalora_optim._base.torch_private import mark_stepped
+from dynalora_optim._base.torch_private import mark_stepped, without_modes
 from dynalora_optim._base.wrappers import bare
 from dynalora_optim._costing import StepCosting
 from dynalora_optim._driver import ModuleDriver
@@ -273,7 +273,7 @@ class DynamicAllocationOptimizer(SavedOptimizer):
         self._driver.attach()
         self._costing.attach(self, self._updater.rule, self.pause.state)
         parts = self._model, self._driver, self._costing, self._updater
-        weakref.finalize(self, _close, *parts).atexit = False
+        weakref.finalize(self, _clean_up, *parts).atexit = False
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -282,7 +282,7 @@ class DynamicAllocationOptimizer(SavedOptimizer):
 
 
 def _close(model: nn.Module, driver: ModuleDriver, costing: StepCosting, updater: Updater) -> None:
-    """Remove all hooks; no method, because a finalizer of a method would keep its object alive."""
+    """Remove all hooks."""
     if driver.is_closed:  # by now another optimizer may drive the modules
         return
     for module in driver.modules():
@@ -291,3 +291,9 @@ def _close(model: nn.Module, driver: ModuleDriver, costing: StepCosting, updater
     driver.close()
     costing.close()
     updater.remove()
+
+
+def _clean_up(*parts: Any) -> None:
+    """Close what is deleted; no method, because a finalizer of a method keeps its object alive."""
+    with without_modes():  # it can be collected at any moment, while fake tensors are in use also
+        _close(*parts)

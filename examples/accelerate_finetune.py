@@ -166,7 +166,7 @@ def finish(
     held_out: list[Batch],
     output: Path,
 ) -> None:
-    """Evaluate and export, in the main process only."""
+    """Evaluate and export, in the main process only; the others wait for it."""
     if accelerator.is_main_process:
         found = accuracy(model, (placed(batch, accelerator.device) for batch in held_out))
         print(f"held-out accuracy {found:.3f}")
@@ -174,6 +174,9 @@ def finish(
         optimizer.record.to_json(output / "record.json")
         summary = {"accuracy": found, "num_processes": accelerator.num_processes}
         (output / "summary.json").write_text(json.dumps(summary), "utf-8")
+    # Together: a process that ends right after a collective call can abort, as gloo's threads may
+    # still hold tensors when Python is gone (pytorch/pytorch#190489).
+    accelerator.wait_for_everyone()
     accelerator.end_training()
 
 

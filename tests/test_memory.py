@@ -264,29 +264,53 @@ def test_the_measured_step_is_the_step_that_is_not_measured():
     assert torch.equal(plain.layers[1][1].running_mean, shaped.layers[1][1].running_mean)
 
 
+def run_on(name: str, blocks: int, budget: Budget, *, passes: int = 1) -> tuple[int, Any]:
+    """Return the peak of a step, the measuring included, and the costs."""
+    tiny = adapted(name, sizes=replace(ROOMY, blocks=blocks))
+    optimizer = on_budget(tiny, budget)
+    with LiveBytes() as memory:
+        for _ in range(passes):
+            tiny.loss().backward()
+        optimizer.step()
+    costs = costs_of(optimizer)
+    optimizer.close()
+    return memory.peak, costs
+
+
 @pytest.mark.parametrize("accumulates", [False, True])
 @pytest.mark.parametrize("blocks", [2, 4])
 @pytest.mark.parametrize("name", ["bert", "llama", "encoder"])
 def test_measuring_takes_no_more_than_the_least_budget_that_is_accepted(name, blocks, accumulates):
-    def run(limit: int) -> int:
-        tiny = adapted(name, sizes=replace(ROOMY, blocks=blocks))
-        optimizer = on_budget(tiny, Budget(memory=limit))
-        with LiveBytes() as memory:
-            for _ in range(1 + accumulates):
-                tiny.loss().backward()
-            optimizer.step()
-        optimizer.close()
-        return memory.peak
-
     limit = peak = 1
     for _ in range(3):  # a second forward, with gradients alive, may need more than the first
         try:
-            peak = run(limit)
+            peak, _ = run_on(name, blocks, Budget(memory=limit), passes=1 + accumulates)
             break
         except ValueError as refused:
             (least,) = re.findall(r"or (\d+) bytes", str(refused))
             limit = int(least)
     assert 1 < peak <= limit
+
+
+@pytest.mark.parametrize("blocks", [2, 3, 4, 6, 10])
+@pytest.mark.parametrize("name", ["bert", "llama", "encoder", "vit"])
+def test_measuring_takes_no_more_than_the_least_share_that_is_accepted(name, blocks):
+    with pytest.raises(ValueError, match="cannot hold a step") as refused:
+        run_on(name, blocks, Budget(memory=1e-4))
+    (least,) = re.findall(r"at least memory=([\d.]+) or", str(refused.value))
+    for share in (float(least), max(float(least), 2 / blocks)):
+        peak, costs = run_on(name, blocks, Budget(memory=share))
+        assert peak <= share * costs.whole_peak
+
+
+@pytest.mark.parametrize("blocks", [2, 4])
+@pytest.mark.parametrize("name", ["bert", "llama", "encoder"])
+def test_measuring_takes_no_more_than_the_least_total_that_is_accepted(name, blocks):
+    with pytest.raises(ValueError, match="cannot hold a step") as refused:
+        run_on(name, blocks, Budget(total=1))
+    (least,) = map(int, re.findall(r"at least total=(\d+) ", str(refused.value)))
+    peak, costs = run_on(name, blocks, Budget(total=least))
+    assert peak <= least - costs.loop.resident.beside
 
 
 def test_a_model_without_a_copy_is_measured_in_more_memory_than_the_budget_gives(monkeypatch):

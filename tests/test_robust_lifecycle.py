@@ -14,8 +14,10 @@ import pytest
 import torch
 from kinds import KINDS, Foreign, assert_as_torch, decided, each_kind, foreign_groups, hooks, made
 from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LinearLR
+from torch.utils.flop_counter import FlopCounterMode
 from toy import ToyAdapter, ToyModel, backward, batch, names, same, train, weights, wrapped
 
 from dynalora_adapters import LoRAConfig, inject, remove
@@ -35,6 +37,25 @@ from dynalora_optim import (
     TopK,
     UniformRandom,
 )
+
+
+def test_an_optimizer_can_be_collected_while_other_code_uses_fake_tensors():
+    """Measuring a copy does, and so do torch.compile and estimates of memory."""
+    model = nn.Sequential(*(nn.Linear(4, 4) for _ in range(3)))
+    inject(model, LoRAConfig(rank=2, alpha=4, targets="all-linear"))
+    optimizer = DynamicAllocationOptimizer(AdamW(model.parameters()), model, active=1)
+    assert sum(layer.active for layer in model) == 1
+    optimizer.itself = optimizer  # so that only a garbage collection deletes it
+    kept = weakref.ref(optimizer)
+    del optimizer
+    with FakeTensorMode(), FlopCounterMode(display=False):
+        gc.collect()
+    assert kept() is None
+    assert not hooks(model)
+    assert all(layer.active for layer in model)
+    model(torch.ones(1, 4)).sum().backward()
+    assert all(layer.lora_B.grad is not None for layer in model)
+
 
 # Modules that come and go
 

@@ -2,11 +2,12 @@
 
 A method is a name, such as ``forward``. It may have options after an @, such as
 ``forward@active=4,period=10`` or ``budget-0.40@activation_warmup=0``. The options are those of
-`DynamicAllocationOptimizer`; ``activation_warmup`` for ``Pause(warmup=...)``; those of `Budget`
-(memory, compute, base, floor); ``temperature`` of a softmax draw; ``top=1/3`` to adapt only the top
-share of the blocks; ``always=1/6`` to keep the top share of the blocks active in every step;
-``targets=all-linear`` to put adapters into all linear layers; and ``longer=1.25`` to train for that
-many times the task's steps, so that methods can be compared at equal compute.
+`DynamicAllocationOptimizer`; those of `Pause` (state, moments, and ``activation_warmup`` for its
+warmup); those of `Budget` (memory, or total in its place, compute, base, floor); ``temperature`` of
+a softmax draw; ``top=1/3`` to adapt only the top share of the blocks; ``always=1/6`` to keep the
+top share of the blocks active in every step; ``targets=all-linear`` to put adapters into all linear
+layers; and ``longer=1.25`` to train for that many times the task's steps, so that methods can be
+compared at equal compute.
 """
 
 from __future__ import annotations
@@ -140,7 +141,10 @@ def method(name: str) -> Method:
         raise ValueError(
             f"{base} makes no choices, so {name!r} may only set {', '.join(of_method)}"
         )
-    return replace(found, allocation={**found.allocation, **given}) if found.allocation else found
+    usual = {**(found.allocation or {})}
+    if "total" in given:
+        usual.pop("memory", None)  # a budget has one of both
+    return replace(found, allocation={**usual, **given}) if usual else found
 
 
 def _option(text: str) -> tuple[str, Any]:
@@ -279,11 +283,12 @@ def new_heads(model: nn.Module) -> list[str]:
 def _allocation(options: Mapping[str, Any]) -> dict[str, Any]:
     """Replace names by the objects that they stand for."""
     plain = dict(options)
-    shares = {key: plain.pop(key) for key in ("memory", "compute", "base", "floor") if key in plain}
-    if shares:
+    of_budget = ("memory", "total", "compute", "base", "floor")
+    if shares := {key: plain.pop(key) for key in of_budget if key in plain}:
         plain["allocator"] = Budget(**shares)
-    if "activation_warmup" in plain:
-        plain["pause"] = Pause(warmup=plain.pop("activation_warmup"))
+    of_pause = {"activation_warmup": "warmup", "state": "state", "moments": "moments"}
+    if pause := {name: plain.pop(key) for key, name in of_pause.items() if key in plain}:
+        plain["pause"] = Pause(**pause)
     allocator, importance = plain.get("allocator"), plain.get("importance")
     if allocator in ALLOCATORS:
         temperature = {"temperature": plain.pop("temperature")} if "temperature" in plain else {}

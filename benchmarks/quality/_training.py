@@ -91,9 +91,10 @@ def run(settings: Settings) -> dict[str, Any]:
         ``predictions``: for the test rows, in their order; ``peak_bytes`` and ``saved_bytes``: the
         largest of the counted steps; ``state_bytes``: the most that the optimizer's state took,
         and ``active_state_bytes``: the most that the state of what was active took, which is all
-        that remains on the device if idle states are offloaded; ``active_parameters``: mean number
-        of parameters with a gradient; ``trainable_parameters``; ``counts``: active steps by module;
-        ``seconds``.
+        that remains on the device if idle states are offloaded; ``held_bytes``: the most that a
+        counted step and the state of what was active in it took together; ``active_parameters``:
+        mean number of parameters with a gradient; ``trainable_parameters``; ``counts``: active
+        steps by module; ``seconds``.
     """
     start = time.perf_counter()
     work = prepare(settings.suite, settings.task, settings.model, settings.max_length)
@@ -167,6 +168,7 @@ class Loop:
         self.evaluations: list[dict[str, float]] = []
         self._updated: list[int] = []
         self._peaks = [0]
+        self._held = [0]
         self._saved = [0]
         self._state = [0]
         self._active_state = [0]
@@ -185,6 +187,7 @@ class Loop:
                     self.step(batch, memory)
                 if state_bytes(self._inner.state.values()) == before:  # state is counted apart
                     self._peaks.append(memory.peak)
+                    self._held.append(memory.peak + self._active_state[-1])
                     is_due = False
             else:
                 start = time.perf_counter()
@@ -271,6 +274,7 @@ class Loop:
             "saved_bytes": max(self._saved),
             "state_bytes": max(self._state),
             "active_state_bytes": max(self._active_state),
+            "held_bytes": max(self._held),
             "active_parameters": statistics.fmean(self._updated),
             "trainable_parameters": sum(p.numel() for p in parameters),
             "seconds_per_step": statistics.median(self._seconds),

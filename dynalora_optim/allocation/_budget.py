@@ -113,7 +113,7 @@ class Budget:
         With ``total`` it is what is left for the step and for the state of what is active.
         """
         if self.total is not None:
-            return total_limit(self.total, costs)
+            return total_limit(self.total, costs.loop.resident)
         share = cast(float, self.memory)
         return share if isinstance(share, int) else _share_of(costs.whole_peak, share)
 

@@ -12,13 +12,12 @@ _GIB = 2**30
 _MUCH = 3  # a part that is a third of the whole is worth a remedy
 
 
-def total_limit(total: int | str, costs: Costs) -> int:
+def total_limit(total: int | str, resident: Resident) -> int:
     """Return what is left of ``total`` for the step, and for the state of what is active.
 
     Raises:
         ValueError: Nobody has counted what the process holds.
     """
-    resident = costs.loop.resident
     if not resident.weights:
         raise ValueError(
             f"Budget(total={total!r}) does not know what the process holds beside the step. An "
