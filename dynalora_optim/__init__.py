@@ -13,7 +13,8 @@ it in this list:
 * A schedule (`Periodic`, `Once`) decides after which optimizer steps to choose again.
 * A `Budget` is an allocator that also decides where the backward pass ends and which blocks are
   recomputed, from measured costs. A `MemoryReport` of two `MemoryUse` shows these costs.
-* `Blocks` makes whole transformer blocks the groups; `lisa` and `badam` are presets that use it.
+* `Blocks` makes whole transformer blocks the groups; `blocks_on_budget`, `lisa` and `badam` are
+  presets that use it.
 * `Pause` sets what happens to the optimizer state of modules that pause, `Backward` sets how the
   backward pass is run, and `LocalLR` lets each module follow the learning-rate schedule at its own
   pace.
@@ -31,7 +32,7 @@ library by their attributes (`AdapterModule`).
 """
 
 from dynalora_optim._optimizer import DynamicAllocationOptimizer
-from dynalora_optim._presets import badam, lisa
+from dynalora_optim._presets import badam, blocks_on_budget, lisa
 from dynalora_optim._versions import show_versions
 from dynalora_optim.allocation import (
     AllocationContext,
@@ -110,6 +111,7 @@ __all__ = [
     "TopK",
     "UniformRandom",
     "badam",
+    "blocks_on_budget",
     "estimate_memory",
     "linear_cross_entropy",
     "lisa",

@@ -2,6 +2,7 @@
 
     python examples/full_finetune.py                      # SmolLM2-135M on movie reviews, by BAdam
     python examples/full_finetune.py --method adamw       # all parameters in every step, to compare
+    python examples/full_finetune.py --method budget --total 0.75GiB  # as many blocks as fit
     python examples/full_finetune.py --method lisa --layers 4 --pause drop
     python examples/full_finetune.py --dtype bfloat16 --rounding stochastic --fused-backward
     python examples/full_finetune.py --model my-folder --data my-text.txt --save-every 10
@@ -39,6 +40,7 @@ from _common import (
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.data import default_collate
 from tqdm.auto import tqdm
 
 from dynalora_optim import (
@@ -47,18 +49,22 @@ from dynalora_optim import (
     DynamicAllocationOptimizer,
     StepMemory,
     badam,
+    blocks_on_budget,
     lisa,
     measure_step,
 )
+from dynalora_optim.integrations.transformers import chunk_loss
 
 BY_BLOCKS = {"outside", "pause", "checkpoint_idle", "fused_backward"}
+BUDGET = {"total", "memory", "compute"}
 TAKES = {  # method: its options; the comment says what trains in a step
     "adamw": set[str](),  # everything
     "badam": BY_BLOCKS | {"order"},  # one block at a time
     "lisa": BY_BLOCKS | {"layers"},  # random blocks, and what is outside the blocks
     "blocks": BY_BLOCKS | {"layers"},  # blocks chosen by importance
+    "budget": {"pause"} | BUDGET,  # as many blocks as the memory holds
 }
-RATES = {"adamw": 1e-4, "badam": 1e-3, "lisa": 3e-4, "blocks": 1e-3}  # default learning rates
+RATES = {"adamw": 1e-4, "lisa": 3e-4}  # default learning rates; 1e-3 for the others
 
 
 def optimizer_for(model: nn.Module, options: Namespace) -> Optimizer:
@@ -66,7 +72,7 @@ def optimizer_for(model: nn.Module, options: Namespace) -> Optimizer:
 
     With bfloat16 weights AdamW gets float32 copies too; without them most updates would be lost.
     """
-    lr = RATES[options.method] if options.lr is None else options.lr
+    lr = RATES.get(options.method, 1e-3) if options.lr is None else options.lr
     adamw = AdamW(model.parameters(), lr=lr)
     told: dict[str, Any] = {"period": options.period, "seed": options.seed, **given(options)}
     if "outside" in told:
@@ -77,6 +83,10 @@ def optimizer_for(model: nn.Module, options: Namespace) -> Optimizer:
         told["master_weights"] = options.rounding or "nearest"
     if options.method == "badam":
         return badam(model, adamw, **told)
+    if options.method == "budget":
+        chunk_loss(model)  # else the logits of the whole batch are the largest part of a step
+        del told["backward"]  # the budget decides what is recomputed
+        return blocks_on_budget(model, adamw, **told)
     if options.method == "lisa":
         return lisa(model, adamw, **told)
     if options.method == "blocks":
@@ -125,6 +135,9 @@ class Run:
 def prepare(texts: Texts, options: Namespace) -> Run:
     model = texts.model(getattr(torch, options.dtype)).to(DEVICE).train()
     optimizer = optimizer_for(model, options)
+    if options.method == "budget":  # refused now if it is too small; all batches are as large
+        rows = texts.train[: options.batch_size]
+        optimizer.measure(**inputs(default_collate(rows)))  # type: ignore[attr-defined]
     torch.manual_seed(options.seed)  # for dropout, if the model has it
     return Run(model, optimizer, linear_schedule(optimizer, options.steps))
 
@@ -226,6 +239,9 @@ def parse(arguments: Sequence[str] | None) -> Namespace:
     add("--outside", choices=("frozen", "always_active", "allocated"), help="embeddings, head")
     add("--pause", choices=("keep", "offload", "drop"), help="optimizer state at a pause")
     add("--checkpoint-idle", action="store_const", const=True, help="recompute inactive blocks")
+    add("--total", help="memory for everything, for budget, such as 0.75GiB")
+    add("--memory", type=float, help="in its place: a share of the step that trains all blocks")
+    add("--compute", type=float, help="share of the backward pass of all blocks; None: 0.6")
     add("--fused-backward", action="store_const", const=True, help="update in the backward pass")
     add("--save-every", type=positive, help="steps between checkpoints; None: no checkpoints")
     options = reader.parse_args(arguments)

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import re
 import shutil
 import sys
 
@@ -71,6 +72,21 @@ def test_a_method_learns_and_holds_what_it_promises(method, trained, state, argu
     at_a_time = 32 * 64 if "--fused-backward" in method else trained  # the largest matrix alone
     assert found["gradients_bytes"] == 4 * at_a_time
     assert found["master_weights_bytes"] == 0
+
+
+@pytest.mark.parametrize("amount", ["--total", "--memory"])
+def test_blocks_on_a_budget_learn_and_hold_it(amount, arguments, tmp_path):
+    arguments += ["--method", "budget", "--compute", "0.9", "--batch-size", "8", amount]
+    with pytest.raises(SystemExit, match="cannot hold a step") as refused:
+        full_finetune.main([*arguments, {"--total": "1KiB", "--memory": "0.01"}[amount]])
+    (least,) = re.findall(rf"at least {amount[2:]}=([\d.]+) ", str(refused.value))
+    given = f"{int(least) / 1024 + 1:.0f}KiB" if amount == "--total" else least
+    assert full_finetune.main([*arguments, given]) == 0
+    found = summary(tmp_path / "run")
+    assert found["loss_after"] < found["loss_before"] - 0.05
+    assert BLOCK <= found["trained_parameters"] < 3 * BLOCK
+    if amount == "--total":
+        assert found["peak_bytes"] <= int(least) + 2048
 
 
 @pytest.mark.parametrize(
@@ -170,6 +186,8 @@ def test_killed_and_started_again_it_ends_bit_for_bit_alike(
         ("--method badam --layers 2", "--method badam takes no --layers"),
         ("--rounding nearest", "pass --dtype bfloat16 as well"),
         ("--method blocks --layers 9", "active=9 exceeds the 3"),
+        ("--method budget", "pass exactly one of them"),
+        ("--method budget --total much", "not an amount of memory"),
         ("--steps 1", "--steps 1 must be at least 2"),
         ("--length 1", "--length 1 must be at least 2"),
         ("--length 100000", "do not fill 100000 tokens"),

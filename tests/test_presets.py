@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 import random
+import re
 from dataclasses import replace
 from itertools import chain
 from typing import Any
@@ -22,11 +23,16 @@ from dynalora_optim import (
     AllocationContext,
     Backward,
     Blocks,
+    Budget,
     DynamicAllocationOptimizer,
+    LiveBytes,
     RoundRobin,
     badam,
+    blocks_on_budget,
     lisa,
 )
+from dynalora_optim._base.live_bytes import storage_bytes
+from dynalora_optim._base.trees import tensors
 
 PERIOD = 3
 
@@ -129,10 +135,54 @@ def test_lisa_is_freezing_by_hand_to_the_last_bit():
     assert moved(model, start) >= OUTSIDE
 
 
-# Both
+# Blocks on a budget
 
 
-@pytest.mark.parametrize("preset", [lisa, badam])
+def whole_peaks(model: nn.Module, optimizer: DynamicAllocationOptimizer, steps: int) -> list[int]:
+    """Train, and return for each step the bytes of everything that was alive at its peak."""
+    found = []
+    for step in range(steps):
+        before = storage_bytes([*model.parameters(), *tensors(list(optimizer.state.values()))])
+        with LiveBytes() as memory:
+            train(model, optimizer, 1, start=step)
+        found.append(before + memory.peak)
+    return found
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("more", [1.0, 1.3, 2.0])
+def test_blocks_on_a_budget_keep_within_the_total_and_all_train(more, dtype):
+    model = LanguageModel().to(dtype)
+    optimizer = blocks_on_budget(model, adamw(model), total=1)
+    with pytest.raises(ValueError, match="cannot hold a step") as refused:
+        train(model, optimizer, 1)
+    (least,) = map(int, re.findall(r"at least total=(\d+) ", str(refused.value)))
+    total = int(least * more)
+    model = LanguageModel().to(dtype)
+    optimizer = blocks_on_budget(model, adamw(model), total=total, period=1)
+    start = weights(model)
+    assert max(whole_peaks(model, optimizer, 30)) <= total
+    assert moved(model, start) == of_layer(model, 0, 1, 2, 3)
+
+
+@pytest.mark.parametrize("amounts", [{}, {"total": "1GiB", "memory": 0.5}])
+def test_blocks_on_a_budget_need_one_amount(amounts):
+    model = LanguageModel()
+    with pytest.raises(ValueError, match=r"Budget: pass one of memory|Budget.*total"):
+        blocks_on_budget(model, adamw(model), **amounts)
+
+
+def roomy(model: nn.Module, optimizer: Any, **options: Any) -> DynamicAllocationOptimizer:
+    return blocks_on_budget(model, optimizer, memory=0.8, **options)
+
+
+PRESETS = pytest.mark.parametrize("preset", [lisa, badam, roomy])
+
+
+# All
+
+
+@PRESETS
 def test_every_setting_of_a_preset_can_be_replaced(preset):
     model = LanguageModel()
     optimizer = preset(
@@ -165,10 +215,18 @@ def spelled_out(model: nn.Module, name: str) -> DynamicAllocationOptimizer:
             pause="drop",
             master_weights="nearest",
         ),
+        "roomy": lambda: wrapped(
+            model,
+            groups=Blocks(outside="frozen"),
+            allocator=Budget(memory=0.8, compute=0.6),
+            period=2,
+            pause="drop",
+            master_weights="nearest",
+        ),
     }[name]()
 
 
-@pytest.mark.parametrize("preset", [lisa, badam])
+@PRESETS
 def test_a_preset_sets_nothing_that_its_arguments_could_not(preset):
     ends = []
     for by_name in (True, False):
@@ -183,7 +241,7 @@ def test_a_preset_sets_nothing_that_its_arguments_could_not(preset):
 
 
 @pytest.mark.parametrize("at", [4, 6])
-@pytest.mark.parametrize("preset", [lisa, badam])
+@PRESETS
 def test_a_preset_resumes(preset, at):
     def begin(seed: int = 0) -> tuple[nn.Module, DynamicAllocationOptimizer]:
         model = LanguageModel(seed=seed).bfloat16()
