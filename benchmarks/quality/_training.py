@@ -124,8 +124,9 @@ def started(settings: Settings, work: Work) -> tuple[nn.Module, Optimizer]:
     chosen = method(settings.method)
     model = adapt(model, chosen)
     if work.kind.mixed_precision == "bf16":
+        has_copies = "master_weights" in (chosen.allocation or {})  # in float32, of what trains
         for parameter in model.parameters():
-            if not parameter.requires_grad:
+            if has_copies or not parameter.requires_grad:
                 parameter.data = parameter.data.bfloat16()
     return model, build(model, chosen, lr=settings.lr, seed=settings.seed)
 
