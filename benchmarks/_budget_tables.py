@@ -14,10 +14,16 @@ from _quality_tables import BLOCK_PAIRS, FOLDER, language_runs, mean_and_less, s
 from _stored import Row, described, read
 
 sys.path.insert(0, str(Path(__file__).resolve().parent / "quality"))
-from _compare import Cell, Sweep
+from _compare import Cell, Sweep, paired
 from report import pairs_table, qualities, rates
 
 COSTS = FOLDER / "costs.jsonl"
+IN_LORAS_MEMORY = {  # the methods on the tasks, and on the language model
+    "LoRA": ("lora", "lora"),
+    "the top blocks, always": ("top-blocks", "top-blocks@top=2/15"),
+    "`blocks_on_budget`": ("blocks-0.30", "blocks-0.30@total=758889632,state=drop"),
+    "all parameters": ("full", "full"),
+}
 
 
 def blocks() -> str:
@@ -144,11 +150,7 @@ def _language_lines(sweep: Sweep, name: str) -> list[list[str]]:
     for rate, runs in sorted(rates.items()):
         cell, is_best = Cell(tuple(runs)), rate == best.lr
         spread = f" ± {cell.deviation:.3f}" if len(runs) > 1 else ""
-        less = "-"
-        if is_best and name != "lora":
-            found = sweep.difference(name, "lora")  # of the loss with a minus
-            percent = [100 * x / lora.mean for x in (found.value, found.high, found.low)]
-            less = "{:+.1f}% [{:+.1f}, {:+.1f}]".format(*percent)
+        less = _percent_less(sweep, name) if is_best and name != "lora" else "-"
         sizes = (cell.largest(size) / lora.largest(size) for size in ("peak_bytes", "whole_active"))
         active = cell.average("active_parameters") / lora.average("active_parameters")
         lines.append(
@@ -159,6 +161,31 @@ def _language_lines(sweep: Sweep, name: str) -> list[list[str]]:
             ]
         )
     return lines
+
+
+def _percent_less(sweep: Sweep, name: str) -> str:
+    """Return by how many percent the loss of a method is above LoRA's, on the seeds of both."""
+    (task,) = sweep.tasks
+    _, theirs = paired(sweep.cells[name, task], sweep.cells["lora", task])
+    found, loss = sweep.difference(name, "lora"), Cell(theirs).mean  # each with a minus
+    percent = [100 * x / loss for x in (found.value, found.high, found.low)]
+    return "{:+.1f}% [{:+.1f}, {:+.1f}]".format(*percent)
+
+
+def blocks_readme() -> str:
+    """Return the table of the README: whole blocks in LoRA's memory."""
+    tasks, language = stored("blocks"), stored("language_2000")
+    (text,) = language.tasks
+    lines = []
+    for label, (on_tasks, on_text) in IN_LORAS_MEMORY.items():
+        mean, less = mean_and_less(tasks, on_tasks, "")
+        memory = tasks.ratio(on_tasks, "lora", "whole_active", tasks.tasks)
+        loss = -language.cells[on_text, text].mean
+        percent = "" if on_text == "lora" else _percent_less(language, on_text)
+        size = language.ratio(on_text, "lora", "whole_active", [text])
+        lines.append([label, mean, less, f"{memory:.2f}", f"{loss:.2f}", percent, f"{size:.2f}"])
+    head = ["trained", "3 tasks x 100", "minus LoRA", "memory"]
+    return markdown([*head, "held-out loss", "minus LoRA", "memory"], lines)
 
 
 def soak(rows: Sequence[Row]) -> str:

@@ -46,8 +46,14 @@ FEW_PAIRS = (
     *("decrease@active=2:static@top=1/6", "bandit@active=2:static@top=1/6"),
     "random@active=2:static@top=1/6",
 )
-
-
+SIXTH = (
+    *("shuffled@active=2", "forward@active=2", "gradient@active=2", "grass@active=2"),
+    *("magma@active=2", "static@top=1/6"),
+)
+SIXTH_PAIRS = (
+    *(f"{name}:shuffled@active=2" for name in SIXTH[1:]),
+    *(f"{name}:static@top=1/6" for name in SIXTH[1:-1]),
+)
 BLOCKS = ("lora", "full", "blocks-0.30", "top-blocks", "lisa", "badam")
 BLOCK_PAIRS = (
     *("blocks-0.30:full", "top-blocks:full", "blocks-0.30:top-blocks"),
@@ -115,6 +121,10 @@ def _few() -> list[Result]:
     return _lines(FOLDER / "short", FEW, ["bbc"])
 
 
+def _sixth() -> list[Result]:
+    return [*_lines(FOLDER / "short", ["lora"]), *_lines(FOLDER / "few", SIXTH)]
+
+
 def _blocks() -> list[Result]:
     """Return the runs with full parameters, with the whole training memory of each."""
     runs = [*_lines(FOLDER, BLOCKS[:2]), *_lines(FOLDER / "blocks", BLOCKS[2:])]
@@ -154,6 +164,7 @@ PARTS: dict[str, tuple[Callable[[], list[Result]], tuple[str, ...]]] = {
     "full": (_full, PAIRS),
     "short": (_short, ()),
     "few": (_few, FEW_PAIRS),
+    "sixth": (_sixth, SIXTH_PAIRS),
     "blocks": (_blocks, BLOCK_PAIRS),
     "equal": (_equal, ()),
     "language": (partial(language_runs, "reuters_few"), ()),
@@ -213,6 +224,14 @@ def few() -> str:
 
 def few_pairs() -> str:
     return pairs_table(stored("few"), FEW_PAIRS)
+
+
+def sixth() -> str:
+    return main_table(stored("sixth"), "lora")
+
+
+def sixth_pairs() -> str:
+    return pairs_table(stored("sixth"), SIXTH_PAIRS)
 
 
 def readme() -> str:

@@ -35,6 +35,7 @@ from dynalora_optim import (  # noqa: E402
     DynamicAllocationOptimizer,
     ForwardNorm,
     LiveBytes,
+    blocks_on_budget,
     estimate_memory,
 )
 from dynalora_optim.integrations.transformers import chunk_loss  # noqa: E402
@@ -382,6 +383,24 @@ def test_whole_blocks_beside_a_head_that_the_optimizer_holds(tied, always, dtype
     before = weight.detach().clone()
     optimizer.step()
     assert torch.equal(weight, before) == (not always)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("always", [[], ["lm_head"]], ids=["frozen head", "head trains"])
+def test_a_copy_without_data_of_whole_blocks_has_the_costs_of_the_model(tied, always, monkeypatch):
+    found = []
+    for room in (None, 0):
+        model = build(tied=tied)
+        chunk_loss(model, chunk=CHUNK)
+        rule = torch.optim.SGD(model.parameters(), lr=0.1)
+        optimizer = blocks_on_budget(model, rule, memory=1.0, always_active=always)
+        monkeypatch.setattr(optimizer._costing, "_room", lambda room=room: room)
+        optimizer.measure(**batch())
+        found.append(optimizer._allocation.costs)
+    plain, copied = found
+    assert copied.blocks == plain.blocks
+    logits = 4 * CHUNK * VOCABULARY  # a copy chooses among rows, as if some had no label
+    assert plain.whole_peak <= copied.whole_peak <= plain.whole_peak + 3 * logits
 
 
 def test_logits_that_are_asked_for_later_have_the_graph_of_the_forward():

@@ -246,7 +246,8 @@ def flattened(tensor: Tensor) -> Iterator[Tensor]:
     """Yield the plain tensors that a tensor of a class of its own is made of, or ``tensor``."""
     if hasattr(tensor, "__tensor_flatten__"):
         names, _ = tensor.__tensor_flatten__()
-        for name in names:
-            yield from flattened(getattr(tensor, name))
+        for part in (getattr(tensor, name) for name in names):
+            if isinstance(part, Tensor):  # DTensor names its device mesh too
+                yield from flattened(part)
     else:
         yield tensor

@@ -9,7 +9,12 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-from dynalora_optim._base.torch_private import active_ddp, parameter_slots, set_parameter_slots
+from dynalora_optim._base.torch_private import (
+    active_ddp,
+    parameter_slots,
+    set_parameter_slots,
+    without_modes,
+)
 from dynalora_optim._base.torch_private_hooks import forward_hooks, has_backward_hooks
 from dynalora_optim.importance._forward_hook import ForwardHook
 from dynalora_optim.loss._head import WithoutHooks, is_plain
@@ -85,7 +90,8 @@ def as_it_is(head: nn.Module) -> nn.Module:
         return head
     if type(head) is not nn.Linear or "forward" in vars(head):
         return WithoutHooks(head)
-    plain = nn.Linear(1, 1, bias=False, device="meta")
+    with without_modes():  # a copy of the model without data is measured in a mode of its own
+        plain = nn.Linear(1, 1, bias=False, device="meta")
     plain.in_features, plain.out_features = head.in_features, head.out_features
     set_parameter_slots(plain, dict(parameter_slots(head)))
     return plain
