@@ -10,7 +10,7 @@ from itertools import pairwise
 from pathlib import Path
 
 from _measure import markdown
-from _quality_tables import BLOCK_PAIRS, FOLDER, language_runs, mean_and_less, stored
+from _quality_tables import BLOCK_PAIRS, FOLDER, IN_MEMORY, language_runs, mean_and_less, stored
 from _stored import Row, described, read
 
 sys.path.insert(0, str(Path(__file__).resolve().parent / "quality"))
@@ -21,7 +21,7 @@ COSTS = FOLDER / "costs.jsonl"
 IN_LORAS_MEMORY = {  # the methods on the tasks, and on the language model
     "LoRA": ("lora", "lora"),
     "the top blocks, always": ("top-blocks", "top-blocks@top=2/15"),
-    "`blocks_on_budget`": ("blocks-0.30", "blocks-0.30@total=758889632,state=drop"),
+    "`blocks_on_budget`": ("blocks-0.30", IN_MEMORY),
     "all parameters": ("full", "full"),
 }
 

@@ -60,6 +60,8 @@ BLOCK_PAIRS = (
     *("blocks-0.30:full", "top-blocks:full", "blocks-0.30:top-blocks"),
     *("blocks-0.30:lisa", "blocks-0.30:badam"),
 )
+IN_MEMORY = "blocks-0.30@total=758889632,state=drop"  # of LoRA: see RESULTS.md
+LANGUAGE_PAIRS = (f"{IN_MEMORY}:top-blocks@top=2/15",)
 ADAMW_BYTES = 8  # of state for each float32 parameter
 
 
@@ -169,7 +171,7 @@ PARTS: dict[str, tuple[Callable[[], list[Result]], tuple[str, ...]]] = {
     "blocks": (_blocks, BLOCK_PAIRS),
     "equal": (_equal, ()),
     "language": (partial(language_runs, "reuters_few"), ()),
-    "language_2000": (partial(language_runs, "reuters_2000"), ()),
+    "language_2000": (partial(language_runs, "reuters_2000"), LANGUAGE_PAIRS),
     "answers": (partial(language_runs, "bbc_answers"), ()),
 }
 
@@ -233,6 +235,10 @@ def sixth() -> str:
 
 def sixth_pairs() -> str:
     return pairs_table(stored("sixth"), SIXTH_PAIRS)
+
+
+def language_pairs() -> str:
+    return pairs_table(stored("language_2000"), LANGUAGE_PAIRS)
 
 
 def readme() -> str:

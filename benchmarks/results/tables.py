@@ -98,6 +98,7 @@ TABLES: dict[str, Table] = {
     "quality_language_2000": partial(budget.language, "language_2000"),
     "quality_answers": quality.answers,
     "quality_answers_rates": quality.answers_rates,
+    "quality_language_2000_pairs": quality.language_pairs,
     "quality_language_costs": budget.language_costs,
     "quickstart": _quickstart(quickstart.described_methods_table),
     "quickstart_readme": _quickstart(quickstart.methods_table),
