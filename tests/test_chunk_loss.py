@@ -397,10 +397,7 @@ def test_a_copy_without_data_of_whole_blocks_has_the_costs_of_the_model(tied, al
         monkeypatch.setattr(optimizer._costing, "_room", lambda room=room: room)
         optimizer.measure(**batch())
         found.append(optimizer._allocation.costs)
-    plain, copied = found
-    assert copied.blocks == plain.blocks
-    logits = 4 * CHUNK * VOCABULARY  # a copy chooses among rows, as if some had no label
-    assert plain.whole_peak <= copied.whole_peak <= plain.whole_peak + 3 * logits
+    assert found[0] == found[1] is not None
 
 
 def test_logits_that_are_asked_for_later_have_the_graph_of_the_forward():

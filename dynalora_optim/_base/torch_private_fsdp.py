@@ -116,8 +116,8 @@ def fake_mode() -> Any:
 
 
 def is_fake(thing: object) -> bool:
-    """Return whether ``thing`` is a tensor of a `fake_mode`."""
-    return isinstance(thing, _private(torch, "_subclasses", feature=_FEATURE).FakeTensor)
+    """Return whether ``thing`` is a tensor of a `fake_mode`; False if torch has no such tensors."""
+    return isinstance(thing, getattr(getattr(torch, "_subclasses", None), "FakeTensor", ()))
 
 
 def unusual(model: nn.Module) -> str | None:

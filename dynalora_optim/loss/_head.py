@@ -7,6 +7,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from dynalora_optim._base.torch_private_fsdp import is_fake
 from dynalora_optim._base.torch_private_hooks import forward_hooks, forward_pre_hooks
 from dynalora_optim._base.trees import has_data
 
@@ -30,7 +31,7 @@ def is_plain(head: nn.Module) -> bool:
     """Whether calling ``head`` does nothing but multiply with its dense weight."""
     return (
         type(head) is nn.Linear
-        and type(head.weight) in (Tensor, nn.Parameter)
+        and (type(head.weight) in (Tensor, nn.Parameter) or is_fake(head.weight))
         and "forward" not in vars(head)  # as accelerate replaces it
         and not forward_hooks(head)
         and not forward_pre_hooks(head)
