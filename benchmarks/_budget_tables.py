@@ -18,8 +18,10 @@ from _compare import Cell, Sweep, paired
 from report import pairs_table, qualities, rates
 
 COSTS = FOLDER / "costs.jsonl"
-IN_LORAS_MEMORY = {  # the methods on the tasks, and on the language model
+IN_LORAS_MEMORY = {  # the methods on the tasks, if they were run there, and on the language model
     "LoRA": ("lora", "lora"),
+    "LoRA on all linear layers": (None, "lora@targets=all-linear"),
+    "that, on `Budget(0.4, 0.6)`": (None, "budget-0.40@targets=all-linear"),
     "the top blocks, always": ("top-blocks", "top-blocks@top=2/15"),
     "`blocks_on_budget`": ("blocks-0.30", IN_MEMORY),
     "all parameters": ("full", "full"),
@@ -178,12 +180,14 @@ def blocks_readme() -> str:
     (text,) = language.tasks
     lines = []
     for label, (on_tasks, on_text) in IN_LORAS_MEMORY.items():
-        mean, less = mean_and_less(tasks, on_tasks, "")
-        memory = tasks.ratio(on_tasks, "lora", "whole_active", tasks.tasks)
+        cells = ["", "", ""]
+        if on_tasks:
+            memory = tasks.ratio(on_tasks, "lora", "whole_active", tasks.tasks)
+            cells = [*mean_and_less(tasks, on_tasks, ""), f"{memory:.2f}"]
         loss = -language.cells[on_text, text].mean
         percent = "" if on_text == "lora" else _percent_less(language, on_text)
         size = language.ratio(on_text, "lora", "whole_active", [text])
-        lines.append([label, mean, less, f"{memory:.2f}", f"{loss:.2f}", percent, f"{size:.2f}"])
+        lines.append([label, *cells, f"{loss:.2f}", percent, f"{size:.2f}"])
     head = ["trained", "3 tasks x 100", "minus LoRA", "memory"]
     return markdown([*head, "held-out loss", "minus LoRA", "memory"], lines)
 
