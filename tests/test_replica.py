@@ -242,3 +242,19 @@ def test_what_has_no_copy_without_data_says_that_there_is_no_memory():
     with pytest.raises(torch.OutOfMemoryError, match="no memory left"):
         model(torch.randn(8, 4))
     assert all(p.grad is None for p in model.parameters())
+
+
+def test_what_is_written_into_a_given_tensor_has_no_memory_of_its_own():
+    """A small buffer is a plain tensor; TRL's loss multiplies into parts of one."""
+    mode = FakeTensorMode()
+
+    def fake(tensor: Tensor) -> Tensor:
+        with mode:
+            return torch.empty_strided(tuple(tensor.shape), tensor.stride())
+
+    hidden, weight = fake(torch.ones(8, 4)), fake(torch.ones(4, 6))
+    with mode, KnownNumbers(fake, padded=False), LiveBytes() as memory:
+        buffer = torch.empty(8, 10)
+        before = memory.live
+        torch.mm(hidden, weight, out=buffer[:, :6])
+        assert memory.peak == before == 8 * 10 * 4

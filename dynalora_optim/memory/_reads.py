@@ -76,10 +76,13 @@ class KnownNumbers(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return self._known(func, *tree_map(_zeros, (args, kwargs)))
         if func is _ATEN.index.Tensor:
             args = (args[0], self._positions(args[1]))
+        out = kwargs.get("out")
         args, kwargs = tree_map(self._faked, (args, kwargs))
         if func is GROUPED_PRODUCT and args[0].dtype != torch.bfloat16:
             return _grouped_product(args, kwargs)
-        return func(*args, **kwargs)
+        result = func(*args, **kwargs)
+        # What is written into a tensor that was given has no memory of its own.
+        return out if isinstance(out, Tensor) else result
 
     def _known(self, func: Any, args: Any, kwargs: Any) -> Any:
         with without_modes():
