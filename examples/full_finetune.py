@@ -56,15 +56,15 @@ from dynalora_optim import (
 from dynalora_optim.integrations.transformers import chunk_loss
 
 BY_BLOCKS = {"outside", "pause", "checkpoint_idle", "fused_backward"}
-BUDGET = {"total", "memory", "compute"}
 TAKES = {  # method: its options; the comment says what trains in a step
     "adamw": set[str](),  # everything
     "badam": BY_BLOCKS | {"order"},  # one block at a time
     "lisa": BY_BLOCKS | {"layers"},  # random blocks, and what is outside the blocks
     "blocks": BY_BLOCKS | {"layers"},  # blocks chosen by importance
-    "budget": {"pause"} | BUDGET,  # as many blocks as the memory holds
+    "budget": {"pause", "total", "memory", "compute"},  # as many blocks as the memory holds
 }
-RATES = {"adamw": 1e-4, "lisa": 3e-4}  # default learning rates; 1e-3 for the others
+# The default learning rates.
+RATES = {"adamw": 1e-4, "badam": 1e-3, "lisa": 3e-4, "blocks": 1e-3, "budget": 1e-3}
 
 
 def optimizer_for(model: nn.Module, options: Namespace) -> Optimizer:
@@ -72,7 +72,7 @@ def optimizer_for(model: nn.Module, options: Namespace) -> Optimizer:
 
     With bfloat16 weights AdamW gets float32 copies too; without them most updates would be lost.
     """
-    lr = RATES.get(options.method, 1e-3) if options.lr is None else options.lr
+    lr = RATES[options.method] if options.lr is None else options.lr
     adamw = AdamW(model.parameters(), lr=lr)
     told: dict[str, Any] = {"period": options.period, "seed": options.seed, **given(options)}
     if "outside" in told:
@@ -85,7 +85,6 @@ def optimizer_for(model: nn.Module, options: Namespace) -> Optimizer:
         return badam(model, adamw, **told)
     if options.method == "budget":
         chunk_loss(model)  # else the logits of the whole batch are the largest part of a step
-        del told["backward"]  # the budget decides what is recomputed
         return blocks_on_budget(model, adamw, **told)
     if options.method == "lisa":
         return lisa(model, adamw, **told)

@@ -57,6 +57,15 @@ def on_ranks(function: Callable[..., Any], *arguments: Any, ranks: int = 2) -> l
         return [pickle.loads(Path(folder, f"{rank}").read_bytes()) for rank in range(ranks)]
 
 
+def returned_on_ranks(function: Callable[..., Any], *arguments: Any) -> list[Any]:
+    """Return what ``function(rank, *arguments)`` returns, by rank, or raise what it raises."""
+    found = on_ranks(function, *arguments)
+    for result in found:
+        if isinstance(result, BaseException):
+            raise result
+    return found
+
+
 def _run(rank: int, folder: str, ranks: int, function: Callable[..., Any], arguments: Any) -> None:
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     torch.set_num_threads(1)

@@ -2,7 +2,6 @@
 
 import importlib
 import json
-import re
 import shutil
 import sys
 from pathlib import Path
@@ -11,6 +10,7 @@ import pytest
 import torch
 from processes import kill_when, start
 from text_runs import EXAMPLES, MARKS, WORDS, need_real_weights, tiny_chat
+from toy import named
 
 from dynalora_optim import LiveBytes
 from dynalora_optim._base.live_bytes import storage_bytes
@@ -259,7 +259,7 @@ def test_every_step_stays_within_the_total(arguments, monkeypatch, tmp_path):
 
     with pytest.raises(SystemExit) as refused:
         sft.main([*arguments, "--total", "1kB"])
-    total = int(re.search(r"pass at least total=(\d+)", str(refused.value))[1]) * 11 // 10
+    total = named(refused.value) * 11 // 10
     peaks, memory, take = [], LiveBytes(), sft.train_step
 
     def watched(run, batch):

@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from processes import CLIPPED_SHARDS, on_ranks
+from processes import CLIPPED_SHARDS, returned_on_ranks
 from test_ddp import options as options_of
 from test_ddp import rows
 from torch import Tensor, nn
@@ -480,8 +480,4 @@ def folders(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def ranks(folders):
-    found = on_ranks(everything, *folders[:2])
-    for result in found:
-        if isinstance(result, BaseException):
-            raise result
-    return found
+    return returned_on_ranks(everything, *folders[:2])

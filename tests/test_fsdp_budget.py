@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from processes import on_ranks
+from processes import returned_on_ranks
 from test_fsdp import BF16_REDUCED_IN_32, Unflagged, full
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
@@ -338,11 +338,7 @@ def everything(rank: int) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def ranks() -> list[dict[str, Any]]:
-    found = on_ranks(everything)
-    for result in found:
-        if isinstance(result, BaseException):
-            raise result
-    return found
+    return returned_on_ranks(everything)
 
 
 def alike(ranks: list[dict[str, Any]], case: str) -> None:

@@ -14,7 +14,7 @@ import pytest
 from budgets import MODELS, adapted, clear, costs_of, on_budget, shape, some_plans
 from listed_models import LISTED
 from mixed_models import MIXED
-from processes import on_ranks
+from processes import returned_on_ranks
 from tiny_models import ROOMY, TinyModel
 from torch.distributed.fsdp import fully_shard
 
@@ -105,11 +105,7 @@ def everything(rank: int) -> dict[Any, Any]:
 
 @pytest.fixture(scope="module")
 def ranks() -> list[dict[Any, Any]]:
-    found = on_ranks(everything)
-    for result in found:
-        if isinstance(result, BaseException):
-            raise result
-    return found
+    return returned_on_ranks(everything)
 
 
 @pytest.mark.parametrize(("name", "units"), CASES)

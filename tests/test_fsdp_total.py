@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from budgets import adapted, on_budget
-from processes import on_ranks
+from processes import returned_on_ranks
 from tiny_models import ROOMY, TinyModel
 from torch import Tensor
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.optim import AdamW
+from toy import named
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from dynalora_optim import Budget, DynamicAllocationOptimizer, LiveBytes, blocks_on_budget
@@ -89,7 +89,7 @@ def everything(rank: int) -> dict[Any, Any]:
         tiny, optimizer = started(*case, total=1)
         with pytest.raises(ValueError, match="cannot hold a step") as refused:
             tiny.loss()
-        (least,) = map(int, re.findall(r"at least total=(\d+) ", str(refused.value)))
+        least = named(refused.value)
         total = int(MORE * least)
         tiny, optimizer = started(*case, total=total)
         most = most_held(tiny, optimizer)
@@ -99,11 +99,7 @@ def everything(rank: int) -> dict[Any, Any]:
 
 @pytest.fixture(scope="module")
 def ranks() -> list[dict[Any, Any]]:
-    found = on_ranks(everything)
-    for result in found:
-        if isinstance(result, BaseException):
-            raise result
-    return found
+    return returned_on_ranks(everything)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)

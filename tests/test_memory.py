@@ -22,7 +22,7 @@ from budgets import (
 from tiny_models import ROOMY, TINY, snapshot
 from tiny_models import same as same_model
 from torch import nn
-from toy import ToyModel, batch, names, wrapped
+from toy import ToyModel, batch, named, names, wrapped
 
 from dynalora_optim import Budget, LiveBytes
 from dynalora_optim._base.live_bytes import tensor_bytes
@@ -308,7 +308,7 @@ def test_measuring_takes_no_more_than_the_least_share_that_is_accepted(name, blo
 def test_measuring_takes_no_more_than_the_least_total_that_is_accepted(name, blocks):
     with pytest.raises(ValueError, match="cannot hold a step") as refused:
         run_on(name, blocks, Budget(total=1))
-    (least,) = map(int, re.findall(r"at least total=(\d+) ", str(refused.value)))
+    least = named(refused.value)
     peak, costs = run_on(name, blocks, Budget(total=least))
     assert peak <= least - costs.loop.resident.beside
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import math
 import random
-import re
 from dataclasses import replace
 from itertools import chain
 from typing import Any
@@ -17,7 +16,7 @@ from hypothesis import strategies as st
 from language_model import OUTSIDE, LanguageModel, backward, moved, of_layer, train
 from torch import nn
 from torch.optim import SGD, AdamW
-from toy import same, weights, wrapped
+from toy import named, same, weights, wrapped
 
 from dynalora_optim import (
     AllocationContext,
@@ -156,7 +155,7 @@ def test_blocks_on_a_budget_keep_within_the_total_and_all_train(more, dtype):
     optimizer = blocks_on_budget(model, adamw(model), total=1)
     with pytest.raises(ValueError, match="cannot hold a step") as refused:
         train(model, optimizer, 1)
-    (least,) = map(int, re.findall(r"at least total=(\d+) ", str(refused.value)))
+    least = named(refused.value)
     total = int(least * more)
     model = LanguageModel().to(dtype)
     optimizer = blocks_on_budget(model, adamw(model), total=total, period=1)
@@ -168,7 +167,7 @@ def test_blocks_on_a_budget_keep_within_the_total_and_all_train(more, dtype):
 @pytest.mark.parametrize("amounts", [{}, {"total": "1GiB", "memory": 0.5}])
 def test_blocks_on_a_budget_need_one_amount(amounts):
     model = LanguageModel()
-    with pytest.raises(ValueError, match=r"Budget: pass one of memory|Budget.*total"):
+    with pytest.raises(ValueError, match="pass exactly one of them"):
         blocks_on_budget(model, adamw(model), **amounts)
 
 

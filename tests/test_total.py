@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from language_model import LanguageModel, tokens
 from torch import Tensor, nn
-from toy import same, weights
+from toy import named, same, weights
 
 from dynalora_optim import Blocks, Bounded, Budget, DynamicAllocationOptimizer, LiveBytes, Pause
 from dynalora_optim._base.live_bytes import storage_bytes
@@ -27,11 +26,6 @@ class WithLoss(LanguageModel):
     def forward(self, batch: Tensor) -> Tensor:
         logits = super().forward(batch)[:, :-1].flatten(0, 1)
         return nn.functional.cross_entropy(logits.float(), batch[:, 1:].flatten())
-
-
-def named(refusal: BaseException) -> int:
-    """The total that a refusal names."""
-    return int(re.search(r"total=(\d+) \(", str(refusal))[1])
 
 
 @dataclass

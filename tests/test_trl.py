@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from itertools import pairwise
 from typing import Any
 
 import pytest
 import torch
 from text_runs import MARKS, WORDS, tiny_chat
+from toy import named
 
 from dynalora_adapters import LoRAConfig, inject
 from dynalora_optim import Budget, DynamicAllocationOptimizer, LiveBytes
@@ -79,7 +79,7 @@ def test_every_step_of_a_trl_trainer_stays_within_the_total(kind, tmp_path):
     checkpoint = str(tiny_chat(tmp_path / "chat"))
     with pytest.raises(ValueError, match="pass at least total=") as refused:
         trainer(kind, checkpoint, "1kB", tmp_path).train()
-    least = int(re.search(r"at least total=(\d+)", str(refused.value))[1])
+    least = named(refused.value)
     total = least * 51 // 50  # TRL's head takes most of it, whatever is active
     run = trainer(kind, checkpoint, total, tmp_path)
     held = storage_bytes([*run.model.parameters(), *run.model.buffers()])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import re
 from typing import Any
 
 import torch
@@ -50,6 +51,11 @@ class ToyModel(nn.Module):
 def names(layers: int = 6) -> list[str]:
     """The module groups of a ToyModel."""
     return [f"layers.{i}.0" for i in range(layers)]
+
+
+def named(refusal: BaseException) -> int:
+    """The total that a refusal names."""
+    return int(re.search(r"total=(\d+) \(", str(refusal))[1])
 
 
 def batch(step: int = 0, rows: int = 4, features: int = 8) -> Tensor:
