@@ -54,6 +54,35 @@ def test_no_step_of_a_run_exceeds_the_budget(name, how, base):
         assert len({reallocation.chosen for reallocation in optimizer.record}) > 2
 
 
+@pytest.mark.parametrize("name", MODELS)
+def test_all_modules_in_the_least_memory_train_like_the_plain_optimizer(name):
+    """With ``"topk"`` and no bound on compute, the budget only decides what is recomputed.
+
+    In the first step, before the loop is known, it trains the last block alone.
+    """
+    tiny = adapted(name, sizes=SMALL)
+    plain = replace(tiny, model=copy.deepcopy(tiny.model))
+    adamw = torch.optim.AdamW(plain.model.parameters(), lr=0.01)
+    other = on_budget(tiny)
+    tiny.loss()
+    costs = costs_of(other)
+    other.close()
+    least = least_peak(costs, 0, range(len(costs.blocks)))
+    optimizer = on_budget(tiny, Budget(memory=least, base="topk"), rule=torch.optim.AdamW, period=2)
+    for step in range(6):
+        peak, _ = measured(tiny.loss)
+        assert peak <= least < 0.8 * costs.whole_peak
+        plain.loss().backward()
+        for mine, other in zip(plain.model.parameters(), tiny.model.parameters(), strict=True):
+            if step == 0 and other.grad is None:
+                mine.grad = None
+        assert (optimizer.active_groups == optimizer.groups) == (step > 0)
+        for each in (adamw, optimizer):
+            each.step()
+            each.zero_grad()
+    assert same(weights(tiny.model), weights(plain.model))
+
+
 def saved_and_loaded(*parts) -> list:
     buffer = io.BytesIO()
     torch.save([part.state_dict() for part in parts], buffer)
