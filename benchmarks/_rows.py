@@ -114,10 +114,17 @@ def all_active(shape: Shape, bare: nn.Module) -> Run:
     return Run(model, optimizer, shape.batch(bare))
 
 
-def budgeted(shape: Shape, bare: nn.Module, *, memory: float, compute: float) -> Run:
+def budgeted(
+    shape: Shape,
+    bare: nn.Module,
+    *,
+    memory: float,
+    compute: float | None,
+    base: str = "discounted",
+) -> Run:
     """Train with a budget, with a new choice after each step."""
     model = injected(shape, bare)
-    budget = Watched(memory=memory, compute=compute)
+    budget = Watched(memory=memory, compute=compute, base=base)
     optimizer = DynamicAllocationOptimizer(_adamw(model), model, allocator=budget, period=1)
     # A bound on the mean compute needs more draws: 40 in place of 24.
     draws = shape.draws if compute == 1 else round(shape.draws * 5 / 3)

@@ -24,6 +24,7 @@ _count = importlib.import_module("_count")
 _four_bit = importlib.import_module("_four_bit")
 _memory_tables = importlib.import_module("_memory_tables")
 _planned_tables = importlib.import_module("_planned_tables")
+_recompute_tables = importlib.import_module("_recompute_tables")
 _progress = importlib.import_module("_progress")
 _rows = importlib.import_module("_rows")
 _runs = importlib.import_module("_runs")
@@ -32,6 +33,7 @@ _stored = importlib.import_module("_stored")
 _torch_loss = importlib.import_module("_torch_loss")
 memory = importlib.import_module("memory")
 planned_lora = importlib.import_module("planned_lora")
+recompute = importlib.import_module("recompute")
 
 
 IN_CHUNKS = f"{_rows.ALL_ACTIVE}{_chunked_rows.IN_CHUNKS}"
@@ -183,3 +185,19 @@ def test_the_plan_of_lora_in_four_bits_in_small(tmp_path, capsys):
     assert table in capsys.readouterr().out
     peaks = [row["memory"]["peak"] for row in rows]
     assert peaks[-1] == min(peaks)
+
+
+def test_all_modules_in_less_memory_in_small(tmp_path, capsys):
+    if not _torch_loss.is_there():
+        pytest.skip("torch has its own linear_cross_entropy from 2.13 on")
+    path = tmp_path / "recompute.jsonl"
+    recompute.main(["--quick", "--output", str(path)])
+    rows = [row for name in recompute.SHARES for row in _stored.read(path, name)]
+    assert _recompute_tables.recompute_table(rows) in capsys.readouterr().out
+    for name, shares in recompute.SHARES.items():
+        first, *others = (row for row in rows if row["part"] == name)
+        mine = [row for row in others if row["row"].startswith("ours")]
+        assert len(mine) == len(shares)
+        for row, share in zip(mine, shares, strict=True):
+            assert row["peak"] <= share * first["peak"]
+            assert row["inactive"] or row["flops"] <= max(peer["flops"] for peer in others)

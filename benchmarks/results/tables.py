@@ -30,6 +30,7 @@ import _overhead_tables as overhead
 import _quality_tables as quality
 import _quickstart_tables as quickstart
 from _planned_tables import planned_lora_table
+from _recompute_tables import recompute_table
 from _stored import Row, read, run_of
 
 Table = Callable[[], str]
@@ -51,6 +52,11 @@ def _seeds() -> str:
     return quickstart.seeds_table(parts)
 
 
+def _recompute() -> str:
+    parts = (read(HERE / "recompute.jsonl", shape) for shape in ("roberta", "smollm2"))
+    return recompute_table([row for part in parts for row in part])
+
+
 _memory = partial(_of, "memory.jsonl")
 _full = partial(_of, "full_parameter.jsonl")
 _smollm2 = partial(_full, "SmolLM2-135M")
@@ -68,6 +74,7 @@ TABLES: dict[str, Table] = {
     **{f"memory_{shape}_bars": _memory(shape, memory.bars_table) for shape in SHAPES},
     "measuring": _of("measuring.jsonl", "measuring", budget.measuring),
     "soak": _of("soak.jsonl", "soak", budget.soak),
+    "recompute": _recompute,
     "memory_readme": _memory("roberta", memory.readme_table),
     "planned_lora": _of("planned_lora.jsonl", "planned LoRA", planned_lora_table),
     "full_memory": _smollm2(full.memory_table),
