@@ -10,18 +10,29 @@ from itertools import pairwise
 from pathlib import Path
 
 from _measure import markdown
-from _quality_tables import BLOCK_PAIRS, FOLDER, IN_MEMORY, language_runs, mean_and_less, stored
+from _quality_tables import (
+    ALL_LINEAR,
+    BLOCK_PAIRS,
+    DRAWN,
+    FOLDER,
+    IN_MEMORY,
+    RECOMPUTED,
+    language_runs,
+    mean_and_less,
+    stored,
+)
 from _stored import Row, described, read
 
 sys.path.insert(0, str(Path(__file__).resolve().parent / "quality"))
 from _compare import Cell, Sweep, paired
 from report import pairs_table, qualities, rates
 
-COSTS = FOLDER / "costs.jsonl"
-IN_LORAS_MEMORY = {  # the methods on the tasks, if they were run there, and on the language model
+COSTS, LANGUAGE_COSTS = FOLDER / "costs.jsonl", FOLDER / "language" / "costs.jsonl"
+IN_LORAS_MEMORY = {  # the methods on the tasks, and on the language model
     "LoRA": ("lora", "lora"),
-    "LoRA on all linear layers": (None, "lora@targets=all-linear"),
-    "that, on `Budget(0.4, 0.6)`": (None, "budget-0.40@targets=all-linear"),
+    "LoRA on all linear layers": (ALL_LINEAR, ALL_LINEAR),
+    'that, on `Budget(0.4, base="topk")`': (RECOMPUTED, RECOMPUTED),
+    "that, on `Budget(0.4, 0.6)`": (DRAWN, DRAWN),
     "the top blocks, always": ("top-blocks", "top-blocks@top=2/15"),
     "`blocks_on_budget`": ("blocks-0.30", IN_MEMORY),
     "all parameters": ("full", "full"),
@@ -62,20 +73,20 @@ def costs() -> str:
     return _costs_table(COSTS)
 
 
-def language_costs() -> str:
-    """Return the table of what a step of a language model costs, as ratios to LoRA."""
-    return _costs_table(FOLDER / "language" / "costs.jsonl")
+def language_costs(task: str = "reuters_few") -> str:
+    """Return the table of what a step of a language model costs on a task, as ratios to LoRA."""
+    return _costs_table(LANGUAGE_COSTS, task)
 
 
-def _costs_table(path: Path) -> str:
-    found = _costs(path).items()
+def _costs_table(path: Path, part: str | None = None) -> str:
+    found = _costs(path, part).items()
     lines = [[name, f"{flops:.3f}", f"{time:.3f}"] for name, (flops, time) in found]
     return markdown(["method", "FLOPs of a step", "CPU time of a step"], lines)
 
 
-def _costs(path: Path) -> dict[str, tuple[float, float]]:
+def _costs(path: Path, part: str | None = None) -> dict[str, tuple[float, float]]:
     """Return, for each method, FLOPs and time of a step as means over tasks of ratios to LoRA."""
-    rows = read(path)
+    rows = read(path, part)
     base = {row["part"]: row for row in rows if row["row"] == "lora"}
     return {
         name: (_ratio(rows, base, name, "flops"), _ratio(rows, base, name, "seconds"))
@@ -175,21 +186,20 @@ def _percent_less(sweep: Sweep, name: str) -> str:
 
 
 def blocks_readme() -> str:
-    """Return the table of the README: whole blocks in LoRA's memory."""
+    """Return the table of the README: larger adapters and whole blocks in LoRA's memory."""
     tasks, language = stored("blocks"), stored("language_2000")
     (text,) = language.tasks
-    lines = []
+    lines, cost = [], _costs(LANGUAGE_COSTS, text)
     for label, (on_tasks, on_text) in IN_LORAS_MEMORY.items():
-        cells = ["", "", ""]
-        if on_tasks:
-            memory = tasks.ratio(on_tasks, "lora", "whole_active", tasks.tasks)
-            cells = [*mean_and_less(tasks, on_tasks, ""), f"{memory:.2f}"]
+        memory = tasks.ratio(on_tasks, "lora", "whole_active", tasks.tasks)
+        cells = [*mean_and_less(tasks, on_tasks, ""), f"{memory:.2f}"]
         loss = -language.cells[on_text, text].mean
         percent = "" if on_text == "lora" else _percent_less(language, on_text)
         size = language.ratio(on_text, "lora", "whole_active", [text])
-        lines.append([label, *cells, f"{loss:.2f}", percent, f"{size:.2f}"])
+        time = cost[on_text][1]
+        lines.append([label, *cells, f"{loss:.2f}", percent, f"{size:.2f}", f"{time:.2f}"])
     head = ["trained", "3 tasks x 100", "minus LoRA", "memory"]
-    return markdown([*head, "held-out loss", "minus LoRA", "memory"], lines)
+    return markdown([*head, "held-out loss", "minus LoRA", "memory", "time"], lines)
 
 
 def soak(rows: Sequence[Row]) -> str:

@@ -56,12 +56,25 @@ SIXTH_PAIRS = (
     *(f"{name}:static@top=1/6" for name in SIXTH[1:-1]),
 )
 BLOCKS = ("lora", "full", "blocks-0.30", "top-blocks", "lisa", "badam")
+ALL_LINEAR = "lora@targets=all-linear"
+(
+    RECOMPUTED,
+    DRAWN,
+) = (  # both on 0.4 of its memory: all modules in every step, or those that are drawn
+    "budget-0.40@targets=all-linear,base=topk,compute=None",
+    "budget-0.40@targets=all-linear",
+)
+ON_ALL_LINEAR = (ALL_LINEAR, RECOMPUTED, DRAWN)
 BLOCK_PAIRS = (
     *("blocks-0.30:full", "top-blocks:full", "blocks-0.30:top-blocks"),
     *("blocks-0.30:lisa", "blocks-0.30:badam"),
+    *(f"{RECOMPUTED}:{ALL_LINEAR}", f"{DRAWN}:{ALL_LINEAR}", f"{RECOMPUTED}:full"),
 )
 IN_MEMORY = "blocks-0.30@total=758889632,state=drop"  # of LoRA: see RESULTS.md
-LANGUAGE_PAIRS = (f"{IN_MEMORY}:top-blocks@top=2/15",)
+LANGUAGE_PAIRS = (
+    f"{IN_MEMORY}:top-blocks@top=2/15",
+    *(f"{RECOMPUTED}:{ALL_LINEAR}", f"{DRAWN}:{ALL_LINEAR}", f"{RECOMPUTED}:full"),
+)
 ADAMW_BYTES = 8  # of state for each float32 parameter
 
 
@@ -129,8 +142,9 @@ def _sixth() -> list[Result]:
 
 
 def _blocks() -> list[Result]:
-    """Return the runs with full parameters, with the whole training memory of each."""
+    """Return the runs in LoRA's memory, with the whole training memory of each."""
     runs = [*_lines(FOLDER, BLOCKS[:2]), *_lines(FOLDER / "blocks", BLOCKS[2:])]
+    runs += _lines(FOLDER / "all-linear", ON_ALL_LINEAR)
     return [run | _whole(run) for run in runs]
 
 

@@ -107,6 +107,7 @@ TABLES: dict[str, Table] = {
     "quality_answers_rates": quality.answers_rates,
     "quality_language_2000_pairs": quality.language_pairs,
     "quality_language_costs": budget.language_costs,
+    "quality_language_2000_costs": partial(budget.language_costs, "reuters_2000"),
     "quickstart": _quickstart(quickstart.described_methods_table),
     "quickstart_readme": _quickstart(quickstart.methods_table),
     "quickstart_seeds": _seeds,
