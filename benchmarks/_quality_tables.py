@@ -57,13 +57,8 @@ SIXTH_PAIRS = (
 )
 BLOCKS = ("lora", "full", "blocks-0.30", "top-blocks", "lisa", "badam")
 ALL_LINEAR = "lora@targets=all-linear"
-(
-    RECOMPUTED,
-    DRAWN,
-) = (  # both on 0.4 of its memory: all modules in every step, or those that are drawn
-    "budget-0.40@targets=all-linear,base=topk,compute=None",
-    "budget-0.40@targets=all-linear",
-)
+DRAWN = "budget-0.40@targets=all-linear"  # on 0.4 of its memory, some modules in each period
+RECOMPUTED = f"{DRAWN},base=topk,compute=None"  # all modules in every step
 ON_ALL_LINEAR = (ALL_LINEAR, RECOMPUTED, DRAWN)
 BLOCK_PAIRS = (
     *("blocks-0.30:full", "top-blocks:full", "blocks-0.30:top-blocks"),

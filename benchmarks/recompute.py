@@ -38,7 +38,7 @@ def ours(shape: Shape, bare: nn.Module, *, limit: int) -> Run:
     return in_chunks(run, shape.chunk) if shape.chunk else run
 
 
-def rows(shape: Shape, bare: nn.Module) -> dict[str, Build]:
+def rows_of(shape: Shape, bare: nn.Module) -> dict[str, Build]:
     """Return the rows of a shape, by name: peft's front, and then ours."""
     front, build = (CHUNKED_FRONT, torch_chunked) if shape.chunk else (PEER_FRONT, pefts)
     peers = {name: partial(build, every=every) for name, every in front.items()}
@@ -67,7 +67,7 @@ def counted(run: Run) -> dict[str, Any]:
 def measure(shape: Shape) -> list[dict[str, Any]]:
     bare = shape.bare()
     found = []
-    for name, build in rows(shape, bare).items():
+    for name, build in rows_of(shape, bare).items():
         print(f"{shape.name}: {name}", flush=True)
         found.append({"row": name, **counted(build(shape, bare))})
     return found
@@ -79,12 +79,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, default=Path("runs/recompute.jsonl"))
     options = parser.parse_args(arguments)
     run = run_of(__file__, arguments)
-    parts: dict[str, Sequence[Row]] = {}
+    rows: list[Row] = []
     with quiet(FutureWarning):
         for shape in (ROBERTA, SMOLLM2):
             found = measure(quick(shape) if options.quick else shape)
-            parts[shape.name] = write(options.output, shape.name, found, run)
-    print(recompute_table([row for part in parts.values() for row in part]))
+            rows += write(options.output, shape.name, found, run)
+    print(recompute_table(rows))
 
 
 if __name__ == "__main__":
