@@ -66,10 +66,18 @@ def all_active_chunked(shape: Shape, bare: nn.Module) -> Run:
     return in_chunks(all_active(shape, bare), shape.chunk)
 
 
-def of_pefts_peak(shape: Shape, bare: nn.Module, *, memory: float, compute: float) -> Run:
-    """Train with a budget of ``memory`` times peft's peak, in bytes, and our loss in chunks."""
+def of_pefts_peak(
+    shape: Shape,
+    bare: nn.Module,
+    *,
+    memory: float,
+    compute: float | None,
+    base: str = "discounted",
+) -> Run:
+    """Train with a budget of ``memory`` times peft's peak, in bytes, and the shape's loss."""
     limit = int(memory * _counted_once(shape, bare))
-    return in_chunks(budgeted(shape, bare, memory=limit, compute=compute), shape.chunk)
+    run = budgeted(shape, bare, memory=limit, compute=compute, base=base)
+    return in_chunks(run, shape.chunk) if shape.chunk else run
 
 
 def reference_peak(shape: Shape, bare: nn.Module) -> int:

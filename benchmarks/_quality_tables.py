@@ -60,15 +60,16 @@ ALL_LINEAR = "lora@targets=all-linear"
 DRAWN = "budget-0.40@targets=all-linear"  # on 0.4 of its memory, some modules in each period
 RECOMPUTED = f"{DRAWN},base=topk,compute=None"  # all modules in every step
 ON_ALL_LINEAR = (ALL_LINEAR, RECOMPUTED, DRAWN)
+ALL_LINEAR_PAIRS = (f"{RECOMPUTED}:{ALL_LINEAR}", f"{DRAWN}:{ALL_LINEAR}", f"{RECOMPUTED}:full")
 BLOCK_PAIRS = (
     *("blocks-0.30:full", "top-blocks:full", "blocks-0.30:top-blocks"),
     *("blocks-0.30:lisa", "blocks-0.30:badam"),
-    *(f"{RECOMPUTED}:{ALL_LINEAR}", f"{DRAWN}:{ALL_LINEAR}", f"{RECOMPUTED}:full"),
+    *ALL_LINEAR_PAIRS,
 )
 IN_MEMORY = "blocks-0.30@total=758889632,state=drop"  # of LoRA: see RESULTS.md
 LANGUAGE_PAIRS = (
     f"{IN_MEMORY}:top-blocks@top=2/15",
-    *(f"{RECOMPUTED}:{ALL_LINEAR}", f"{DRAWN}:{ALL_LINEAR}", f"{RECOMPUTED}:full"),
+    *ALL_LINEAR_PAIRS,
 )
 ADAMW_BYTES = 8  # of state for each float32 parameter
 

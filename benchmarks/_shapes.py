@@ -25,7 +25,7 @@ from _assets import CAUSAL_LM, locate
 from _common import pretrained
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # hashable by identity: `targets` may be a list
 class Shape:
     """A model, its batch, and the options of its LoRA.
 

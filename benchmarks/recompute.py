@@ -16,15 +16,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from _chunked_rows import CHUNKED_FRONT, in_chunks, reference_peak, torch_chunked
+from _chunked_rows import CHUNKED_FRONT, of_pefts_peak, torch_chunked
 from _count import count
 from _measure import quiet
 from _recompute_tables import recompute_table
-from _rows import PEER_FRONT, REFERENCE, Build, budgeted, pefts
+from _rows import PEER_FRONT, REFERENCE, Build, pefts
 from _runs import Run
 from _shapes import ROBERTA, SMOLLM2, Shape, quick
 from _stored import Row, run_of, write
-from torch import nn
 
 SHARES = {  # of the peak of peft's LoRA
     ROBERTA.name: (0.775, 0.55, 0.4, 0.168),
@@ -32,23 +31,15 @@ SHARES = {  # of the peak of peft's LoRA
 }
 
 
-def ours(shape: Shape, bare: nn.Module, *, limit: int) -> Run:
-    """Train all modules that ``limit`` bytes hold, whatever has to be recomputed for this."""
-    run = budgeted(shape, bare, memory=limit, compute=None, base="topk")
-    return in_chunks(run, shape.chunk) if shape.chunk else run
-
-
-def rows_of(shape: Shape, bare: nn.Module) -> dict[str, Build]:
+def rows_of(shape: Shape) -> dict[str, Build]:
     """Return the rows of a shape, by name: peft's front, and then ours."""
     front, build = (CHUNKED_FRONT, torch_chunked) if shape.chunk else (PEER_FRONT, pefts)
     peers = {name: partial(build, every=every) for name, every in front.items()}
-    whole = reference_peak(shape, bare)
-    budgets = {f"ours, Budget({share:g})": int(share * whole) for share in SHARES[shape.name]}
-    return {
-        REFERENCE: pefts,
-        **peers,
-        **{name: partial(ours, limit=limit) for name, limit in budgets.items()},
+    ours = partial(of_pefts_peak, compute=None, base="topk")
+    budgets = {
+        f"ours, Budget({share:g})": partial(ours, memory=share) for share in SHARES[shape.name]
     }
+    return {REFERENCE: pefts, **peers, **budgets}
 
 
 def counted(run: Run) -> dict[str, Any]:
@@ -67,7 +58,7 @@ def counted(run: Run) -> dict[str, Any]:
 def measure(shape: Shape) -> list[dict[str, Any]]:
     bare = shape.bare()
     found = []
-    for name, build in rows_of(shape, bare).items():
+    for name, build in rows_of(shape).items():
         print(f"{shape.name}: {name}", flush=True)
         found.append({"row": name, **counted(build(shape, bare))})
     return found

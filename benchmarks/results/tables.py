@@ -42,19 +42,14 @@ END = "<!-- end of table -->"
 MARKED = re.compile(rf"(<!-- table: (?P<name>\S+) -->\n).*?{END}", re.DOTALL)
 
 
-def _of(file: str, part: str, make: Callable[[Sequence[Row]], str]) -> Table:
-    """Return a function that makes a table from one part of a file."""
+def _of(file: str, part: str | None, make: Callable[[Sequence[Row]], str]) -> Table:
+    """Return a function that makes a table from one part of a file, or from all if it is None."""
     return lambda: make(read(HERE / file, part))
 
 
 def _seeds() -> str:
     parts = [read(HERE / "quickstart.jsonl", part) for part in quickstart.OVER_SEEDS]
     return quickstart.seeds_table(parts)
-
-
-def _recompute() -> str:
-    parts = (read(HERE / "recompute.jsonl", shape) for shape in ("roberta", "smollm2"))
-    return recompute_table([row for part in parts for row in part])
 
 
 _memory = partial(_of, "memory.jsonl")
@@ -74,7 +69,7 @@ TABLES: dict[str, Table] = {
     **{f"memory_{shape}_bars": _memory(shape, memory.bars_table) for shape in SHAPES},
     "measuring": _of("measuring.jsonl", "measuring", budget.measuring),
     "soak": _of("soak.jsonl", "soak", budget.soak),
-    "recompute": _recompute,
+    "recompute": _of("recompute.jsonl", None, recompute_table),
     "memory_readme": _memory("roberta", memory.readme_table),
     "planned_lora": _of("planned_lora.jsonl", "planned LoRA", planned_lora_table),
     "full_memory": _smollm2(full.memory_table),
